@@ -1,0 +1,46 @@
+# make demo   set up .venv, export the demo model, make two pictures, print the table
+# make test   set up .venv, lint, type check, tests
+# make clean  remove what these made
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# pip's own index serves the CUDA build of torch, several gigabytes: without a GPU take the CPU build, and where
+# that index cannot be reached whatever build pip finds.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+GPU := $(shell command -v nvidia-smi 2>/dev/null)
+TORCH_INDEX := $(if $(GPU),,--extra-index-url $(TORCH_CPU_INDEX))
+TORCH := torch>=2.11,<2.14
+
+.PHONY: demo test lint types unit setup clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH_INDEX) "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -e '.[cpu,export,plot,test]'
+	touch $@
+
+demo: setup
+	$(BIN)/python scripts/demo.py
+
+test: lint types unit
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The packages live in exporter/, runtime/ and profiles/ and import as ddit.*: links show mypy that layout.
+types: setup
+	mkdir -p build/types/ddit
+	for package in exporter runtime profiles; do ln -sfn ../../../$$package build/types/ddit/$$package; done
+	MYPYPATH=build/types $(BIN)/mypy --namespace-packages --explicit-package-bases \
+		-p ddit.exporter -p ddit.runtime -p ddit.profiles
+
+unit: setup
+	$(BIN)/pytest -n 2
+
+clean:
+	rm -rf $(VENV) build images demo.bundle

@@ -1,0 +1,322 @@
+"""FLUX.1: how a diffusers `FluxPipeline` is read and which graphs it becomes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPTextModel, T5Config, T5EncoderModel
+
+from ddit.exporter.adapter import Adapter
+from ddit.exporter.families.flux_modules import (
+    NATIVE_PATCH,
+    ClipEncoder,
+    FluxLevel,
+    T5Encoder,
+    VaeDecoder,
+    resized_ends,
+)
+from ddit.exporter.graphs import GraphJob
+from ddit.exporter.models import Source
+from ddit.exporter.step_graph import step_job
+from ddit.exporter.weights import SafetensorsFolder
+from ddit.runtime.bundle import Dtype, GuidanceInfo, LatentInfo, RotaryInfo, SamplerInfo, TensorSpec, TokenizerInfo
+from ddit.runtime.errors import ModelError, UsageError
+
+__all__ = ["NATIVE_PATCH", "FluxLevel", "FluxModel"]
+
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TRUNK_FILE = "transformer.safetensors"
+ROPE_THETA = 10000.0  # fixed in diffusers' FluxTransformer2DModel
+
+# What the runtime's sampler computes. A scheduler that asks for anything else is refused, never approximated.
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+SCHEDULER_FIXED = {
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "invert_sigmas": False,
+    "stochastic_sampling": False,
+    "shift_terminal": None,
+    "time_shift_type": "exponential",
+}
+
+
+@dataclass(frozen=True)
+class FluxModel:
+    """A FLUX.1 pipeline's folder, to be exported at some levels.
+
+    ``depth`` keeps only that many blocks of the transformer and of T5: for checking graphs whose full size a machine
+    cannot run.
+    """
+
+    source: Source
+    levels: tuple[int, ...]
+    dtype: Dtype
+    adapter: Adapter | None = None
+    depth: int | None = None
+
+    def __post_init__(self) -> None:
+        pipeline = self.source.config("", "model_index.json").get("_class_name")
+        if pipeline != "FluxPipeline":
+            raise ModelError(f"{self.source.folder} holds a {pipeline}; family flux exports a FluxPipeline")
+        for patch in self.levels:
+            if patch < NATIVE_PATCH or patch % NATIVE_PATCH:
+                raise UsageError(f"level {patch} is not a multiple of FLUX's native level {NATIVE_PATCH}")
+
+    # ---- what the manifest says of the model ----
+
+    @cached_property
+    def transformer_config(self) -> dict[str, Any]:
+        """The transformer's configuration, cut to ``depth``."""
+        config: dict[str, Any] = dict(self.source.config("transformer"))
+        if self.depth is not None:
+            config["num_layers"] = min(self.depth, config["num_layers"])
+            config["num_single_layers"] = min(self.depth, config["num_single_layers"])
+        return config
+
+    @cached_property
+    def vae_config(self) -> dict[str, Any]:
+        """The VAE's configuration."""
+        return dict(self.source.config("vae"))
+
+    @property
+    def latent(self) -> LatentInfo:
+        """The latent's channels and its pixels along one latent pixel."""
+        return LatentInfo(
+            channels=self.vae_config["latent_channels"], downscale=2 ** (len(self.vae_config["block_out_channels"]) - 1)
+        )
+
+    @property
+    def rotary(self) -> RotaryInfo:
+        """Parameters of the rotary tables."""
+        return RotaryInfo(axes_dims=tuple(self.transformer_config["axes_dims_rope"]), theta=ROPE_THETA)
+
+    @property
+    def guidance(self) -> GuidanceInfo:
+        """Guidance of the distilled variant (dev); the unguided one (schnell) takes none."""
+        embedded = bool(self.transformer_config["guidance_embeds"])
+        default = self.source.defaults.guidance
+        return GuidanceInfo(embedded=embedded, default=default if default is not None else 3.5 * embedded)
+
+    @property
+    def sampler(self) -> SamplerInfo:
+        """The scheduler's settings. Raises `ModelError` for one that the runtime does not compute."""
+        config = self.source.config("scheduler", "scheduler_config.json")
+        odd = {name for name, value in SCHEDULER_FIXED.items() if config.get(name, value) != value}
+        if config.get("_class_name") != SCHEDULER or odd:
+            what = f"with {min(odd)} = {config[min(odd)]!r}" if odd else str(config.get("_class_name"))
+            raise ModelError(f"scheduler {what} is not supported; ddit samples with {SCHEDULER} as FLUX.1 uses it")
+        names = ("use_dynamic_shifting", "shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+        usual = dict(zip(names, (False, 1.0, 0.5, 1.15, 256, 4096), strict=True))
+        steps = self.source.defaults.steps or (50 if self.guidance.embedded else 4)
+        settings: dict[str, Any] = {name: config.get(name, usual[name]) for name in names}
+        return SamplerInfo(**settings, steps=steps)
+
+    def save_tokenizers(self, folder: Path) -> dict[str, TokenizerInfo]:
+        """Write both tokenizers as ``tokenizer.json`` files and describe them."""
+        infos = {}
+        for name, component, longest in (("clip", "tokenizer", 77), ("t5", "tokenizer_2", 512)):
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(self.source.folder / component, use_fast=True)
+            except (OSError, ValueError) as error:
+                first = str(error).strip().splitlines()[0]
+                raise ModelError(f"{self.source.folder / component} cannot be read: {first}") from None
+            file = f"{name}.tokenizer.json"
+            tokenizer.backend_tokenizer.save(str(folder / file))
+            length = min(tokenizer.model_max_length, longest)  # some files say "no limit" with a huge number
+            infos[name] = TokenizerInfo(file=file, length=length, pad_id=tokenizer.pad_token_id)
+        return infos
+
+    # ---- the graphs ----
+
+    def jobs(self) -> list[GraphJob]:
+        """Every graph of the bundle."""
+        coarse = tuple(patch for patch in self.levels if patch != NATIVE_PATCH)
+        return [
+            self._clip_job(),
+            self._t5_job(),
+            *(self._level_job(patch) for patch in self.levels),
+            step_job(self.latent.channels, coarse),
+            self._vae_job(),
+        ]
+
+    def _level_job(self, patch: int) -> GraphJob:
+        config = self.transformer_config
+        with torch.device("meta"):
+            transformer = FluxTransformer2DModel.from_config(config).to(TORCH_DTYPES[self.dtype])
+        module = self._level(transformer, patch)
+        own = module.own_parameters()
+        stored = self._transformer_weights
+        adapter = self.adapter if module.config is not None else None
+        start = None if adapter or not own else resized_ends(_Only(stored, ("x_embedder", "proj_out")), patch)
+
+        def values(name: str) -> Tensor:
+            if name in own:
+                return adapter.value(patch, name) if adapter else start[name]  # type: ignore[index]
+            return stored[_trunk_name(name)]
+
+        def place(name: str) -> tuple[str, str]:
+            return (f"level-{patch}.safetensors", name) if name in own else (TRUNK_FILE, _trunk_name(name))
+
+        table = (f"H/{patch}", f"W/{patch}", sum(config["axes_dims_rope"]))
+        picture = ("B", self.latent.channels, "H", "W")
+        return GraphJob(
+            name=f"level-{patch}",
+            module=module,
+            inputs=(
+                _float("latent", *picture),
+                _float("timestep", "B"),
+                *([_float("guidance", "B")] if self.guidance.embedded else []),
+                _float("context", "B", "L", config["joint_attention_dim"]),
+                _float("pooled", "B", config["pooled_projection_dim"]),
+                _float("rope_cos", *table),
+                _float("rope_sin", *table),
+            ),
+            outputs=(_float("velocity", *picture),),
+            dtype=self.dtype,
+            values=values,
+            place=place,
+            reference=lambda: self._level(self._transformer(), patch),
+            trace_sizes={"B": 2, "H": 2 * patch, "W": 3 * patch, "L": 5},
+        )
+
+    def _level(self, transformer: nn.Module, patch: int) -> FluxLevel:
+        config = self.adapter.configs.get(patch) if self.adapter else None
+        level = FluxLevel(transformer, patch, config)
+        if self.adapter and config:
+            self.adapter.apply(level, patch)
+        return level
+
+    @cached_property
+    def _transformer_weights(self) -> SafetensorsFolder:
+        return SafetensorsFolder(self.source.folder / "transformer")
+
+    def _transformer(self) -> nn.Module:
+        """The transformer with its weights, read independently of the export where that is possible."""
+        folder, dtype = self.source.folder / "transformer", TORCH_DTYPES[self.dtype]
+        if self.depth is None:
+            return FluxTransformer2DModel.from_pretrained(folder, torch_dtype=dtype).eval()  # type: ignore[no-any-return]
+        return _filled(partial(FluxTransformer2DModel.from_config, self.transformer_config), self._transformer_weights)
+
+    def _clip_job(self) -> GraphJob:
+        module = ClipEncoder(_load(CLIPTextModel, self.source.folder / "text_encoder", self.dtype))
+        config: Any = module.encoder.config
+        ids = _ids("input_ids", "B", config.max_position_embeddings)
+        return replace(
+            self._real_job("clip", module, ids, _float("pooled", "B", config.hidden_size), {"B": 2}),
+            vocabulary=config.vocab_size,
+        )
+
+    def _t5_job(self) -> GraphJob:
+        folder = self.source.folder / "text_encoder_2"
+        config = T5Config.from_pretrained(folder)
+        if self.depth is not None:
+            config.num_layers = min(self.depth, config.num_layers)
+        with torch.device("meta"):
+            encoder = T5EncoderModel(config).to(TORCH_DTYPES[self.dtype])
+        if self.dtype == "fp16":  # as transformers does: this layer overflows in half precision
+            for block in encoder.encoder.block:
+                block.layer[-1].DenseReluDense.wo.to(torch.float32)
+        module = T5Encoder(encoder)
+        stored = SafetensorsFolder(folder)
+        tied = {"encoder.encoder.embed_tokens.weight": "shared.weight"}
+
+        def stored_name(name: str) -> str:
+            return tied.get(name, name.removeprefix("encoder."))
+
+        def reference() -> nn.Module:
+            if self.depth is None:
+                return T5Encoder(_load(T5EncoderModel, folder, self.dtype))
+            return T5Encoder(_filled(partial(T5EncoderModel, config), stored))
+
+        return GraphJob(
+            name="t5",
+            module=module,
+            inputs=(_ids("input_ids", "B", "L"),),
+            outputs=(_float("context", "B", "L", config.d_model),),
+            dtype=self.dtype,
+            values=lambda name: stored[stored_name(name)],
+            place=lambda name: ("t5.safetensors", stored_name(name)),
+            reference=reference,
+            trace_sizes={"B": 2, "L": 5},
+            vocabulary=config.vocab_size,
+        )
+
+    def _vae_job(self) -> GraphJob:
+        dtype: Dtype = "fp32" if self.dtype == "fp16" and self.vae_config.get("force_upcast", True) else self.dtype
+        module = VaeDecoder(_load(AutoencoderKL, self.source.folder / "vae", dtype))
+        scale = self.latent.downscale
+        latent = _float("latent", "B", self.latent.channels, "H", "W")
+        image = _float("image", "B", self.vae_config["out_channels"], f"H*{scale}", f"W*{scale}")
+        return self._real_job("vae_decoder", module, latent, image, {"B": 2, "H": 4, "W": 6}, dtype)
+
+    def _real_job(
+        self,
+        name: str,
+        module: nn.Module,
+        taken: TensorSpec,
+        given: TensorSpec,
+        trace_sizes: Mapping[str, int],
+        dtype: Dtype | None = None,
+    ) -> GraphJob:
+        """A job for a model that is small enough to be traced with its weights (it has buffers that files lack)."""
+        state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        return GraphJob(
+            name=name,
+            module=module,
+            inputs=(taken,),
+            outputs=(given,),
+            dtype=dtype or self.dtype,
+            values=lambda key: state[key],
+            place=lambda key: (f"{name}.safetensors", key),
+            reference=lambda: module,
+            trace_sizes=trace_sizes,
+        )
+
+
+class _Only(dict[str, Tensor]):
+    """A few tensors of a larger mapping, read at once."""
+
+    def __init__(self, stored: Mapping[str, Tensor], layers: Sequence[str]):
+        super().__init__(
+            {f"{layer}.{part}": stored[f"{layer}.{part}"] for layer in layers for part in ("weight", "bias")}
+        )
+
+
+def _float(name: str, *shape: int | str) -> TensorSpec:
+    return TensorSpec(name=name, dtype="float32", shape=shape)
+
+
+def _ids(name: str, *shape: int | str) -> TensorSpec:
+    return TensorSpec(name=name, dtype="int64", shape=shape)
+
+
+def _trunk_name(name: str) -> str:
+    """A trunk parameter's name in the pipeline's files; at the native level its ends have two names in the module."""
+    if name.startswith("embed."):
+        return name.replace("embed.", "x_embedder.", 1)
+    if name.startswith("head."):
+        return name.replace("head.", "proj_out.", 1)
+    return name.removeprefix("trunk.")
+
+
+def _load(cls: Any, folder: Path, dtype: Dtype) -> nn.Module:
+    """A component with its weights, in evaluation mode."""
+    keyword = "torch_dtype" if cls is AutoencoderKL else "dtype"
+    try:
+        return cls.from_pretrained(folder, **{keyword: TORCH_DTYPES[dtype]}).eval()  # type: ignore[no-any-return]
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{folder} cannot be read: {str(error).strip().splitlines()[0]}") from None
+
+
+def _filled(make: Callable[[], nn.Module], stored: Mapping[str, Tensor]) -> nn.Module:
+    """A module of reduced depth with the weights of the blocks that it has, in float32."""
+    module = make().eval()
+    names = dict.fromkeys(name for name, _ in module.named_parameters())
+    module.load_state_dict({name: stored[name] for name in names}, strict=False)
+    return module.float()

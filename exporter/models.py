@@ -1,0 +1,105 @@
+"""Where a pretrained pipeline comes from: the demo model, a local folder, or the hub."""
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ddit.runtime.bundle import Dtype, ModelInfo
+from ddit.runtime.errors import ModelError
+
+DEMO = "demo"
+DEFAULTS_FILE = "ddit.json"
+
+
+class ExportDefaults(BaseModel):
+    """What a model's folder may say about its own export, in ``ddit.json`` beside ``model_index.json``.
+
+    Every field is optional; the command line's options come first.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    levels: tuple[int, ...] | None = None
+    dtype: Dtype | None = None
+    profile: str | None = None
+    adapter: str | None = None  # file in the same folder
+    guidance: float | None = None
+    steps: int | None = None
+    tau: float | None = None
+    rho: float | None = None
+    warmup: int | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A diffusers pipeline's folder on this machine, and what to call it in the manifest."""
+
+    folder: Path
+    info: ModelInfo
+    defaults: ExportDefaults
+
+    def config(self, component: str, file: str = "config.json") -> dict[str, object]:
+        """A component's configuration. Raises `ModelError`."""
+        path = self.folder / component / file
+        try:
+            content: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path} cannot be read: {error}; is {self.folder} a whole diffusers pipeline?") from None
+        return content
+
+
+def find_model(name: str, revision: str | None = None) -> Source:
+    """The folder of ``demo``, a local path, or a hub id (downloaded into the hub's cache)."""
+    if name == DEMO:
+        folder = Path(str(files("ddit.exporter") / "demo"))
+        if not (folder / "model_index.json").is_file():
+            raise ModelError("this installation has no demo model; install ddit from its repository")
+        info = ModelInfo(id=DEMO)
+    elif Path(name).is_dir():
+        folder, info = Path(name), ModelInfo(id=Path(name).resolve().name)
+    elif name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ModelError(f"model {name!r} is neither a folder nor a hub id such as black-forest-labs/FLUX.1-dev")
+    else:
+        folder, info = _download(name, revision)
+    if not (folder / "model_index.json").is_file():
+        raise ModelError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
+    return Source(folder, info, _defaults(folder))
+
+
+def _defaults(folder: Path) -> ExportDefaults:
+    path = folder / DEFAULTS_FILE
+    if not path.is_file():
+        return ExportDefaults()
+    try:
+        return ExportDefaults.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ModelError(f"{path} is not valid: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _download(name: str, revision: str | None) -> tuple[Path, ModelInfo]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    # not the single-file checkpoints at the top of such repositories, which hold the same weights again
+    wanted = ["model_index.json", DEFAULTS_FILE, "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model"]
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except GatedRepoError:
+        raise ModelError(
+            f"{name} is gated: accept its licence at https://huggingface.co/{name}, then log in with: hf auth login"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ModelError(
+            f"the hub has no model {name!r}, or it is private: check the name, or log in with: hf auth login"
+        ) from None
+    except LocalEntryNotFoundError:
+        raise ModelError(
+            f"the hub cannot be reached and {name} is not in its cache; check the network, or give a local folder"
+        ) from None
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ModelError(f"{name} could not be downloaded: {str(error).strip().splitlines()[0]}") from None
+    return folder, ModelInfo(id=name, revision=folder.name)

@@ -1,0 +1,110 @@
+"""Shape profiles: for which sizes a bundle's graphs and engines are made.
+
+A profile is a named list of entries; an entry gives minimum, optimum and maximum of every free dimension. The built-in
+ones are the ``*.toml`` files beside this module; a path to such a file works everywhere a name does.
+
+    >>> load_profile("256").contains(height=256, width=256, text=32, batch=1)
+    True
+"""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib  # type: ignore[no-redef,import-not-found,unused-ignore]
+
+
+class ProfileError(ValueError):
+    """A profile does not exist or is not valid."""
+
+
+class Range(BaseModel):
+    """Minimum, optimum and maximum of one dimension. Written as a list of three in TOML and JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    minimum: int = Field(ge=1)
+    optimum: int
+    maximum: int
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_list(cls, value: object) -> object:
+        if isinstance(value, list | tuple):
+            if len(value) != 3:
+                raise ValueError("give three numbers: minimum, optimum, maximum")
+            return dict(zip(("minimum", "optimum", "maximum"), value, strict=True))
+        return value
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Range":
+        if not self.minimum <= self.optimum <= self.maximum:
+            raise ValueError(f"not ordered: {self.minimum}, {self.optimum}, {self.maximum}")
+        return self
+
+    def __contains__(self, value: int) -> bool:
+        return self.minimum <= value <= self.maximum
+
+    def __str__(self) -> str:
+        return str(self.minimum) if self.minimum == self.maximum else f"{self.minimum} to {self.maximum}"
+
+
+class Entry(BaseModel):
+    """One range of shapes; with TensorRT, one optimisation profile."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    height: Range = Field(description="pixels")
+    width: Range = Field(description="pixels")
+    text: Range = Field(description="text tokens")
+    batch: Range = Field(description="pictures in one call")
+
+    def contains(self, **sizes: int) -> bool:
+        """Whether every named size (``height``, ``width``, ``text``, ``batch``) lies inside."""
+        return all(value in getattr(self, name) for name, value in sizes.items())
+
+    def __str__(self) -> str:
+        return f"height {self.height}, width {self.width}, text {self.text}, batch {self.batch}"
+
+
+class Profile(BaseModel):
+    """A named list of entries, tried in order."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    description: str = ""
+    entry: tuple[Entry, ...] = Field(min_length=1)
+
+    def contains(self, **sizes: int) -> bool:
+        """Whether one entry holds all the sizes."""
+        return any(entry.contains(**sizes) for entry in self.entry)
+
+    def __str__(self) -> str:
+        return "; or ".join(map(str, self.entry))
+
+
+def built_in() -> dict[str, Path]:
+    """The profiles that come with the package, by name."""
+    return {path.stem: path for path in sorted(Path(__file__).parent.glob("*.toml"))}
+
+
+def load_profile(name: str | Path) -> Profile:
+    """Read a built-in profile by name, or a TOML file by path. Raises `ProfileError`."""
+    path = built_in().get(str(name), Path(name))
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        return Profile(name=path.stem, **content)
+    except OSError:
+        raise ProfileError(
+            f"unknown profile {str(name)!r}; built in: {', '.join(built_in())}; or a .toml file"
+        ) from None
+    except (tomllib.TOMLDecodeError, TypeError) as error:
+        raise ProfileError(f"profile {path} is not valid TOML: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ProfileError(f"profile {path} is not valid: {where}: {first['msg']}") from None

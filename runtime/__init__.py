@@ -1,0 +1,7 @@
+"""The light runtime: bundles in, pictures out. Needs NumPy and ONNX Runtime, never torch."""
+
+from ddit.runtime.bundle import Bundle
+from ddit.runtime.errors import DditError
+from ddit.runtime.pipeline import Pipeline, Result
+
+__all__ = ["Bundle", "DditError", "Pipeline", "Result"]

@@ -1,0 +1,96 @@
+"""ONNX Runtime: the CPU by default, or any of its execution providers by name."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddit.runtime.backends import Array, Backend, Engine
+from ddit.runtime.bundle import Bundle
+from ddit.runtime.errors import BackendError, UsageError
+
+log = logging.getLogger(__name__)
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def import_onnxruntime() -> Any:
+    """ONNX Runtime, or a `BackendError` that says how to install it."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise BackendError(
+            "ONNX Runtime is not installed; choose one: pip install 'ddit[cpu]' or pip install 'ddit[cuda]'"
+        ) from None
+    return onnxruntime
+
+
+@contextmanager
+def _errors(what: str) -> Iterator[None]:
+    """Turn ONNX Runtime's exceptions, which share no base class, into one `BackendError` line."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise BackendError(f"ONNX Runtime could not {what}: {_first_line(error)}") from error
+    except Exception as error:
+        if type(error).__module__.startswith("onnxruntime"):
+            raise BackendError(f"ONNX Runtime could not {what}: {_first_line(error)}") from error
+        raise
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def open_session(path: Path, provider: str = "CPUExecutionProvider", threads: int | None = None) -> Any:
+    """A session over an ONNX file.
+
+    Prepacking is off, because with it every session would copy its weights; without it they stay memory-mapped from
+    the bundle's files, and the levels of a bundle share one copy of the trunk.
+    """
+    ort = import_onnxruntime()
+    if provider not in ort.get_available_providers():
+        raise UsageError(
+            f"ONNX Runtime has no provider {provider!r} here; it has: {', '.join(ort.get_available_providers())}"
+        )
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # errors only: warnings about the graph are no concern of who runs it
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    if threads:
+        options.intra_op_num_threads = threads
+    with _errors(f"load {path.name}"):
+        return ort.InferenceSession(path, options, providers=[provider])
+
+
+class OnnxRuntimeEngine(Engine):
+    """A session and its signature."""
+
+    def __init__(self, session: Any, name: str):
+        self.session = session
+        self.name = name
+        self.outputs = [output.name for output in session.get_outputs()]
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, NDArray[np.float32]]:
+        """Run the session on host arrays."""
+        with _errors(f"run {self.name}"):
+            values = self.session.run(self.outputs, dict(inputs))
+        return dict(zip(self.outputs, values, strict=True))
+
+
+class OnnxRuntimeBackend(Backend):
+    """One session a graph."""
+
+    def __init__(self, bundle: Bundle, name: str = "cpu", threads: int | None = None):
+        super().__init__(bundle)
+        self.name = name
+        self.provider = PROVIDERS.get(name, name)
+        self.threads = threads
+
+    def _open(self, graph: str) -> Engine:
+        path = self.bundle.file(self.bundle.graph(graph).file)
+        log.info("opening %s with %s", path.name, self.provider)
+        return OnnxRuntimeEngine(open_session(path, self.provider, self.threads), graph)

@@ -1,0 +1,284 @@
+"""ddit-run: make pictures with a bundle, look into it, check it, measure it."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ddit.runtime.bundle import Bundle, Manifest
+from ddit.runtime.console import DditGroup, say, set_up_logging
+from ddit.runtime.errors import BundleError, UsageError
+from ddit.runtime.pipeline import Pipeline
+from ddit.runtime.trace import Trace, plot
+
+BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
+JSON = click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
+BACKEND = click.option(
+    "--backend", default="cpu", show_default=True, help="cpu, cuda, or the name of an ONNX Runtime execution provider."
+)
+THREADS = click.option("--threads", type=click.IntRange(1), help="Threads of one graph.  [default: all cores]")
+
+
+@click.group(cls=DditGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="ddit")
+@click.option("-v", "--verbose", count=True, help="Say more; twice for everything.")
+def main(verbose: int) -> None:
+    """Run a bundle that ddit-export made: one prompt, one picture, the patch size chosen anew at every step."""
+    set_up_logging(verbose)
+
+
+@main.command()
+@BUNDLE
+@click.argument("prompt")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--steps", type=int, help="Denoising steps.  [default: the bundle's]")
+@click.option(
+    "--schedule",
+    default="dynamic",
+    show_default=True,
+    help="native, fixed:8x10,4x20,2x20 or dynamic[:tau=…,rho=…,warmup=…].",
+)
+@click.option("--height", type=int, help="Pixels.  [default: the profile's optimum]")
+@click.option("--width", type=int, help="Pixels.  [default: the profile's optimum]")
+@click.option("--guidance", type=float, help="Guidance scale.  [default: the bundle's]")
+@click.option("--text-length", type=click.IntRange(1), help="Tokens of the prompt.  [default: the bundle's]")
+@click.option("--out", type=click.Path(path_type=Path), default="out.png", show_default=True, help="Picture to write.")
+@click.option("--trace", "trace_file", type=click.Path(path_type=Path), help="Write what every step did as JSON.")
+@click.option(
+    "--plot", "plot_file", type=click.Path(path_type=Path), help="Draw levels and statistics (.png, .svg, .pdf)."
+)
+@BACKEND
+@THREADS
+@JSON
+def generate(
+    bundle: Path,
+    prompt: str,
+    seed: int,
+    steps: int | None,
+    schedule: str,
+    height: int | None,
+    width: int | None,
+    guidance: float | None,
+    text_length: int | None,
+    out: Path,
+    trace_file: Path | None,
+    plot_file: Path | None,
+    backend: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Make one picture."""
+    for path in filter(None, (out, trace_file, plot_file)):
+        _check_writable(path)
+    pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
+    with _progress() as progress:
+        task = progress.add_task("opening", total=None)
+
+        def on_step(step: int, total: int, levels: list[int]) -> None:
+            progress.update(task, completed=step + 1, total=total, description=f"level {levels[0]}")
+
+        result = pipeline(
+            prompt,
+            seed=seed,
+            steps=steps,
+            schedule=schedule,
+            height=height,
+            width=width,
+            guidance=guidance,
+            text_length=text_length,
+            on_step=on_step,
+        )
+    _write(out, lambda path: result.image.save(path))
+    if trace_file:
+        _write(trace_file, lambda path: path.write_text(result.trace.to_json() + "\n", encoding="utf-8"))
+    if plot_file:
+        _write(plot_file, lambda path: plot(result.trace, path))
+    if as_json:
+        click.echo(json.dumps({"out": str(out), "seed": seed, **result.trace.summary()}))
+    else:
+        say(f"{out}: {_steps_line(result.trace)}")
+
+
+def _steps_line(trace: Trace) -> str:
+    steps = " + ".join(f"{count} at level {level}" for level, count in trace.steps_per_level().items())
+    return f"{len(trace.steps)} steps ({steps}) in {trace.total_milliseconds() / 1000:.1f} s"
+
+
+@main.command()
+@BUNDLE
+@JSON
+def inspect(bundle: Path, as_json: bool) -> None:
+    """Show what a bundle holds: levels, tensors, shapes, profile, adapter state, parity, sizes."""
+    manifest = Bundle.open(bundle).manifest
+    if as_json:
+        click.echo(manifest.model_dump_json(indent=2))
+        return
+    console = Console()
+    revision = f"@{manifest.model.revision[:12]}" if manifest.model.revision else ""
+    total = sum(info.size for info in manifest.files.values())
+    console.print(f"[bold]{bundle}[/bold]: {manifest.family}, {manifest.model.id}{revision}, {manifest.dtype}, "
+                  f"opset {manifest.opset}, {total / 1e6:,.0f} MB")  # fmt: skip
+    console.print(f"profile {manifest.profile.name}: {manifest.profile}")
+    guidance = f"default {manifest.guidance.default:g}" if manifest.guidance.embedded else "none"
+    dynamic = manifest.schedule
+    console.print(
+        f"sampling: {manifest.sampler.steps} steps, guidance {guidance}; "
+        f"dynamic schedule τ {dynamic.tau:g}, ρ {dynamic.rho:g}, warm-up {dynamic.warmup}"
+    )
+    console.print(_levels_table(manifest))
+    console.print(_graphs_table(manifest))
+    console.print("made with " + ", ".join(f"{name} {version}" for name, version in manifest.made_with.items()))
+
+
+def _levels_table(manifest: Manifest) -> Table:
+    table = Table("level", "state", "graph", "own weights", title="Levels", title_justify="left")
+    for level in sorted(manifest.levels, key=lambda level: level.patch):
+        native = level.patch == manifest.native
+        state = "native" if native else ("trained" if level.trained else "[red]untrained[/red]")
+        if level.adapter_sha256:
+            state += f" (adapter {level.adapter_sha256[:12]})"
+        own = manifest.files.get(f"level-{level.patch}.safetensors")
+        table.add_row(str(level.patch), state, level.graph, f"{own.size / 1e6:.1f} MB" if own else "none")
+    return table
+
+
+def _graphs_table(manifest: Manifest) -> Table:
+    table = Table("graph", "dtype", "inputs", "outputs", "file", "parity", title="Graphs", title_justify="left")
+    for name, graph in manifest.graphs.items():
+        results = [result for result in manifest.parity if result.graph == name]
+        worst = max((result.error for result in results), default=float("nan"))
+        note = "" if all(result.checked == "full" for result in results) else " (reduced)"
+        table.add_row(
+            name,
+            graph.dtype,
+            "\n".join(_signature(spec.name, spec.shape) for spec in graph.inputs),
+            "\n".join(_signature(spec.name, spec.shape) for spec in graph.outputs),
+            f"{manifest.files[graph.file].size / 1e3:.0f} kB",
+            f"{worst:.1e}{note}",
+        )
+    return table
+
+
+def _signature(name: str, shape: tuple[int | str, ...]) -> str:
+    return f"{name} ({', '.join(map(str, shape))})"
+
+
+@main.command()
+@BUNDLE
+@BACKEND
+@THREADS
+@JSON
+def verify(bundle: Path, backend: str, threads: int | None, as_json: bool) -> None:
+    """Check hashes and manifest, load every graph, and reproduce the exporter's parity values."""
+    from ddit.runtime.backends import open_backend
+    from ddit.runtime.verify import verify_graphs
+
+    opened = Bundle.open(bundle)
+    files = list(opened.verify_files())
+    checks = list(verify_graphs(open_backend(backend, opened, threads)))
+    unchecked = sorted(opened.manifest.graphs.keys() - {check.graph for check in checks})
+    failed = [check for check in checks if not check.passed]
+    if as_json:
+        report = {
+            "files": len(files),
+            "checks": [{**dataclasses.asdict(check), "passed": check.passed} for check in checks],
+            "without_reference": unchecked,
+            "passed": not failed,
+        }
+        click.echo(json.dumps(report, indent=2))
+    else:
+        table = Table("graph", "case", "tensor", "relative error", "allowed", "")
+        for check in checks:
+            verdict = "ok" if check.passed else "[red]FAILED[/red]"
+            table.add_row(
+                check.graph, str(check.case), check.tensor, f"{check.error:.1e}", f"{check.tolerance:g}", verdict
+            )
+        Console().print(f"{len(files)} files have their recorded hash")
+        Console().print(table)
+        for name in unchecked:
+            say(f"warning: {name} has no reference values: the exporting machine could not run the model")
+    if failed:
+        worst = max(failed, key=lambda check: check.error)
+        raise BundleError(
+            f"{bundle} does not reproduce its parity values: {worst.graph}.{worst.tensor} is off by {worst.error:.1e} "
+            f"(allowed {worst.tolerance:g}); export it again, or report it with this machine's onnxruntime version"
+        )
+
+
+@main.command()
+@BUNDLE
+@click.option("--height", type=int, help="Pixels.  [default: the profile's optimum]")
+@click.option("--width", type=int, help="Pixels.  [default: the profile's optimum]")
+@click.option("--repeat", type=click.IntRange(1), default=10, show_default=True, help="Steps to time at each level.")
+@BACKEND
+@THREADS
+@JSON
+def bench(
+    bundle: Path,
+    height: int | None,
+    width: int | None,
+    repeat: int,
+    backend: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Measure a denoising step at every level: median milliseconds, tokens, peak memory."""
+    from ddit.runtime.bench import bench as measure
+
+    manifest = Bundle.open(bundle).manifest
+    measured = measure(bundle, backend, threads, manifest.patches, height=height, width=width, repeat=repeat)
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(one) for one in measured], indent=2))
+        return
+    native = next(one.milliseconds for one in measured if one.level == manifest.native)
+    table = Table("level", "image tokens", "ms per step", "fastest–slowest", "against native", "peak memory")
+    for one in measured:
+        table.add_row(
+            str(one.level),
+            str(one.image_tokens),
+            f"{one.milliseconds:.1f}",
+            f"{one.fastest:.1f}–{one.slowest:.1f}",
+            f"{native / one.milliseconds:.2f}×",
+            f"{one.peak_memory_mb:.0f} MB",
+        )
+    Console().print(table)
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _check_writable(path: Path) -> None:
+    """Find out before the work, not after it, that a result could not be written."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name a file")
+    try:
+        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _write(path: Path, save: Callable[[Path], Any]) -> None:
+    """Write a file through a temporary sibling, so that an interrupted command leaves no half of it."""
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        save(partial)
+        partial.replace(path)
+    except (OSError, ValueError) as error:  # Pillow and matplotlib raise ValueError for an unknown file type
+        raise UsageError(f"{path} cannot be written: {error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

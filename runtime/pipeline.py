@@ -1,0 +1,251 @@
+"""The loop: prompt → context → latent → picture, with the level chosen anew at every denoising step."""
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ddit.runtime.backends import Backend, open_backend
+from ddit.runtime.bundle import Bundle
+from ddit.runtime.errors import UsageError
+from ddit.runtime.rotary import rotary_tables
+from ddit.runtime.sampler import noise, sigmas
+from ddit.runtime.schedule import DIFFERENCE_ORDER, Dynamic, Fixed, Schedule, describe, parse_schedule, statistic
+from ddit.runtime.tokenizer import Tokenizer
+from ddit.runtime.trace import StepRecord, Trace
+
+log = logging.getLogger(__name__)
+
+FloatArray = NDArray[np.float32]
+OnStep = Callable[[int, int, list[int]], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A picture and how it came about."""
+
+    image: Image.Image
+    trace: Trace
+    latent: FloatArray  # (C, H, W), what was decoded
+
+
+class Pipeline:
+    """A bundle, ready to make pictures.
+
+        >>> from ddit.runtime import Pipeline
+        >>> Pipeline.open("demo.bundle")("a red circle on a striped background", seed=7).image.save("out.png")
+
+    One pipeline may be called from several threads at once. Opening a graph is serialised; runs are not, they share the
+    sessions and compete for the machine's cores.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend):
+        self.bundle = bundle
+        self.backend = backend
+        self._tokenizers = {name: Tokenizer.of(bundle, name) for name in bundle.manifest.tokenizers}
+        self._rotary = lru_cache(maxsize=16)(self._make_rotary)
+
+    @classmethod
+    def open(cls, path: Path | str, *, backend: str = "cpu", threads: int | None = None) -> "Pipeline":
+        """Open a bundle's folder. Graphs are loaded when they are first needed."""
+        bundle = Bundle.open(path)
+        return cls(bundle, open_backend(backend, bundle, threads))
+
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        schedule: str | Schedule = "dynamic",
+        height: int | None = None,
+        width: int | None = None,
+        guidance: float | None = None,
+        text_length: int | None = None,
+        on_step: OnStep | None = None,
+    ) -> Result:
+        """Make one picture; the arguments are those of `batch`."""
+        return self.batch(
+            [prompt],
+            seeds=[seed],
+            steps=steps,
+            schedule=schedule,
+            height=height,
+            width=width,
+            guidance=guidance,
+            text_length=text_length,
+            on_step=on_step,
+        )[0]
+
+    def batch(
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        steps: int | None = None,
+        schedule: str | Schedule = "dynamic",
+        height: int | None = None,
+        width: int | None = None,
+        guidance: float | None = None,
+        text_length: int | None = None,
+        on_step: OnStep | None = None,
+    ) -> list[Result]:
+        """Make several pictures together. Each follows its own schedule: samples at the same level run in one call.
+
+        Args:
+            prompts: one a picture.
+            seeds: one a picture; a picture is the same whatever it is batched with, up to rounding.
+            steps: denoising steps; the bundle's default when None, or as many as a fixed schedule lists.
+            schedule: a schedule or its written form, see `ddit.runtime.schedule`.
+            height, width: pixels; the profile's optimum when None.
+            guidance: guidance scale, for models that were distilled for it; the bundle's default when None.
+            text_length: tokens of the prompt, padding included; the bundle's default when None.
+            on_step: called after every step with its number, the number of steps, and the samples' levels.
+
+        Raises:
+            UsageError: for a request that the bundle cannot meet.
+            BackendError: when the engine fails.
+        """
+        manifest = self.bundle.manifest
+        if len(prompts) != len(seeds):
+            raise UsageError(f"{len(prompts)} prompts but {len(seeds)} seeds")
+        if not prompts or any(not prompt.strip() for prompt in prompts):
+            raise UsageError("the prompt is empty")
+        optimum = manifest.profile.entry[0]
+        height, width = height or optimum.height.optimum, width or optimum.width.optimum
+        text_length = text_length or manifest.tokenizers["t5"].length
+        sizes = manifest.sizes(height=height, width=width, text=text_length, batch=len(prompts))
+        guidance = self._guidance(guidance)
+        chosen = self.schedule(schedule) if isinstance(schedule, str) else schedule
+        steps = self._steps(steps, chosen)
+
+        traces = [
+            Trace(prompt, seed, height, width, guidance, self.backend.name, describe(chosen))
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        start = perf_counter()
+        context, pooled = self._encode(prompts, text_length)
+        encoded = perf_counter()
+        latent = np.concatenate([noise(seed, (1, manifest.latent.channels, sizes["H"], sizes["W"])) for seed in seeds])
+        fixed_inputs = {"context": context, "pooled": pooled}
+        if manifest.guidance.embedded:
+            fixed_inputs["guidance"] = np.full(len(prompts), guidance, dtype=np.float32)
+        latent = self._denoise(latent, fixed_inputs, steps, chosen, traces, on_step)
+        denoised = perf_counter()
+        pictures = self.backend.engine("vae_decoder").run({"latent": latent})["image"]
+        for trace in traces:
+            trace.encode_milliseconds = (encoded - start) * 1000
+            trace.decode_milliseconds = (perf_counter() - denoised) * 1000
+        return [
+            Result(to_image(picture), trace, one) for picture, trace, one in zip(pictures, traces, latent, strict=True)
+        ]
+
+    def schedule(self, text: str) -> Schedule:
+        """A schedule from its written form, with the bundle's defaults."""
+        manifest = self.bundle.manifest
+        coarse = tuple(patch for patch in manifest.patches if patch != manifest.native)
+        info = manifest.schedule
+        default = Dynamic(manifest.native, coarse, info.tau, info.rho, info.warmup)
+        return parse_schedule(text, patches=manifest.patches, native=manifest.native, default=default)
+
+    def _guidance(self, asked: float | None) -> float:
+        info = self.bundle.manifest.guidance
+        if asked is not None and not info.embedded and asked != info.default:
+            raise UsageError("this model takes no guidance scale (it was not distilled for one); leave it out")
+        return info.default if asked is None else asked
+
+    def _steps(self, asked: int | None, schedule: Schedule) -> int:
+        if isinstance(schedule, Fixed):
+            if asked is not None and asked != len(schedule.levels):
+                raise UsageError(f"the fixed schedule has {len(schedule.levels)} steps, not {asked}")
+            return len(schedule.levels)
+        steps = self.bundle.manifest.sampler.steps if asked is None else asked
+        if steps < 1:
+            raise UsageError(f"the number of steps must be at least 1, not {steps}")
+        return steps
+
+    def _encode(self, prompts: Sequence[str], text_length: int) -> tuple[FloatArray, FloatArray]:
+        """Context (B, L, Dc) from T5 and pooled vector (B, Dp) from CLIP."""
+        clip, t5 = [], []
+        for prompt in prompts:
+            ids, lost = self._tokenizers["t5"](prompt, text_length)
+            if lost:
+                log.warning("the prompt is longer than %d tokens; left out: “%s”", text_length, lost)
+            t5.append(ids)
+            clip.append(self._tokenizers["clip"](prompt)[0])
+        context = self.backend.engine("t5").run({"input_ids": np.stack(t5)})["context"]
+        pooled = self.backend.engine("clip").run({"input_ids": np.stack(clip)})["pooled"]
+        return context, pooled
+
+    def _make_rotary(self, patch: int, height: int, width: int) -> tuple[FloatArray, FloatArray]:
+        manifest = self.bundle.manifest
+        rotary = manifest.rotary
+        return rotary_tables(height // patch, width // patch, patch / manifest.native, rotary.axes_dims, rotary.theta)
+
+    def _denoise(
+        self,
+        latent: FloatArray,
+        fixed_inputs: dict[str, FloatArray],
+        steps: int,
+        schedule: Schedule,
+        traces: list[Trace],
+        on_step: OnStep | None,
+    ) -> FloatArray:
+        """Run the steps. The state is float32: in half precision third differences drown in rounding (METHOD, τ)."""
+        manifest = self.bundle.manifest
+        batch, _, height, width = latent.shape
+        native_tokens = (height // manifest.native) * (width // manifest.native)
+        sigma = sigmas(manifest.sampler, steps, native_tokens)
+        state = {"latent": latent, "difference1": np.zeros_like(latent), "difference2": np.zeros_like(latent)}
+        deviations: list[dict[int, FloatArray]] = [{} for _ in range(batch)]
+        rho = schedule.rho if isinstance(schedule, Dynamic) else manifest.schedule.rho
+        step_graph = self.backend.engine("step")
+
+        for step in range(steps):
+            groups: defaultdict[int, list[int]] = defaultdict(list)
+            for sample in range(batch):
+                groups[schedule.level(step, deviations[sample])].append(sample)
+            for patch, members in groups.items():
+                start = perf_counter()
+                cos, sin = self._rotary(patch, height, width)
+                level = self.backend.engine(manifest.level(patch).graph)
+                velocity = level.run(
+                    {
+                        "latent": state["latent"][members],
+                        "timestep": np.full(len(members), sigma[step], dtype=np.float32),
+                        "rope_cos": cos,
+                        "rope_sin": sin,
+                        **{name: value[members] for name, value in fixed_inputs.items()},
+                    }
+                )["velocity"]
+                dt = np.full(len(members), sigma[step + 1] - sigma[step], dtype=np.float32)
+                now = {name: value[members] for name, value in state.items()}
+                after = step_graph.run({**now, "velocity": velocity, "dt": dt})
+                milliseconds = (perf_counter() - start) * 1000
+                for name, value in state.items():
+                    value[members] = after[f"next_{name}"]
+                for row, sample in enumerate(members):
+                    if step + 1 >= DIFFERENCE_ORDER:
+                        deviations[sample] = {
+                            int(name.removeprefix("deviation_")): value[row]
+                            for name, value in after.items()
+                            if name.startswith("deviation_")
+                        }
+                    measured = {p: statistic(value, rho) for p, value in deviations[sample].items()}
+                    traces[sample].steps.append(StepRecord(step, float(sigma[step]), patch, milliseconds, measured))
+            if on_step is not None:
+                on_step(step, steps, [trace.levels[-1] for trace in traces])
+        return state["latent"]
+
+
+def to_image(picture: FloatArray) -> Image.Image:
+    """A picture from ``(3, height, width)`` in [-1, 1]."""
+    pixels = np.round((np.clip(picture, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
+    return Image.fromarray(pixels.transpose(1, 2, 0))

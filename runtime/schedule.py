@@ -1,0 +1,138 @@
+"""Patch schedules: which level the next denoising step runs at.
+
+A schedule is a small value that knows nothing of the model: it is asked for the level of a step and sees what the
+step graph measured after the step before. `parse_schedule` makes one from the words that the commands take:
+
+    native                          every step at the native level
+    fixed:8x10,4x20,2x20            ten steps at level 8, then twenty at 4, then twenty at 2
+    dynamic                         by content (DDiT), with the bundle's defaults
+    dynamic:tau=0.002,rho=0.4       the same with a threshold and a percentile of one's own
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddit.runtime.errors import UsageError
+
+FloatArray = NDArray[np.float32]
+
+DIFFERENCE_ORDER = 3  # third differences need three finished steps
+FORMS = "native, fixed:8x10,4x20,2x20 or dynamic[:tau=0.001,rho=0.4,warmup=3]"
+
+
+class Schedule(Protocol):
+    """Chooses levels. Implementations are immutable, so that one object serves every sample and thread."""
+
+    def level(self, step: int, deviations: Mapping[int, FloatArray]) -> int:
+        """The patch of step ``step`` (from 0).
+
+        ``deviations`` holds, for every coarse patch, the deviation of the third difference inside each patch of this
+        sample's latent (see `ddit.exporter.step_graph`), measured after the previous step; shape (H/p, W/p).
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Native:
+    """Every step at the native level: the base model, unchanged."""
+
+    native: int
+
+    def level(self, step: int, deviations: Mapping[int, FloatArray]) -> int:
+        """Always the native patch."""
+        return self.native
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A list of levels, one a step, whatever the picture (FlexiDiT, arXiv 2502.20126)."""
+
+    levels: tuple[int, ...]
+
+    def level(self, step: int, deviations: Mapping[int, FloatArray]) -> int:
+        """The step's entry in the list."""
+        return self.levels[step]
+
+
+@dataclass(frozen=True)
+class Dynamic:
+    """DDiT's schedule (arXiv 2602.16968): as coarse as the latent's third difference is smooth.
+
+    The next step runs at the largest patch p whose statistic σ_p, the ``rho`` quantile over the patches of the
+    deviation inside them, lies under ``tau``; else at the native patch. The first ``warmup`` steps are native.
+    ``tau`` belongs to a model, a step count and a sigma shift: it is calibrated, never assumed.
+    """
+
+    native: int
+    coarse: tuple[int, ...]
+    tau: float
+    rho: float
+    warmup: int
+
+    def level(self, step: int, deviations: Mapping[int, FloatArray]) -> int:
+        """The largest patch under the threshold."""
+        if step < self.warmup:
+            return self.native
+        smooth = [patch for patch in self.coarse if statistic(deviations[patch], self.rho) < self.tau]
+        return max(smooth, default=self.native)
+
+
+def statistic(deviation: FloatArray, rho: float) -> float:
+    """σ_p: the ``rho`` quantile of the patches' deviations.
+
+    A quantile and not the mean, so that a flat background does not hide a zebra.
+    """
+    return float(np.quantile(deviation, rho))
+
+
+def parse_schedule(text: str, *, patches: Sequence[int], native: int, default: Dynamic) -> Schedule:
+    """Make a schedule from its written form; ``default`` gives what ``dynamic`` leaves unsaid. Raises `UsageError`."""
+    kind, _, rest = text.strip().partition(":")
+    if kind == "native" and not rest:
+        return Native(native)
+    if kind == "fixed" and rest:
+        return Fixed(_fixed_levels(rest, patches))
+    if kind == "dynamic":
+        return _with_settings(default, rest)
+    raise UsageError(f"unknown schedule {text!r}; write {FORMS}")
+
+
+def _fixed_levels(text: str, patches: Sequence[int]) -> tuple[int, ...]:
+    levels: list[int] = []
+    for part in text.split(","):
+        patch, cross, count = part.partition("x")
+        if not (patch.isdecimal() and (count.isdecimal() if cross else not count)):
+            raise UsageError(f"cannot read {part!r} in the schedule; write LEVELxSTEPS, as in fixed:4x20,2x30")
+        if int(patch) not in patches:
+            raise UsageError(f"the schedule asks for level {patch}; the bundle has {', '.join(map(str, patches))}")
+        levels += [int(patch)] * int(count or 1)
+    return tuple(levels)
+
+
+def _with_settings(default: Dynamic, text: str) -> Dynamic:
+    readers = {"tau": float, "rho": float, "warmup": int}
+    settings: dict[str, float] = {}
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        try:
+            settings[name.strip()] = readers[name.strip()](value)
+        except (KeyError, ValueError):
+            raise UsageError(f"cannot read {part!r} in the schedule; write {FORMS}") from None
+    schedule = replace(default, **settings)  # type: ignore[arg-type]
+    if not schedule.tau > 0:
+        raise UsageError(f"tau must be above 0, not {schedule.tau:g}")
+    if not 0 < schedule.rho < 1:
+        raise UsageError(f"rho must lie between 0 and 1, not {schedule.rho:g}")
+    if schedule.warmup < DIFFERENCE_ORDER:
+        raise UsageError(f"warmup must be at least {DIFFERENCE_ORDER}: the third difference needs that many steps")
+    return schedule
+
+
+def describe(schedule: Schedule) -> dict[str, object]:
+    """The schedule as plain data, for the trace."""
+    values = {field.name: getattr(schedule, field.name) for field in fields(schedule)}  # type: ignore[arg-type]
+    return {"kind": type(schedule).__name__.lower(), **values}

@@ -1,0 +1,69 @@
+"""Fixtures: a tiny random pipeline, an adapter for it, and the bundle that the command line makes of them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from tiny import save_tiny_adapter, save_tiny_pipeline
+
+
+def run(command, *arguments: object) -> Result:
+    """Run a command of ours in this process; an exception that it does not handle fails the test."""
+    return CliRunner(catch_exceptions=False).invoke(command, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory, worker_id) -> Path:
+    """A folder that all workers of a parallel run share."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root if worker_id == "master" else root.parent) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def make_once(path: Path, make) -> Path:
+    """``make(path)`` in the first worker that comes by; the others wait for it."""
+    from filelock import FileLock
+
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            make(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(shared_folder) -> Path:
+    """A diffusers folder like FLUX.1-dev's."""
+    return make_once(shared_folder / "tiny", save_tiny_pipeline)
+
+
+@pytest.fixture(scope="session")
+def tiny_schnell(shared_folder) -> Path:
+    """A diffusers folder like FLUX.1-schnell's: no guidance, another shift."""
+    return make_once(shared_folder / "tiny-schnell", lambda path: save_tiny_pipeline(path, guidance=False))
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(shared_folder, tiny_pipeline) -> Path:
+    """An adapter of random tensors for levels 4 and 8 of the tiny pipeline."""
+    return make_once(shared_folder / "tiny.adapter", lambda path: save_tiny_adapter(path, tiny_pipeline))
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(shared_folder, tiny_pipeline, tiny_adapter) -> Path:
+    """The tiny pipeline with its adapter, exported at levels 2, 4 and 8 in float32."""
+    from ddit.exporter.cli import main
+
+    def export(path: Path) -> None:
+        options = ("--levels", "2,4,8", "--adapter", tiny_adapter, "--dtype", "fp32", "--profile", "256", "--out", path)
+        result = run(main, "flux", "--model", tiny_pipeline, *options)
+        assert result.exit_code == 0, result.stderr
+
+    return make_once(shared_folder / "tiny.bundle", export)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

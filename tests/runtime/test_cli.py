@@ -1,0 +1,80 @@
+"""ddit-run from the outside: what a user types, sees and gets."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from conftest import run
+from ddit.runtime.cli import main
+
+
+def test_generate_writes_picture_trace_and_plot(tiny_bundle, tmp_path):
+    out, trace, plot = tmp_path / "out.png", tmp_path / "trace.json", tmp_path / "plot.png"
+    files = ("--out", out, "--trace", trace, "--plot", plot)
+    options = ("--seed", 7, "--steps", 6, "--height", 128, "--width", 64, "--schedule", "dynamic:tau=1e9")
+    result = run(main, "generate", tiny_bundle, "a red circle", *options, *files, "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["steps_per_level"] == {"2": 3, "8": 3}
+    assert Image.open(out).size == (64, 128)
+    assert Image.open(plot).size[0] > 100
+    steps = json.loads(trace.read_text())["steps"]
+    assert [step["level"] for step in steps] == [2, 2, 2, 8, 8, 8]
+    assert steps[2]["statistic"].keys() == {"4", "8"}
+    assert not steps[1]["statistic"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["a red circle", "--schedule", "sometimes"], 2, "unknown schedule"),
+        (["a red circle", "--schedule", "fixed:16x3"], 2, "asks for level 16; the bundle has 2, 4, 8"),
+        (["a red circle", "--schedule", "dynamic:tau=0"], 2, "tau must be above 0"),
+        (["a red circle", "--height", "100"], 2, "nearest: 64 or 128"),
+        (["a red circle", "--height", "1024"], 2, "outside the bundle's profile '256'"),
+        (["  "], 2, "the prompt is empty"),
+        (["a red circle", "--steps", "0"], 2, "at least 1"),
+        (["a red circle", "--backend", "NoSuchProvider"], 2, "no provider 'NoSuchProvider'"),
+        (["a red circle", "--out", "no/such/folder/out.png"], 2, "cannot be written"),
+        (["a red circle", "--out", "out.unknown", "--steps", "1"], 2, "cannot be written"),
+    ],
+)
+def test_bad_requests_end_in_one_line(tiny_bundle, tmp_path, monkeypatch, arguments, code, words):
+    monkeypatch.chdir(tmp_path)
+    result = run(main, "generate", tiny_bundle, *arguments)
+    assert result.exit_code == code
+    assert words in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_long_prompt_is_cut_with_a_warning(tiny_bundle, tmp_path, caplog):
+    prompt = " ".join(["a red circle"] * 10)
+    result = run(main, "generate", tiny_bundle, prompt, "--steps", 1, "--height", 64, "--out", tmp_path / "out.png")
+    assert result.exit_code == 0
+    assert "longer than 16 tokens; left out: “a red circle" in caplog.text
+
+
+def test_inspect_shows_levels_and_parity(tiny_bundle):
+    text = run(main, "inspect", tiny_bundle).stdout
+    for words in ("profile 256", "trained (adapter", "level-8", "vae_decoder", "opset 23"):
+        assert words in text
+    assert json.loads(run(main, "inspect", tiny_bundle, "--json").stdout)["native"] == 2
+
+
+def test_verify_reproduces_every_reference(tiny_bundle):
+    result = run(main, "verify", tiny_bundle, "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["passed"]
+    assert not report["without_reference"]
+    assert {check["graph"] for check in report["checks"]} >= {"level-2", "level-4", "level-8", "t5", "clip", "step"}
+
+
+def test_bench_reports_every_level(tiny_bundle):
+    result = run(main, "bench", tiny_bundle, "--repeat", 2, "--height", 64, "--width", 128, "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert [(one["level"], one["image_tokens"]) for one in report] == [(2, 32), (4, 8), (8, 2)]
+    assert all(one["milliseconds"] > 0 and one["peak_memory_mb"] > 10 for one in report)
