@@ -91,7 +91,11 @@ class WeightFiles:
 
     def total_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(weight.nbytes for weights in self._files.values() for weight in weights.values())
+        return sum(map(self.file_bytes, self._files))
+
+    def file_bytes(self, file: str) -> int:
+        """Bytes of one file's tensors."""
+        return sum(weight.nbytes for weight in self._files[file].values())
 
     def reference(self, file: str, key: str) -> ir.ExternalTensor:
         """The tensor as ONNX external data, after `write`."""

@@ -1,6 +1,6 @@
 """FLUX.1: how a diffusers `FluxPipeline` is read and which graphs it becomes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -140,25 +140,24 @@ class FluxModel:
         return [
             self._clip_job(),
             self._t5_job(),
-            *(self._level_job(patch) for patch in self.levels),
+            *(self.level_job(patch) for patch in self.levels),
             step_job(self.latent.channels, coarse),
             self._vae_job(),
         ]
 
-    def _level_job(self, patch: int) -> GraphJob:
+    def level_job(self, patch: int) -> GraphJob:
+        """The graph of one level."""
         config = self.transformer_config
         with torch.device("meta"):
             transformer = FluxTransformer2DModel.from_config(config).to(TORCH_DTYPES[self.dtype])
         module = self._level(transformer, patch)
         own = module.own_parameters()
-        stored = self._transformer_weights
         adapter = self.adapter if module.config is not None else None
-        start = None if adapter or not own else resized_ends(_Only(stored, ("x_embedder", "proj_out")), patch)
 
         def values(name: str) -> Tensor:
-            if name in own:
-                return adapter.value(patch, name) if adapter else start[name]  # type: ignore[index]
-            return stored[_trunk_name(name)]
+            if name not in own:
+                return self._transformer_weights[_trunk_name(name)]
+            return adapter.value(patch, name) if adapter else resized_ends(self._transformer_weights, patch)[name]
 
         def place(name: str) -> tuple[str, str]:
             return (f"level-{patch}.safetensors", name) if name in own else (TRUNK_FILE, _trunk_name(name))
@@ -276,15 +275,6 @@ class FluxModel:
             place=lambda key: (f"{name}.safetensors", key),
             reference=lambda: module,
             trace_sizes=trace_sizes,
-        )
-
-
-class _Only(dict[str, Tensor]):
-    """A few tensors of a larger mapping, read at once."""
-
-    def __init__(self, stored: Mapping[str, Tensor], layers: Sequence[str]):
-        super().__init__(
-            {f"{layer}.{part}": stored[f"{layer}.{part}"] for layer in layers for part in ("weight", "bias")}
         )
 
 

@@ -1,0 +1,466 @@
+"""Train the demo model from scratch: VAE, text encoders, transformer, guidance, adapter; about 20 minutes on one GPU.
+
+    python scripts/train_demo.py --out runs/demo
+    cp -r runs/demo/model exporter/demo; cp runs/demo/scene_classifier.safetensors scripts/
+
+Work: 11 M parameters and 288 tokens make about 16 GFLOP for a sample forward and backward. One H200 trains 13,500
+samples a second in bfloat16 with torch.compile (215 TFLOP/s), so 9 minutes see 7 million samples of 256,000 scenes.
+
+Stages run in order and leave their results in --out; a run that was interrupted goes on with the first unfinished one.
+cuDNN's attention is switched off: its backward pass crashed for these shapes (torch 2.11, CUDA 13.0, H200).
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import click
+import torch
+import torch.nn.functional as F
+from demo_model import PATCH, TEXT_LENGTH, TINY, Sizes, make_clip, make_scheduler, make_t5, make_transformer, make_vae
+from diffusers import FluxPipeline
+from PIL import Image, ImageDraw
+from scene_classifier import SceneClassifier
+from scene_classifier import train as train_classifier
+from scenes import Scene, render, sample_scenes
+from torch import Tensor, nn
+
+from ddit.exporter.adapter import save_adapter
+from ddit.exporter.families.flux import FluxLevel
+from ddit.exporter.levels import AdapterConfig, Level
+from ddit.runtime.rotary import rotary_tables
+
+SHIFT = 1.6487  # e^0.5: what FLUX's scheduler does to the noise levels at 256 image tokens
+EMPTY_CAPTION_SHARE = 0.1
+TRAIN_SEED, TEST_SEED = 1, 2
+
+
+@dataclass
+class Run:
+    """What all stages need."""
+
+    out: Path
+    sizes: Sizes
+    device: str
+    batch: int
+    scenes: int
+    compile: bool
+    max_steps: int | None  # a smoke test's limit, beside the seconds
+
+    def steps(self, seconds: float, optimizer: torch.optim.Optimizer, peak: float, what: str) -> Iterator[int]:
+        """Count steps until the time is over: warm up the learning rate, hold it, let it fall over the last half."""
+        start = reported = perf_counter()
+        step = 0
+        while (done := (perf_counter() - start) / seconds) < 1 and step != self.max_steps:
+            for group in optimizer.param_groups:
+                group["lr"] = peak * min(1.0, (step + 1) / 200) * min(1.0, 2 * (1 - done))
+            yield step
+            step += 1
+            if perf_counter() - reported > 10:
+                reported = perf_counter()
+                rate = step * self.batch / (reported - start)
+                print(f"{what}: {done:.0%}, step {step}, {rate:.0f} samples/s, {self.losses(what)}", flush=True)
+        print(f"{what}: finished after {step} steps, {self.losses(what)}", flush=True)
+
+    def __post_init__(self) -> None:
+        self._losses: dict[str, Tensor] = {}
+
+    def note(self, what: str, loss: Tensor) -> None:
+        """Keep a running mean of a loss on the device; reading it waits for the GPU, so that is left to the report."""
+        old = self._losses.get(what)
+        self._losses[what] = loss.detach() if old is None else old.lerp(loss.detach(), 0.02)
+
+    def losses(self, what: str) -> str:
+        """The running means of a stage."""
+        return ", ".join(f"{n} {v.mean().item():.4f}" for n, v in self._losses.items() if n.startswith(what))
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 on a GPU, plain float32 elsewhere."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda")
+
+    def compiled(self, module: nn.Module) -> nn.Module:
+        """The module, compiled where that pays."""
+        return torch.compile(module, dynamic=False) if self.compile else module  # type: ignore[return-value]
+
+
+class Ema:
+    """Exponential moving average of parameters, quick to forget at first."""
+
+    def __init__(self, module: nn.Module, decay: float = 0.9995):
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.shadow = [p.detach().clone() for p in self.parameters]
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move towards the current values."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.shadow, [p.detach() for p in self.parameters], weight)
+
+    @torch.no_grad()
+    def store(self) -> None:
+        """Put the averages into the module."""
+        for parameter, value in zip(self.parameters, self.shadow, strict=True):
+            parameter.copy_(value)
+
+
+class Denoiser(nn.Module):
+    """The transformer and its text encoders, trained together."""
+
+    def __init__(self, sizes: Sizes):
+        super().__init__()
+        self.clip, self.clip_tokenizer = make_clip(sizes)
+        self.t5, self.t5_tokenizer = make_t5(sizes)
+        self.transformer = make_transformer(sizes)
+        self.grid = sizes.picture // 8 // PATCH
+        self.call: nn.Module = self.transformer
+
+    def tokenize(self, captions: list[str]) -> Tensor:
+        """Captions → ids (B, 2, TEXT_LENGTH) for CLIP and T5, as `FluxPipeline` makes them."""
+        options = {"padding": "max_length", "max_length": TEXT_LENGTH, "truncation": True, "return_tensors": "pt"}
+        ids = [tokenizer(captions, **options).input_ids for tokenizer in (self.clip_tokenizer, self.t5_tokenizer)]
+        return torch.stack(ids, dim=1)
+
+    def encode(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids → context (B, L, D) and pooled vector (B, D)."""
+        return self.t5(ids[:, 1])[0], self.clip(ids[:, 0]).pooler_output
+
+    def velocity(self, latent: Tensor, sigma: Tensor, guidance: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
+        """The transformer on a spatial latent (B, C, H, W), called as diffusers calls it."""
+        batch, channels, height, width = latent.shape
+        tokens = FluxPipeline._pack_latents(latent, batch, channels, height, width)
+        image_ids = FluxPipeline._prepare_latent_image_ids(
+            batch, height // PATCH, width // PATCH, latent.device, torch.float32
+        )
+        text_ids = torch.zeros(context.shape[1], 3, device=latent.device)
+        out = self.call(tokens, context, pooled, sigma, image_ids, text_ids, guidance, return_dict=False)[0]
+        return FluxPipeline._unpack_latents(out.float(), height * 8, width * 8, 8)
+
+
+def random_sigma(count: int, device: str) -> Tensor:
+    """Noise levels: logit-normal (SD3, arXiv 2403.03206) with a uniform fifth, shifted as in sampling."""
+    sigma = torch.sigmoid(torch.randn(count, device=device))
+    sigma = torch.where(torch.rand(count, device=device) < 0.2, torch.rand(count, device=device), sigma)
+    return SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
+
+
+# ---- stages ----
+
+
+def stage_vae(run: Run, seconds: float) -> None:
+    """L1, edges and a trace of KL, on scenes drawn on the fly."""
+    vae = make_vae(run.sizes).to(run.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
+    ema, batch = Ema(vae, 0.998), max(2, run.batch // 8)
+    pool = sample_scenes(500 * batch if run.device == "cuda" else 4 * batch, TRAIN_SEED)
+    for step in run.steps(seconds, optimizer, 1e-3, "vae"):
+        first = step * batch % len(pool)
+        pictures = render(pool[first : first + batch], run.sizes.picture, run.device)
+        pictures = pictures.contiguous(memory_format=torch.channels_last)
+        with run.autocast():
+            posterior = vae.encode(pictures).latent_dist
+            restored = vae.decode(posterior.sample()).sample.float()
+        error = restored - pictures
+        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+        loss = error.abs().mean() + error.square().mean() + 0.5 * edges + 1e-6 * posterior.kl().float().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        ema.update(step)
+        run.note("vae loss", loss)
+    ema.store()
+
+    scenes = sample_scenes(256 if run.device == "cuda" else 8, TEST_SEED)
+    with torch.no_grad(), run.autocast():
+        pictures = render(scenes, run.sizes.picture, run.device)
+        latent = torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in pictures.split(32)]).float()
+        restored = torch.cat([vae.decode(chunk).sample for chunk in latent.split(32)]).float()
+    vae.register_to_config(scaling_factor=1 / latent.std().item(), shift_factor=latent.mean().item())
+    for kind in sorted({scene.background for scene in scenes}):
+        rows = [i for i, scene in enumerate(scenes) if scene.background == kind]
+        mse = (restored[rows].clamp(-1, 1) - pictures[rows]).square().mean()
+        print(f"vae: {kind} scenes {10 * torch.log10(4 / mse).item():.1f} dB", flush=True)
+    vae.save_pretrained(run.out / "vae")
+
+
+def load_vae(run: Run) -> nn.Module:
+    """The trained VAE, frozen."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL.from_pretrained(run.out / "vae").to(run.device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode_scenes(run: Run, denoiser: Denoiser) -> tuple[Tensor, Tensor]:
+    """Latents (N, C, H, W) float16 and ids (N, 2, L) of the training scenes, kept on the device."""
+    vae = load_vae(run)
+    scenes = sample_scenes(run.scenes, TRAIN_SEED)
+    ids = denoiser.tokenize([scene.caption for scene in scenes]).to(run.device)
+    latents = []
+    for first in range(0, len(scenes), 512):
+        with run.autocast():
+            moments = vae.encode(render(scenes[first : first + 512], run.sizes.picture, run.device)).latent_dist
+        latents.append(((moments.mode().float() - vae.config.shift_factor) * vae.config.scaling_factor).half())
+    return torch.cat(latents), ids
+
+
+def stage_flow(run: Run, seconds: float, denoiser: Denoiser, data: tuple[Tensor, Tensor]) -> None:
+    """Flow matching: the velocity noise − x at z = (1 − σ) x + σ noise."""
+    latents, ids = data
+    empty = denoiser.tokenize([""]).to(run.device)
+    denoiser.call = run.compiled(denoiser.transformer)
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    ema = Ema(denoiser)
+    ones = torch.ones(run.batch, device=run.device)
+    for step in run.steps(seconds, optimizer, 1e-3, "flow"):
+        rows = torch.randint(len(latents), (run.batch,), device=run.device)
+        x, noise = latents[rows].float(), torch.randn_like(latents[rows], dtype=torch.float32)
+        dropped = torch.rand(run.batch, 1, 1, device=run.device) < EMPTY_CAPTION_SHARE
+        sigma = random_sigma(run.batch, run.device)
+        with run.autocast():
+            context, pooled = denoiser.encode(torch.where(dropped, empty, ids[rows]))
+            z = x.lerp(noise, sigma[:, None, None, None])
+            velocity = denoiser.velocity(z, sigma, ones, context, pooled)
+        loss = F.mse_loss(velocity, noise - x)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
+        optimizer.step()
+        ema.update(step)
+        run.note("flow loss", loss)
+    ema.store()
+
+
+def stage_guidance(run: Run, seconds: float, denoiser: Denoiser, data: tuple[Tensor, Tensor]) -> None:
+    """Guidance distillation, as FLUX.1-dev had it: one call with guidance g gives v_empty + g (v_caption − v_empty)."""
+    latents, ids = data
+    empty = denoiser.tokenize([""]).to(run.device)
+    teacher = make_transformer(run.sizes).to(run.device)
+    teacher.load_state_dict(denoiser.transformer.state_dict())
+    teacher.requires_grad_(False)
+    student_call, teacher_call = run.compiled(denoiser.transformer), run.compiled(teacher)
+    optimizer = torch.optim.AdamW(denoiser.transformer.parameters(), lr=3e-4, betas=(0.9, 0.99), fused=True)
+    ema = Ema(denoiser.transformer, 0.998)
+    ones = torch.ones(run.batch, device=run.device)
+    for step in run.steps(seconds, optimizer, 3e-4, "guidance"):
+        rows = torch.randint(len(latents), (run.batch,), device=run.device)
+        x, noise = latents[rows].float(), torch.randn_like(latents[rows], dtype=torch.float32)
+        sigma = random_sigma(run.batch, run.device)
+        guidance = 1 + 4 * torch.rand(run.batch, device=run.device)
+        z = x.lerp(noise, sigma[:, None, None, None])
+        with run.autocast():
+            with torch.no_grad():
+                context, pooled = denoiser.encode(ids[rows])
+                no_context, no_pooled = (t.expand(run.batch, *t.shape[1:]).contiguous() for t in denoiser.encode(empty))
+                denoiser.call = teacher_call
+                with_caption = denoiser.velocity(z, sigma, ones, context, pooled)
+                without = denoiser.velocity(z, sigma, ones, no_context, no_pooled)
+            denoiser.call = student_call
+            velocity = denoiser.velocity(z, sigma, guidance, context, pooled)
+        target = without + guidance[:, None, None, None] * (with_caption - without)
+        loss = F.mse_loss(velocity, target)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(denoiser.transformer.parameters(), 1.0)
+        optimizer.step()
+        ema.update(step)
+        run.note("guidance loss", loss)
+    ema.store()
+
+
+def tables(run: Run, patch: int) -> tuple[Tensor, Tensor]:
+    """A level's rotary tables on the device."""
+    side = run.sizes.picture // 8 // patch
+    cos, sin = rotary_tables(side, side, patch / PATCH, run.sizes.rope)
+    return torch.from_numpy(cos).to(run.device), torch.from_numpy(sin).to(run.device)
+
+
+def stage_adapter(
+    run: Run, seconds: float, denoiser: Denoiser, data: tuple[Tensor, Tensor], patches: tuple[int, ...]
+) -> dict[int, Level]:
+    """Distil coarse levels from the frozen native one: ‖v_coarse − v_native‖² (DDiT, arXiv 2602.16968)."""
+    latents, ids = data
+    denoiser.requires_grad_(False)
+    native = FluxLevel(denoiser.transformer, PATCH).to(run.device)
+    levels: dict[int, Level] = {p: FluxLevel(denoiser.transformer, p, AdapterConfig()).to(run.device) for p in patches}
+    own = nn.ParameterList([p for level in levels.values() for p in level.own_parameters().values()])
+    own.requires_grad_(True)
+    optimizer = torch.optim.AdamW(own, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    ema = Ema(own, 0.998)
+    calls = {patch: run.compiled(level) for patch, level in {PATCH: native, **levels}.items()}
+    rotary = {patch: tables(run, patch) for patch in calls}
+    for step in run.steps(seconds, optimizer, 1e-3, "adapter"):
+        rows = torch.randint(len(latents), (run.batch,), device=run.device)
+        x, noise = latents[rows].float(), torch.randn_like(latents[rows], dtype=torch.float32)
+        sigma = random_sigma(run.batch, run.device)
+        guidance = 1 + 4 * torch.rand(run.batch, device=run.device)
+        z = x.lerp(noise, sigma[:, None, None, None])
+        with run.autocast():
+            with torch.no_grad():
+                context, pooled = denoiser.encode(ids[rows])
+                target = calls[PATCH](z, sigma, guidance, context, pooled, *rotary[PATCH])
+            losses = {
+                patch: F.mse_loss(calls[patch](z, sigma, guidance, context, pooled, *rotary[patch]), target)
+                for patch in patches
+            }
+        optimizer.zero_grad()
+        sum(losses.values(), torch.zeros((), device=run.device)).backward()
+        nn.utils.clip_grad_norm_(own, 1.0)
+        optimizer.step()
+        ema.update(step)
+        for patch, loss in losses.items():
+            run.note(f"adapter level {patch}, share of the variance", loss / target.var())
+    ema.store()
+    return levels
+
+
+# ---- results ----
+
+
+@torch.no_grad()
+def sample(run: Run, denoiser: Denoiser, level: nn.Module, patch: int, prompts: list[str], guidance: float) -> Tensor:
+    """Latents of prompts, 50 Euler steps at one level."""
+    generator = torch.Generator().manual_seed(TEST_SEED)
+    side, count = run.sizes.picture // 8, len(prompts)
+    z = torch.randn(count, run.sizes.latent_channels, side, side, generator=generator).to(run.device)
+    context, pooled = denoiser.encode(denoiser.tokenize(prompts).to(run.device))
+    steps = 50 if run.max_steps is None else 2
+    sigmas = torch.linspace(1, 1 / steps, steps)
+    sigmas = torch.cat([SHIFT * sigmas / (1 + (SHIFT - 1) * sigmas), torch.zeros(1)])
+    scale, rotary = torch.full((count,), guidance, device=run.device), tables(run, patch)
+    for now, after in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
+        sigma = torch.full((count,), now, device=run.device)
+        with run.autocast():
+            velocity = level(z, sigma, scale, context, pooled, *rotary)
+        z = z + (after - now) * velocity
+    return z
+
+
+def evaluate(run: Run, denoiser: Denoiser, levels: dict[int, Level], classifier: SceneClassifier) -> dict[str, object]:
+    """How many of 200 prompts the pictures show, for guidance scales and for levels; draws a grid."""
+    vae = load_vae(run)
+    scenes = sample_scenes(200 if run.max_steps is None else 4, TEST_SEED + 1)
+    prompts = [scene.caption for scene in scenes]
+    report: dict[str, object] = {}
+    pictures: dict[str, Tensor] = {}
+    native = FluxLevel(denoiser.transformer, PATCH)
+    trials = [(PATCH, native, g) for g in (1.0, 1.5, 2.0, 3.0, 4.0)] + [(p, level, 2.0) for p, level in levels.items()]
+    for patch, level, guidance in trials:
+        latent = sample(run, denoiser, level, patch, prompts, guidance)
+        with torch.no_grad(), run.autocast():
+            decoded = [
+                vae.decode(z / vae.config.scaling_factor + vae.config.shift_factor).sample for z in latent.split(25)
+            ]
+        name = f"level {patch}, guidance {guidance:g}"
+        pictures[name] = torch.cat(decoded).float().clamp(-1, 1)
+        judged = classifier.judge(pictures[name], scenes)
+        rates = {what: sum(values) / len(values) for what, values in judged.items()}
+        asked = zip(judged["shape"], judged["colour"], judged["background"], strict=True)
+        rates["shape, colour and background"] = sum(map(all, asked)) / len(scenes)
+        report[name] = rates
+        print(name, {what: round(rate, 3) for what, rate in rates.items()}, flush=True)
+    for name in pictures:
+        draw_grid(scenes[:24], pictures[name]).save(run.out / f"grid, {name}.png".replace(", ", "-").replace(" ", "-"))
+    return report
+
+
+def draw_grid(scenes: list[Scene], pictures: Tensor, columns: int = 6) -> Image.Image:
+    """Pictures with their captions."""
+    size, caption = pictures.shape[-1], 22
+    rows = -(-len(scenes) // columns)
+    grid = Image.new("RGB", (columns * size, rows * (size + caption)), "white")
+    draw = ImageDraw.Draw(grid)
+    for i, (scene, picture) in enumerate(zip(scenes, pictures, strict=False)):
+        x, y = i % columns * size, i // columns * (size + caption)
+        pixels = ((picture + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+        grid.paste(Image.fromarray(pixels), (x, y))
+        draw.text((x + 4, y + size + 4), scene.caption[: size // 6], fill="black")
+    return grid
+
+
+def save_model(run: Run, denoiser: Denoiser, levels: dict[int, Level]) -> Path:
+    """Write the pipeline in half precision, with its adapter, as a diffusers folder."""
+    import copy
+
+    folder = run.out / "model"
+    pipeline = FluxPipeline(
+        scheduler=make_scheduler(),
+        vae=load_vae(run).cpu(),
+        text_encoder=copy.deepcopy(denoiser.clip).cpu(),
+        tokenizer=denoiser.clip_tokenizer,
+        text_encoder_2=copy.deepcopy(denoiser.t5).cpu(),
+        tokenizer_2=denoiser.t5_tokenizer,
+        transformer=copy.deepcopy(denoiser.transformer).cpu(),
+    )
+    pipeline.to(dtype=torch.float16).save_pretrained(folder)
+    if levels:
+        save_adapter(folder / "adapter.safetensors", levels, base_model="demo", dtype=torch.float16)
+    return folder
+
+
+@click.command()
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder for results; finished stages are kept."
+)
+@click.option("--preset", type=click.Choice(["demo", "tiny"]), default="demo", help="tiny: a smoke test on a CPU.")
+@click.option("--compile/--no-compile", "compiled", default=torch.cuda.is_available(), help="Use torch.compile.")
+@click.option("--batch", default=512, show_default=True)
+@click.option("--scenes", default=256_000, show_default=True, help="Training scenes.")
+@click.option("--vae-seconds", default=150.0, show_default=True)
+@click.option("--flow-seconds", default=620.0, show_default=True)
+@click.option("--guidance-seconds", default=110.0, show_default=True)
+@click.option("--adapter-seconds", default=260.0, show_default=True)
+@click.option("--classifier-seconds", default=60.0, show_default=True)
+def main(
+    out: Path,
+    preset: str,
+    compiled: bool,
+    batch: int,
+    scenes: int,
+    vae_seconds: float,
+    flow_seconds: float,
+    guidance_seconds: float,
+    adapter_seconds: float,
+    classifier_seconds: float,
+) -> None:
+    """Train the demo model."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tiny = preset == "tiny"
+    if tiny:
+        batch, scenes = 8, 16
+    run = Run(out, TINY if tiny else Sizes(), device, batch, scenes, compiled, 2 if tiny else None)
+    out.mkdir(parents=True, exist_ok=True)
+
+    if not (out / "vae").exists():
+        stage_vae(run, vae_seconds)
+    denoiser = Denoiser(run.sizes).to(device)
+    start = perf_counter()
+    data = encode_scenes(run, denoiser)
+    print(f"latents: {len(data[0])} in {perf_counter() - start:.0f} s", flush=True)
+    for name, stage, seconds in (("flow", stage_flow, flow_seconds), ("guidance", stage_guidance, guidance_seconds)):
+        kept = out / f"{name}.pt"
+        if kept.exists():
+            denoiser.load_state_dict(torch.load(kept, map_location=device))
+        else:
+            stage(run, seconds, denoiser, data)
+            torch.save(denoiser.state_dict(), kept)
+            save_model(run, denoiser, {})
+    levels = stage_adapter(run, adapter_seconds, denoiser, data, (4, 8))
+    save_model(run, denoiser, levels)
+    if not (out / "scene_classifier.safetensors").exists():
+        classifier_steps = 0.5 if tiny else classifier_seconds
+        train_classifier(classifier_steps, batch=batch // 2, size=run.sizes.picture, device=device).save(
+            out / "scene_classifier.safetensors"
+        )
+    classifier = SceneClassifier.load(out / "scene_classifier.safetensors").to(device)
+    (out / "evaluation.json").write_text(json.dumps(evaluate(run, denoiser, levels, classifier), indent=2))
+
+
+if __name__ == "__main__":
+    main()
