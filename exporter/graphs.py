@@ -169,6 +169,7 @@ def _simplify(model: ir.Model) -> None:
 
     optimize_ir(
         model,
+        num_iterations=1,
         onnx_shape_inference=False,
         input_size_limit=FOLD_LIMIT,
         output_size_limit=FOLD_LIMIT,

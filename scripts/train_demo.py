@@ -153,8 +153,8 @@ def stage_vae(run: Run, seconds: float) -> None:
     """L1, edges and a trace of KL, on scenes drawn on the fly."""
     vae = make_vae(run.sizes).to(run.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
-    ema, batch = Ema(vae, 0.998), max(2, run.batch // 8)
-    pool = sample_scenes(500 * batch if run.device == "cuda" else 4 * batch, TRAIN_SEED)
+    ema, batch = Ema(vae, 0.998), max(2, run.batch // 32)
+    pool = sample_scenes(2000 * batch if run.device == "cuda" else 4 * batch, TRAIN_SEED)
     for step in run.steps(seconds, optimizer, 1e-3, "vae"):
         first = step * batch % len(pool)
         pictures = render(pool[first : first + batch], run.sizes.picture, run.device)
@@ -408,7 +408,7 @@ def save_model(run: Run, denoiser: Denoiser, levels: dict[int, Level]) -> Path:
 @click.option("--preset", type=click.Choice(["demo", "tiny"]), default="demo", help="tiny: a smoke test on a CPU.")
 @click.option("--compile/--no-compile", "compiled", default=torch.cuda.is_available(), help="Use torch.compile.")
 @click.option("--batch", default=512, show_default=True)
-@click.option("--scenes", default=256_000, show_default=True, help="Training scenes.")
+@click.option("--scenes", default=128_000, show_default=True, help="Training scenes.")
 @click.option("--vae-seconds", default=150.0, show_default=True)
 @click.option("--flow-seconds", default=620.0, show_default=True)
 @click.option("--guidance-seconds", default=110.0, show_default=True)

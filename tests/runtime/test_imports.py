@@ -1,0 +1,21 @@
+"""The runtime stays light: it never imports torch, diffusers or the exporter, and not even ONNX Runtime before use."""
+
+import subprocess
+import sys
+
+HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "matplotlib", "ddit.exporter")
+
+
+def loaded_after(statement: str) -> set[str]:
+    code = f"{statement}; import sys; print(' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_importing_the_runtime_imports_nothing_heavy():
+    loaded = loaded_after("import ddit.runtime, ddit.runtime.cli, ddit.runtime.verify, ddit.runtime.bench")
+    assert not loaded & set(HEAVY)
+
+
+def test_the_exporter_s_help_answers_without_torch():
+    assert "torch" not in loaded_after("import ddit.exporter.cli")
