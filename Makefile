@@ -24,7 +24,8 @@ $(VENV)/.ready: pyproject.toml
 	touch $@
 
 demo: setup
-	$(BIN)/python scripts/demo.py
+	$(BIN)/ddit-export flux --levels 2,4,8 --model demo --out demo.bundle
+	$(BIN)/python scripts/demo.py demo.bundle
 
 test: lint types unit
 

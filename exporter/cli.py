@@ -1,6 +1,5 @@
 """ddit-export: a pretrained diffusion transformer becomes a bundle."""
 
-import logging
 from pathlib import Path
 
 import click
@@ -72,7 +71,7 @@ def flux(
     from ddit.profiles import ProfileError, load_profile
     from ddit.runtime.errors import UsageError
 
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    _quiet_libraries()
     source = find_model(model, revision)
     defaults = source.defaults
     levels = levels or defaults.levels or (2, 4)
@@ -98,6 +97,16 @@ def flux(
         f"{out}: levels {', '.join(map(str, manifest.patches))}, {size / 1e6:,.0f} MB; "
         f"worst parity {worst.error:.1e} ({worst.graph}, allowed {worst.tolerance:g})"
     )
+
+
+def _quiet_libraries() -> None:
+    """No progress bars and warnings of diffusers and transformers: this command says itself what it does."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def export_graph(job: GraphJob, opset: int, weights: WeightFiles) -> ExportedGra
                 verbose=False,
             )
         except Exception as error:  # torch's exporter has many exceptions and no common base
-            raise ModelError(f"torch could not export {job.name}: {str(error).strip().splitlines()[0]}") from error
+            raise ModelError(f"torch could not export {job.name}: {_root_cause(error)}") from error
     assert program is not None
     model: ir.Model = program.model
     if model.opset_imports[""] != opset:  # torch falls back to another opset with no more than a log line
@@ -115,6 +115,13 @@ def export_graph(job: GraphJob, opset: int, weights: WeightFiles) -> ExportedGra
     return ExportedGraph(
         job, model, {name: place for name, place in places.items() if name in model.graph.initializers}
     )
+
+
+def _root_cause(error: BaseException) -> str:
+    """The first line of the error at the bottom; those above only say in which of its phases the exporter was."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
 
 def _dynamic_shapes(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> dict[str, dict[int, object]]:
@@ -164,16 +171,27 @@ def _absorb_transposes(graph: ir.Graph, parameters: set[str]) -> set[str]:
 
 
 def _simplify(model: ir.Model) -> None:
-    """Fold constants and drop what nothing uses; turns torch's list operations into plain ``Split`` nodes as well."""
-    from onnxscript.optimizer import optimize_ir
+    """Fold constants and drop what does nothing; torch's list operations become plain ``Split`` nodes on the way.
 
-    optimize_ir(
-        model,
-        num_iterations=1,
-        onnx_shape_inference=False,
-        input_size_limit=FOLD_LIMIT,
-        output_size_limit=FOLD_LIMIT,
-    )
+    This is `onnxscript.optimizer.optimize_ir` with only those rewrite rules that find something in these graphs: with
+    all of them it takes longer than the tracing.
+    """
+    from onnx_ir.passes import common
+    from onnxscript.optimizer import fold_constants
+    from onnxscript.rewriter import RewritePass
+    from onnxscript.rewriter.rules.common import collapse_slice2_rule, collapse_slice_rule
+
+    for _ in range(2):  # folding uncovers more to fold
+        fold_constants(model, onnx_shape_inference=True, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
+        RewritePass([collapse_slice_rule, collapse_slice2_rule])(model)
+    ir.passes.Sequential(
+        common.IdentityEliminationPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.NameFixPass(),
+    )(model)
 
 
 def _name_dimensions(model: ir.Model, job: GraphJob) -> None:

@@ -46,9 +46,7 @@ def sample_inputs(job: GraphJob, sizes: Mapping[str, int], seed: int) -> Arrays:
 @torch.no_grad()
 def reference_outputs(module: nn.Module, job: GraphJob, inputs: Arrays) -> Arrays:
     """What the original model gives."""
-    optional = {"guidance": None} if job.name.startswith("level-") else {}
-    tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
-    outputs = module(**{**optional, **tensors})
+    outputs = module(**{name: torch.from_numpy(value) for name, value in inputs.items()})
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     # contiguous, because safetensors stores an array's memory whatever its strides
     return {spec.name: np.ascontiguousarray(value.numpy()) for spec, value in zip(job.outputs, outputs, strict=True)}

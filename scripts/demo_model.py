@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-TEXT_LENGTH = 32  # longest caption and its end token, filled up to a round number
+TEXT_LENGTH = 16  # the longest caption has 13 tokens, start and end included
 PATCH = 2
 
 

@@ -170,11 +170,11 @@ class FluxModel:
             inputs=(
                 _float("latent", *picture),
                 _float("timestep", "B"),
-                *([_float("guidance", "B")] if self.guidance.embedded else []),
                 _float("context", "B", "L", config["joint_attention_dim"]),
                 _float("pooled", "B", config["pooled_projection_dim"]),
                 _float("rope_cos", *table),
                 _float("rope_sin", *table),
+                *([_float("guidance", "B")] if self.guidance.embedded else []),
             ),
             outputs=(_float("velocity", *picture),),
             dtype=self.dtype,

@@ -61,21 +61,21 @@ class FluxLevel(Level):
         self,
         latent: Tensor,
         timestep: Tensor,
-        guidance: Tensor | None,
         context: Tensor,
         pooled: Tensor,
         rope_cos: Tensor,
         rope_sin: Tensor,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """The velocity at a noise level.
 
         Args:
             latent: (B, C, H, W) float32; H and W are multiples of the patch.
             timestep: (B,) the noise level σ in [0, 1].
-            guidance: (B,) guidance scale, or None for a model without guidance embedding.
             context: (B, L, Dc) T5's hidden states.
             pooled: (B, Dp) CLIP's pooled output.
             rope_cos, rope_sin: (H/p, W/p, Dr) from `ddit.runtime.rotary.rotary_tables`.
+            guidance: (B,) guidance scale; None for a model without guidance embedding.
 
         Returns:
             velocity (B, C, H, W) float32.

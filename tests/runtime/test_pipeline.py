@@ -1,0 +1,120 @@
+"""The loop: determinism, batches, threads, levels, and agreement with diffusers."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+from conftest import run
+from ddit.exporter.cli import main as export
+from ddit.runtime import Pipeline
+from ddit.runtime.errors import UsageError
+from ddit.runtime.sampler import noise
+
+SIZE = {"height": 128, "width": 64}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_bundle) -> Pipeline:
+    return Pipeline.open(tiny_bundle)
+
+
+@torch.no_grad()
+def diffusers_latent(folder, prompt: str, seed: int, steps: int, guidance: float) -> np.ndarray:
+    """The latent that diffusers' own pipeline makes from our noise."""
+    reference = FluxPipeline.from_pretrained(folder)
+    reference.set_progress_bar_config(disable=True)
+    start = torch.from_numpy(noise(seed, (1, 4, 16, 8)))
+    packed = FluxPipeline._pack_latents(start, 1, 4, 16, 8)
+    out = reference(
+        prompt,
+        **SIZE,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        latents=packed,
+        max_sequence_length=16,
+        output_type="latent",
+    ).images
+    return FluxPipeline._unpack_latents(out, 128, 64, 8)[0].numpy()
+
+
+def test_the_native_schedule_is_diffusers(pipeline, tiny_pipeline):
+    result = pipeline("a red circle", seed=3, steps=8, schedule="native", guidance=2.5, **SIZE)
+    expected = diffusers_latent(tiny_pipeline, "a red circle", 3, 8, 2.5)
+    np.testing.assert_allclose(result.latent, expected, atol=2e-4 * np.abs(expected).max())
+
+
+def test_schnell_takes_no_guidance_and_another_shift(tiny_schnell, tmp_path):
+    out = tmp_path / "schnell.bundle"
+    options = ("--levels", "2,4", "--dtype", "fp32", "--profile", "256", "--out", out)
+    result = run(export, "flux", "--model", tiny_schnell, *options)
+    assert result.exit_code == 0, result.stderr
+    assert "no adapter for level 4: pictures will suffer" in result.stderr
+    schnell = Pipeline.open(out)
+    assert "guidance" not in {spec.name for spec in schnell.bundle.graph("level-2").inputs}
+    assert [level.trained for level in schnell.bundle.manifest.levels] == [True, False]
+    result = schnell("a red circle", seed=3, schedule="native", **SIZE)
+    assert len(result.trace.steps) == 4
+    expected = diffusers_latent(tiny_schnell, "a red circle", 3, 4, 0.0)
+    np.testing.assert_allclose(result.latent, expected, atol=2e-4 * np.abs(expected).max())
+    with pytest.raises(UsageError, match="takes no guidance"):
+        schnell("a red circle", guidance=3.0, **SIZE)
+
+
+def test_a_seed_makes_the_same_picture(pipeline):
+    options = {"seed": 5, "steps": 5, "schedule": "fixed:8x2,4x1,2x2", **SIZE}
+    options.pop("steps")
+    first, second = (pipeline("a blue star", **options) for _ in range(2))
+    assert np.array_equal(first.latent, second.latent)
+    assert first.trace.levels == [8, 8, 4, 2, 2]
+    assert not np.array_equal(first.latent, pipeline("a blue star", **{**options, "seed": 6}).latent)
+
+
+def test_every_sample_of_a_batch_follows_its_own_schedule(pipeline):
+    prompts, seeds = ["a red circle", "a green square", "a blue star"], [1, 2, 3]
+    alone = [pipeline(p, seed=s, steps=6, schedule="native", **SIZE) for p, s in zip(prompts, seeds, strict=True)]
+    # a threshold between the samples' statistics, so that they part ways after the warm-up
+    statistics = sorted(one.trace.steps[2].statistic[8] for one in alone)
+    tau = (statistics[0] + statistics[1]) / 2
+    together = pipeline.batch(prompts, seeds=seeds, steps=6, schedule=f"dynamic:tau={tau}", **SIZE)
+    levels = [result.trace.levels for result in together]
+    assert len({tuple(one) for one in levels}) > 1
+    for prompt, seed, result in zip(prompts, seeds, together, strict=True):
+        single = pipeline(prompt, seed=seed, steps=6, schedule=f"dynamic:tau={tau}", **SIZE)
+        assert single.trace.levels == result.trace.levels
+        np.testing.assert_allclose(single.latent, result.latent, atol=1e-3 * np.abs(single.latent).max())
+
+
+def test_threads_may_share_a_pipeline(tiny_bundle):
+    shared = Pipeline.open(tiny_bundle)
+    options = {"steps": 4, "schedule": "fixed:2x1,4x1,8x2", **SIZE}
+    with ThreadPoolExecutor(4) as pool:
+        latents = list(pool.map(lambda seed: shared("a red circle", seed=seed % 2, **options).latent, range(8)))
+    for index, latent in enumerate(latents):
+        assert np.array_equal(latent, latents[index % 2])
+
+
+def test_levels_are_opened_when_first_used(tiny_bundle):
+    fresh = Pipeline.open(tiny_bundle)
+    fresh("a red circle", steps=3, schedule="native", **SIZE)
+    assert {name for name in fresh.backend._engines if name.startswith("level")} == {"level-2"}
+
+
+def test_progress_is_reported_with_the_level(pipeline):
+    seen = []
+    pipeline("a star", schedule="fixed:4x2,2x1", on_step=lambda *arguments: seen.append(arguments), **SIZE)
+    assert seen == [(0, 3, [4]), (1, 3, [4]), (2, 3, [2])]
+
+
+def test_steps_must_fit_a_fixed_schedule(pipeline):
+    with pytest.raises(UsageError, match="has 3 steps, not 4"):
+        pipeline("a star", schedule="fixed:4x2,2x1", steps=4, **SIZE)
+
+
+def test_text_length_is_free(pipeline):
+    result = pipeline("a red circle", steps=3, text_length=40, **SIZE)
+    assert np.isfinite(result.latent).all()
+    with pytest.raises(UsageError, match="outside the bundle's profile"):
+        pipeline("a red circle", steps=3, text_length=8, **SIZE)
