@@ -36,11 +36,16 @@ class Adapter:
         """The value of one of a level's own parameters, by its name in the level."""
         return self.tensors[f"level_{patch}.{parameter.removeprefix('trunk.')}"]
 
-    def apply(self, level: Level, patch: int) -> None:
-        """Fill a level's own parameters. Raises `AdapterError` when names or shapes do not fit."""
+    def apply(self, level: Level, patch: int, *, shortened: bool = False) -> None:
+        """Fill a level's own parameters. Raises `AdapterError` when names or shapes do not fit.
+
+        ``shortened``: the level has fewer blocks than the model that the adapter was made for; the rest is left out.
+        """
         prefix = f"level_{patch}."
         found = {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
         wanted = {name.removeprefix("trunk."): parameter for name, parameter in level.own_parameters().items()}
+        if shortened:
+            found = {name: tensor for name, tensor in found.items() if name in wanted}
         if odd := sorted(found.keys() ^ wanted.keys()):
             raise AdapterError(
                 f"{self.path.name} does not fit the model: {odd[0]!r} of level {patch} is "

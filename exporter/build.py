@@ -50,8 +50,9 @@ def export_bundle(model: FluxModel, out: Path, *, profile: Profile, opset: int, 
         ModelError, ParityError, UsageError: nothing is left behind then, and an older bundle stays as it was.
     """
     with _appearing(out) as folder:
+        # first what is quickly done and often wrong
+        sampler, tokenizers, jobs = model.sampler, model.save_tokenizers(folder), model.jobs()
         weights = WeightFiles(folder)
-        jobs = model.jobs()
         graphs = []
         for job in jobs:
             report(f"tracing {job.name}")
@@ -69,7 +70,6 @@ def export_bundle(model: FluxModel, out: Path, *, profile: Profile, opset: int, 
             )
             for graph in graphs
         }
-        tokenizers = model.save_tokenizers(folder)
         parity = _check_parity(model, jobs, folder, profile, opset, report)
         report("hashing")
         manifest = Manifest(
@@ -83,7 +83,7 @@ def export_bundle(model: FluxModel, out: Path, *, profile: Profile, opset: int, 
             profile=profile,
             latent=model.latent,
             tokenizers=tokenizers,
-            sampler=model.sampler,
+            sampler=sampler,
             rotary=model.rotary,
             guidance=model.guidance,
             schedule=_schedule(model),

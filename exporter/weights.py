@@ -6,7 +6,7 @@ hundred megabytes of memory.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,6 +124,11 @@ class SafetensorsFolder(Mapping[str, Tensor]):
         self._file_of: dict[str, Path] = {}
         for file in [file for file in files if file not in variants] or sorted(variants):
             self._file_of.update(dict.fromkeys(_names(file), file))
+
+    def require(self, names: Iterable[str]) -> None:
+        """Raise `ModelError` unless every name is there."""
+        if missing := sorted(set(names) - self._file_of.keys()):
+            raise ModelError(f"{self.folder} has no tensor {missing[0]!r}; is the download complete?")
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._file_of[name], framework="pt") as file:

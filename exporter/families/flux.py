@@ -135,7 +135,10 @@ class FluxModel:
     # ---- the graphs ----
 
     def jobs(self) -> list[GraphJob]:
-        """Every graph of the bundle."""
+        """Every graph of the bundle. Raises `ModelError` for a pipeline that is not whole, before any work is done."""
+        with torch.device("meta"):
+            transformer = FluxTransformer2DModel.from_config(self.transformer_config)
+        self._transformer_weights.require(transformer.state_dict())
         coarse = tuple(patch for patch in self.levels if patch != NATIVE_PATCH)
         return [
             self._clip_job(),
@@ -188,7 +191,7 @@ class FluxModel:
         config = self.adapter.configs.get(patch) if self.adapter else None
         level = FluxLevel(transformer, patch, config)
         if self.adapter and config:
-            self.adapter.apply(level, patch)
+            self.adapter.apply(level, patch, shortened=self.depth is not None)
         return level
 
     @cached_property
@@ -223,6 +226,7 @@ class FluxModel:
                 block.layer[-1].DenseReluDense.wo.to(torch.float32)
         module = T5Encoder(encoder)
         stored = SafetensorsFolder(folder)
+        stored.require({"shared.weight"})
         tied = {"encoder.encoder.embed_tokens.weight": "shared.weight"}
 
         def stored_name(name: str) -> str:

@@ -86,8 +86,10 @@ class FluxLevel(Level):
         pooled = pooled.to(self.dtype)
         context = trunk.context_embedder(context.to(self.dtype))
 
-        time = timestep.to(self.dtype) * 1000
-        scale = () if guidance is None else (guidance.to(self.dtype) * 1000,)
+        # float32 up to the sinusoids: diffusers rounds these to the model's dtype first, where bfloat16 knows σ = 0.700
+        # to 0.4 % only and every engine would round in another place
+        time = timestep * 1000
+        scale = () if guidance is None else (guidance * 1000,)
         embedding = trunk.time_text_embed(time, *scale, pooled)
 
         # text tokens all sit at position 0: cosine 1, sine 0
