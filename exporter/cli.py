@@ -1,5 +1,6 @@
 """ddit-export: a pretrained diffusion transformer becomes a bundle."""
 
+import json
 from pathlib import Path
 
 import click
@@ -52,6 +53,7 @@ def main(verbose: int) -> None:
 )
 @click.option("--opset", type=click.IntRange(18, 23), default=23, show_default=True, help="ONNX opset of the graphs.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the bundle.  [default: MODEL.bundle]")
+@click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
 def flux(
     model: str,
     revision: str | None,
@@ -61,6 +63,7 @@ def flux(
     dtype: Dtype | None,
     opset: int,
     out: Path | None,
+    as_json: bool,
 ) -> None:
     """Export a FLUX.1 pipeline."""
     # heavy imports here, so that --help and usage errors answer at once
@@ -93,6 +96,10 @@ def flux(
     manifest = export_bundle(export, out, profile=shapes, opset=opset, report=say)
     worst = max(manifest.parity, key=lambda result: result.error / result.tolerance)
     size = sum(info.size for info in manifest.files.values())
+    if as_json:
+        report = {"out": str(out), "levels": manifest.patches, "bytes": size, "untrained": untrained}
+        click.echo(json.dumps({**report, "worst_parity": worst.model_dump()}))
+        return
     say(
         f"{out}: levels {', '.join(map(str, manifest.patches))}, {size / 1e6:,.0f} MB; "
         f"worst parity {worst.error:.1e} ({worst.graph}, allowed {worst.tolerance:g})"

@@ -6,24 +6,33 @@ can repeat the comparison on any machine and backend, without torch.
 """
 
 import logging
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from safetensors.numpy import save_file
 
-from ddit.exporter.graphs import GraphJob
+from ddit.exporter.families.flux import FluxModel
+from ddit.exporter.graphs import GraphJob, export_graph
+from ddit.exporter.weights import WeightFiles
+from ddit.profiles import Profile
 from ddit.runtime.backends.onnxruntime import OnnxRuntimeEngine, open_session
 from ddit.runtime.bundle import ParityResult
 from ddit.runtime.errors import ParityError
-from ddit.runtime.verify import TOLERANCES, reference_name, relative_error
+from ddit.runtime.verify import REFERENCE_FILE, TOLERANCES, reference_name, relative_error
 
 log = logging.getLogger(__name__)
 
 Array = NDArray[np.float32] | NDArray[np.int64]
 Arrays = dict[str, Array]
+Report = Callable[[str], None]
+
+REDUCED_DEPTH = 1  # blocks kept where a graph is checked at reduced depth
 
 
 def sample_inputs(job: GraphJob, sizes: Mapping[str, int], seed: int) -> Arrays:
@@ -44,53 +53,140 @@ def sample_inputs(job: GraphJob, sizes: Mapping[str, int], seed: int) -> Arrays:
 
 
 @torch.no_grad()
-def reference_outputs(module: nn.Module, job: GraphJob, inputs: Arrays) -> Arrays:
-    """What the original model gives."""
-    outputs = module(**{name: torch.from_numpy(value) for name, value in inputs.items()})
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    # contiguous, because safetensors stores an array's memory whatever its strides
-    return {spec.name: np.ascontiguousarray(value.numpy()) for spec, value in zip(job.outputs, outputs, strict=True)}
+def reference_arrays(job: GraphJob, cases: Sequence[Mapping[str, int]]) -> Arrays:
+    """Seeded inputs and what the original model gives for them, by their names in ``parity.safetensors``.
+
+    Runs on a GPU where there is one: a large model takes minutes on a CPU.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    module = job.reference().to(device)
+    arrays: Arrays = {}
+    for case, sizes in enumerate(cases):
+        inputs = sample_inputs(job, sizes, seed=case)
+        outputs = module(**{name: torch.from_numpy(value).to(device) for name, value in inputs.items()})
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        for name, value in inputs.items():
+            arrays[reference_name(job.name, case, "input", name)] = value
+        for spec, output in zip(job.outputs, outputs, strict=True):
+            # contiguous, because safetensors stores an array's memory whatever its strides
+            value = np.ascontiguousarray(output.float().cpu().numpy())
+            arrays[reference_name(job.name, case, "output", spec.name)] = value
+    return arrays
 
 
-def check_graph(
-    job: GraphJob, path: Path, cases: list[dict[str, int]], checked: str = "full"
-) -> tuple[list[ParityResult], Arrays]:
-    """Compare an exported graph with the original model; returns the figures and the arrays to keep in the bundle.
+def compare(
+    job: GraphJob, path: Path, cases: Sequence[Mapping[str, int]], references: Arrays, checked: str = "full"
+) -> list[ParityResult]:
+    """Run an exported graph on the reference inputs and compare.
 
     Raises `ParityError` with the graph, the tensor and the figure when an error exceeds its tolerance.
     """
-    module = job.reference()
     engine = OnnxRuntimeEngine(open_session(path), job.name)
-    results: list[ParityResult] = []
-    kept: Arrays = {}
+    tolerance = TOLERANCES[job.dtype]
+    used = {dim for spec in (*job.inputs, *job.outputs) for dim in spec.shape if isinstance(dim, str)}
+    results = []
     for case, sizes in enumerate(cases):
-        inputs = sample_inputs(job, sizes, seed=case)
-        expected = reference_outputs(module, job, inputs)
-        actual = engine.run(inputs)
-        for name, value in inputs.items():
-            kept[reference_name(job.name, case, "input", name)] = value
-        for name, value in expected.items():
-            kept[reference_name(job.name, case, "output", name)] = value
-            error = relative_error(actual[name], value.astype(np.float32))
-            tolerance = TOLERANCES[job.dtype]
-            log.info("parity of %s.%s at %s: %.2g", job.name, name, sizes, error)
+        actual = engine.run(
+            {spec.name: references[reference_name(job.name, case, "input", spec.name)] for spec in job.inputs}
+        )
+        for spec in job.outputs:
+            expected = references[reference_name(job.name, case, "output", spec.name)]
+            error = relative_error(actual[spec.name], expected.astype(np.float32))
+            log.info("parity of %s.%s at %s: %.2g", job.name, spec.name, sizes, error)
             if not error < tolerance:
                 raise ParityError(
-                    f"graph {job.name} does not compute what the model computes: relative error of {name} is "
-                    f"{error:.2g} at {sizes}, allowed {tolerance:g}; "
+                    f"graph {job.name} does not compute what the model computes: relative error of {spec.name} is "
+                    f"{error:.2g} at {dict(sizes)}, allowed {tolerance:g}; "
                     "please report it with the versions of torch and diffusers"
                 )
-            used = {spec for tensor in (*job.inputs, *job.outputs) for spec in tensor.shape if isinstance(spec, str)}
-            symbols = {symbol: size for symbol, size in sizes.items() if any(dim.startswith(symbol) for dim in used)}
             results.append(
                 ParityResult(
                     graph=job.name,
-                    tensor=name,
+                    tensor=spec.name,
                     case=case,
-                    sizes=symbols,
+                    sizes={symbol: size for symbol, size in sizes.items() if any(dim[0] == symbol for dim in used)},
                     error=error,
                     tolerance=tolerance,
                     checked=checked,
                 )
             )
-    return results, kept
+    return results
+
+
+def check_bundle(
+    model: FluxModel, jobs: Sequence[GraphJob], folder: Path, profile: Profile, opset: int, report: Report
+) -> list[ParityResult]:
+    """Check every graph of a bundle that is being written, and keep the references in it.
+
+    A graph that this machine cannot run as it is, is checked in float32 at reduced depth instead. Its references are
+    kept all the same where torch can compute them, so that ``ddit-run verify`` completes the check elsewhere.
+    """
+    cases = parity_cases(model, profile)
+    references: Arrays = {}
+    results: list[ParityResult] = []
+    elsewhere = set()
+    for job in jobs:
+        if _fits(job, copies=1):
+            report(f"running {job.name} with torch")
+            references |= reference_arrays(job, cases)
+        if job.dtype != "bf16" and _fits(job, copies=2):  # ONNX Runtime's CPU provider has no kernels for bfloat16
+            results += compare(job, folder / f"{job.name}.onnx", cases, references)
+        else:
+            elsewhere.add(job.name)
+    if elsewhere:
+        # inside the bundle's folder, which is on the disk that has the space and vanishes if this is interrupted
+        reduced = folder / "reduced"
+        reduced.mkdir()
+        results += _check_reduced(model, elsewhere, reduced, cases, opset, report)
+        shutil.rmtree(reduced)
+    save_file(references, folder / REFERENCE_FILE)
+    return results
+
+
+def _check_reduced(
+    model: FluxModel, names: set[str], folder: Path, cases: list[dict[str, int]], opset: int, report: Report
+) -> list[ParityResult]:
+    """The same graphs in float32 with one block of each kind, exported and compared in a temporary folder."""
+    weights = WeightFiles(folder)
+    small = replace(model, dtype="fp32", depth=REDUCED_DEPTH)
+    graphs = [export_graph(job, opset, weights) for job in small.jobs() if job.name in names]
+    weights.write()
+    results: list[ParityResult] = []
+    for graph in graphs:
+        report(f"checking {graph.job.name} in float32 at reduced depth")
+        path = folder / graph.save(folder, weights)
+        checked = f"in float32 with {REDUCED_DEPTH} block of each kind; verify on a machine that runs {model.dtype}"
+        results += compare(graph.job, path, cases, reference_arrays(graph.job, cases), checked)
+    return results
+
+
+def parity_cases(model: FluxModel, profile: Profile) -> list[dict[str, int]]:
+    """Two sizes inside the profile: its smallest, and a larger one that is not square, with two samples if it may."""
+    entry = profile.entry[0]
+    scale = model.latent.downscale
+    unit = scale * max(model.levels)
+
+    def above(minimum: int, maximum: int, units: int) -> int:
+        lowest = -(-minimum // unit) * unit
+        return min(lowest + units * unit, maximum // unit * unit) // scale
+
+    return [
+        {
+            "B": entry.batch.minimum,
+            "H": above(entry.height.minimum, entry.height.maximum, 0),
+            "W": above(entry.width.minimum, entry.width.maximum, 0),
+            "L": entry.text.minimum,
+        },
+        {
+            "B": min(entry.batch.minimum + 1, entry.batch.maximum),
+            "H": above(entry.height.minimum, entry.height.maximum, 1),
+            "W": above(entry.width.minimum, entry.width.maximum, 2),
+            "L": min(entry.text.minimum + 3, entry.text.maximum),
+        },
+    ]
+
+
+def _fits(job: GraphJob, copies: int) -> bool:
+    """Whether memory holds the graph's weights so many times, with some left for the work."""
+    size = sum(parameter.numel() * parameter.dtype.itemsize for parameter in job.module.parameters())
+    return 1.25 * copies * size < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

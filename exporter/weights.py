@@ -6,6 +6,7 @@ hundred megabytes of memory.
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,8 +68,14 @@ class WeightFiles:
         self._files.setdefault(file, {}).setdefault(key, weight)
         return key
 
-    def write(self, progress: Callable[[int], None] = lambda written: None) -> None:
-        """Write every file; ``progress`` is called with the bytes of each tensor."""
+    def write(self) -> None:
+        """Write every file. Raises `ModelError` beforehand where the disk has not the space."""
+        free = shutil.disk_usage(self.folder).free
+        if self.total_bytes() > free:
+            raise ModelError(
+                f"not enough disk space in {self.folder.parent}: the weights need {self.total_bytes() / 1e9:.1f} GB, "
+                f"{free / 1e9:.1f} GB are free"
+            )
         for file, weights in self._files.items():
             header: dict[str, object] = {}
             end = 0
@@ -87,7 +94,6 @@ class WeightFiles:
                 out.write(len(text).to_bytes(8, "little") + text)
                 for weight in weights.values():
                     out.write(weight.blob())
-                    progress(weight.nbytes)
 
     def total_bytes(self) -> int:
         """Bytes of all tensors."""

@@ -1,5 +1,6 @@
 """The loop: determinism, batches, threads, levels, and agreement with diffusers."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -48,9 +49,11 @@ def test_the_native_schedule_is_diffusers(pipeline, tiny_pipeline):
 
 def test_schnell_takes_no_guidance_and_another_shift(tiny_schnell, tmp_path):
     out = tmp_path / "schnell.bundle"
-    options = ("--levels", "2,4", "--dtype", "fp32", "--profile", "256", "--out", out)
+    options = ("--levels", "2,4", "--dtype", "fp32", "--profile", "256", "--out", out, "--json")
     result = run(export, "flux", "--model", tiny_schnell, *options)
     assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert (report["levels"], report["untrained"]) == ([2, 4], [4])
     assert "no adapter for level 4: pictures will suffer" in result.stderr
     schnell = Pipeline.open(out)
     assert "guidance" not in {spec.name for spec in schnell.bundle.graph("level-2").inputs}
