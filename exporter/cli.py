@@ -7,6 +7,7 @@ import click
 
 from ddit.runtime.bundle import Dtype
 from ddit.runtime.console import DditGroup, say, set_up_logging
+from ddit.runtime.errors import ModelError, UsageError
 
 FLUX_DEV = "black-forest-labs/FLUX.1-dev"
 
@@ -66,15 +67,14 @@ def flux(
     as_json: bool,
 ) -> None:
     """Export a FLUX.1 pipeline."""
+    _require_libraries()
     # heavy imports here, so that --help and usage errors answer at once
     from ddit.exporter.adapter import load_adapter
     from ddit.exporter.build import export_bundle
     from ddit.exporter.families.flux import NATIVE_PATCH, FluxModel
     from ddit.exporter.models import find_model
     from ddit.profiles import ProfileError, load_profile
-    from ddit.runtime.errors import UsageError
 
-    _quiet_libraries()
     source = find_model(model, revision)
     defaults = source.defaults
     levels = levels or defaults.levels or (2, 4)
@@ -106,11 +106,14 @@ def flux(
     )
 
 
-def _quiet_libraries() -> None:
-    """No progress bars and warnings of diffusers and transformers: this command says itself what it does."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
+def _require_libraries() -> None:
+    """See that torch and its companions are there, and keep them quiet: this command says itself what it does."""
+    try:
+        import diffusers.utils.logging
+        import torch  # noqa: F401
+        import transformers.utils.logging
+    except ImportError as error:
+        raise ModelError(f"exporting needs {error.name}; install it with: pip install 'ddit[export]'") from None
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()
         library.disable_progress_bar()

@@ -37,6 +37,14 @@ from ddit.runtime.rotary import rotary_tables
 SHIFT = 1.6487  # e^0.5: what FLUX's scheduler does to the noise levels at 256 image tokens
 EMPTY_CAPTION_SHARE = 0.1
 TRAIN_SEED, TEST_SEED = 1, 2
+# what ddit-export takes for this model where the command line says nothing
+EXPORT_DEFAULTS = {
+    "levels": [2, 4, 8],
+    "dtype": "fp32",
+    "profile": "256",
+    "adapter": "adapter.safetensors",
+    "steps": 50,
+}
 
 
 @dataclass
@@ -383,32 +391,39 @@ def sample(run: Run, denoiser: Denoiser, level: nn.Module, patch: int, prompts: 
     return z
 
 
-def evaluate(run: Run, denoiser: Denoiser, levels: dict[int, Level], classifier: SceneClassifier) -> dict[str, object]:
-    """How many of 200 prompts the pictures show, for guidance scales and for levels; draws a grid."""
+def evaluate(run: Run, denoiser: Denoiser, levels: dict[int, Level], classifier: SceneClassifier) -> float:
+    """How many of 200 prompts the pictures show: natively at several guidance scales, then every level at the best.
+
+    Writes ``evaluation.json`` and grids of pictures; returns the best guidance scale.
+    """
     vae = load_vae(run)
     scenes = sample_scenes(200 if run.max_steps is None else 4, TEST_SEED + 1)
     prompts = [scene.caption for scene in scenes]
-    report: dict[str, object] = {}
-    pictures: dict[str, Tensor] = {}
-    native = FluxLevel(denoiser.transformer, PATCH)
-    trials = [(PATCH, native, g) for g in (1.0, 1.5, 2.0, 3.0, 4.0)] + [(p, level, 2.0) for p, level in levels.items()]
-    for patch, level, guidance in trials:
+    report: dict[str, dict[str, float]] = {}
+
+    def judge(patch: int, level: nn.Module, guidance: float) -> float:
         latent = sample(run, denoiser, level, patch, prompts, guidance)
         with torch.no_grad(), run.autocast():
             decoded = [
                 vae.decode(z / vae.config.scaling_factor + vae.config.shift_factor).sample for z in latent.split(25)
             ]
         name = f"level {patch}, guidance {guidance:g}"
-        pictures[name] = torch.cat(decoded).float().clamp(-1, 1)
-        judged = classifier.judge(pictures[name], scenes)
+        pictures = torch.cat(decoded).float().clamp(-1, 1)
+        judged = classifier.judge(pictures, scenes)
         rates = {what: sum(values) / len(values) for what, values in judged.items()}
         asked = zip(judged["shape"], judged["colour"], judged["background"], strict=True)
         rates["shape, colour and background"] = sum(map(all, asked)) / len(scenes)
         report[name] = rates
-        print(name, {what: round(rate, 3) for what, rate in rates.items()}, flush=True)
-    for name in pictures:
-        draw_grid(scenes[:24], pictures[name]).save(run.out / f"grid, {name}.png".replace(", ", "-").replace(" ", "-"))
-    return report
+        run.say(f"{name}: { {what: round(rate, 3) for what, rate in rates.items()} }")
+        draw_grid(scenes[:24], pictures).save(run.out / f"grid-{name.replace(', ', '-').replace(' ', '-')}.png")
+        return rates["shape, colour and background"]
+
+    native = FluxLevel(denoiser.transformer, PATCH)
+    best = max((1.0, 1.5, 2.0, 3.0, 4.0), key=lambda guidance: judge(PATCH, native, guidance))
+    for patch, level in levels.items():
+        judge(patch, level, best)
+    (run.out / "evaluation.json").write_text(json.dumps(report, indent=2))
+    return best
 
 
 def draw_grid(scenes: list[Scene], pictures: Tensor, columns: int = 6) -> Image.Image:
@@ -508,7 +523,8 @@ def main(
         return
     save_model(run, denoiser, levels)
     classifier = SceneClassifier.load().to(device)
-    (out / "evaluation.json").write_text(json.dumps(evaluate(run, denoiser, levels, classifier), indent=2))
+    best = evaluate(run, denoiser, levels, classifier)
+    (out / "model" / "ddit.json").write_text(json.dumps({**EXPORT_DEFAULTS, "guidance": best}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,45 @@
+"""FLUX.1-dev's real configuration, traced on meta tensors: what an export of 12 billion parameters costs."""
+
+import json
+from pathlib import Path
+from time import perf_counter
+
+from ddit.runtime.bench import peak_memory_mb
+
+CONFIG = Path(__file__).parent / "data" / "flux1-dev"
+
+
+def trace_flux(folder: Path) -> dict[str, float]:
+    """Trace levels 2 and 4 with an adapter's branches on level 4; runs in a process of its own, for its peak memory."""
+    import onnx_ir as ir
+
+    from ddit.exporter.adapter import Adapter
+    from ddit.exporter.families.flux import FluxModel
+    from ddit.exporter.graphs import export_graph
+    from ddit.exporter.levels import AdapterConfig
+    from ddit.exporter.models import find_model
+    from ddit.exporter.weights import WeightFiles
+
+    class Untouched(Adapter):
+        def apply(self, level, patch, *, shortened=False):
+            pass
+
+    adapter = Untouched(folder, "FLUX.1-dev", "flux", {4: AdapterConfig()}, {})
+    model = FluxModel(find_model(str(CONFIG)), (2, 4), "bf16", adapter)
+    report: dict[str, float] = {}
+    weights = WeightFiles(folder)
+    start = perf_counter()
+    for patch in model.levels:
+        graph = export_graph(model.level_job(patch), 23, weights)
+        for name in graph.places:  # save the graph alone: nobody has 24 GB of weights here
+            graph.model.graph.initializers[name].const_value = ir.ExternalTensor(
+                "weights", 0, 0, dtype=ir.DataType.BFLOAT16, shape=graph.model.graph.initializers[name].shape, name=name
+            )
+        ir.save(graph.model, folder / f"level-{patch}.onnx")
+        report[f"level-{patch} kB"] = (folder / f"level-{patch}.onnx").stat().st_size / 1e3
+    report["seconds"] = perf_counter() - start
+    report["peak MB"] = peak_memory_mb()
+    report["GB of weights"] = weights.total_bytes() / 1e9
+    report["GB of level 4's own"] = weights.file_bytes("level-4.safetensors") / 1e9
+    (folder / "report.json").write_text(json.dumps(report))
+    return report
