@@ -12,8 +12,6 @@ cuDNN's attention is switched off: its backward pass crashed for these shapes (t
 """
 
 import json
-import os
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -28,6 +26,7 @@ from PIL import Image, ImageDraw
 from scene_classifier import SceneClassifier
 from scenes import Scene, render, sample_scenes
 from torch import Tensor, nn
+from training import Ema, Training, join
 
 from ddit.exporter.adapter import save_adapter
 from ddit.exporter.families.flux import FluxLevel
@@ -47,110 +46,13 @@ EXPORT_DEFAULTS = {
 }
 
 
-@dataclass
-class Run:
+@dataclass(kw_only=True)
+class Run(Training):
     """What all stages need."""
 
     out: Path
     sizes: Sizes
-    device: str
-    batch: int
     scenes: int
-    compile: bool
-    max_steps: int | None  # a smoke test's limit, beside the seconds
-    rank: int = 0
-    world: int = 1  # processes that train together, one a GPU
-
-    def steps(self, seconds: float, optimizer: torch.optim.Optimizer, peak: float, what: str) -> Iterator[int]:
-        """Count steps until the time is over: warm up the learning rate, hold it, let it fall over the last half."""
-        start = reported = perf_counter()
-        step, done = 0, 0.0
-        while step != self.max_steps:
-            if step % 10 == 0 and (done := self._from_first((perf_counter() - start) / seconds)) >= 1:
-                break
-            for group in optimizer.param_groups:
-                group["lr"] = peak * min(1.0, (step + 1) / 200) * min(1.0, 2 * (1 - done))
-            yield step
-            step += 1
-            if perf_counter() - reported > 10:
-                reported = perf_counter()
-                rate = step / (reported - start)
-                self.say(f"{what}: {done:.0%}, step {step}, {rate:.1f} steps/s, {self.losses(what)}")
-        self.say(f"{what}: finished after {step} steps, {self.losses(what)}")
-
-    def say(self, message: str) -> None:
-        """Print, once for all processes."""
-        if self.rank == 0:
-            print(message, flush=True)
-
-    def _from_first(self, value: float) -> float:
-        """The first process's value, so that all stop at the same step."""
-        if self.world == 1:
-            return value
-        shared = torch.tensor([value], device=self.device)
-        dist.broadcast(shared, 0)
-        return shared.item()
-
-    def start_together(self, parameters: Iterable[Tensor]) -> None:
-        """Give every process the first one's values."""
-        if self.world > 1:
-            for parameter in parameters:
-                dist.broadcast(parameter.data, 0)
-
-    def update(self, loss: Tensor, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-        """One optimiser step on the gradient, averaged over the processes and clipped to norm 1."""
-        optimizer.zero_grad()
-        loss.backward()
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if self.world > 1:
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(flat)
-            parts = (flat / self.world).split([gradient.numel() for gradient in gradients])
-            for gradient, part in zip(gradients, parts, strict=True):
-                gradient.copy_(part.view_as(gradient))
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-
-    def __post_init__(self) -> None:
-        self._losses: dict[str, Tensor] = {}
-
-    def note(self, what: str, loss: Tensor) -> None:
-        """Keep a running mean of a loss on the device; reading it waits for the GPU, so that is left to the report."""
-        old = self._losses.get(what)
-        self._losses[what] = loss.detach() if old is None else old.lerp(loss.detach(), 0.02)
-
-    def losses(self, what: str) -> str:
-        """The running means of a stage."""
-        return ", ".join(f"{n} {v.mean().item():.4f}" for n, v in self._losses.items() if n.startswith(what))
-
-    def autocast(self) -> torch.autocast:
-        """bfloat16 on a GPU, plain float32 elsewhere."""
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda")
-
-    def compiled(self, module: nn.Module) -> nn.Module:
-        """The module, compiled where that pays."""
-        return torch.compile(module, dynamic=False) if self.compile else module  # type: ignore[return-value]
-
-
-class Ema:
-    """Exponential moving average of parameters, quick to forget at first."""
-
-    def __init__(self, module: nn.Module, decay: float = 0.9995):
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.shadow = [p.detach().clone() for p in self.parameters]
-        self.decay = decay
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Move towards the current values."""
-        weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.shadow, [p.detach() for p in self.parameters], weight)
-
-    @torch.no_grad()
-    def store(self) -> None:
-        """Put the averages into the module."""
-        for parameter, value in zip(self.parameters, self.shadow, strict=True):
-            parameter.copy_(value)
 
 
 class Denoiser(nn.Module):
@@ -191,6 +93,14 @@ def random_sigma(count: int, device: str) -> Tensor:
     sigma = torch.sigmoid(torch.randn(count, device=device))
     sigma = torch.where(torch.rand(count, device=device) < 0.2, torch.rand(count, device=device), sigma)
     return SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
+
+
+def noisy_batch(run: Run, latents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A random batch: rows of the data, z = (1 − σ) x + σ noise, σ, and the velocity noise − x that leads there."""
+    rows = torch.randint(len(latents), (run.batch,), device=run.device)
+    x = latents[rows].float()
+    noise, sigma = torch.randn_like(x), random_sigma(run.batch, run.device)
+    return rows, x.lerp(noise, sigma[:, None, None, None]), sigma, noise - x
 
 
 # ---- stages ----
@@ -262,7 +172,7 @@ def encode_scenes(run: Run, denoiser: Denoiser) -> tuple[Tensor, Tensor]:
 
 
 def stage_flow(run: Run, seconds: float, denoiser: Denoiser, data: tuple[Tensor, Tensor]) -> None:
-    """Flow matching: the velocity noise − x at z = (1 − σ) x + σ noise."""
+    """Flow matching, with some captions left empty so that guidance has something to lead away from."""
     latents, ids = data
     empty = denoiser.tokenize([""]).to(run.device)
     denoiser.call = run.compiled(denoiser.transformer)
@@ -270,15 +180,12 @@ def stage_flow(run: Run, seconds: float, denoiser: Denoiser, data: tuple[Tensor,
     ema = Ema(denoiser)
     ones = torch.ones(run.batch, device=run.device)
     for step in run.steps(seconds, optimizer, 1e-3, "flow"):
-        rows = torch.randint(len(latents), (run.batch,), device=run.device)
-        x, noise = latents[rows].float(), torch.randn_like(latents[rows], dtype=torch.float32)
+        rows, z, sigma, target = noisy_batch(run, latents)
         dropped = torch.rand(run.batch, 1, 1, device=run.device) < EMPTY_CAPTION_SHARE
-        sigma = random_sigma(run.batch, run.device)
         with run.autocast():
             context, pooled = denoiser.encode(torch.where(dropped, empty, ids[rows]))
-            z = x.lerp(noise, sigma[:, None, None, None])
             velocity = denoiser.velocity(z, sigma, ones, context, pooled)
-        loss = F.mse_loss(velocity, noise - x)
+        loss = F.mse_loss(velocity, target)
         run.update(loss, list(denoiser.parameters()), optimizer)
         ema.update(step)
         run.note("flow loss", loss)
@@ -297,11 +204,8 @@ def stage_guidance(run: Run, seconds: float, denoiser: Denoiser, data: tuple[Ten
     ema = Ema(denoiser.transformer, 0.998)
     ones = torch.ones(run.batch, device=run.device)
     for step in run.steps(seconds, optimizer, 3e-4, "guidance"):
-        rows = torch.randint(len(latents), (run.batch,), device=run.device)
-        x, noise = latents[rows].float(), torch.randn_like(latents[rows], dtype=torch.float32)
-        sigma = random_sigma(run.batch, run.device)
+        rows, z, sigma, _ = noisy_batch(run, latents)
         guidance = 1 + 4 * torch.rand(run.batch, device=run.device)
-        z = x.lerp(noise, sigma[:, None, None, None])
         with run.autocast():
             with torch.no_grad():
                 context, pooled = denoiser.encode(ids[rows])
@@ -346,11 +250,8 @@ def stage_adapter(
     calls = {patch: run.compiled(level) for patch, level in {PATCH: native, **levels}.items()}
     rotary = {patch: tables(run, patch) for patch in calls}
     for step in run.steps(seconds, optimizer, 1e-3, "adapter"):
-        rows = torch.randint(len(latents), (run.batch,), device=run.device)
-        x, noise = latents[rows].float(), torch.randn_like(latents[rows], dtype=torch.float32)
-        sigma = random_sigma(run.batch, run.device)
+        rows, z, sigma, _ = noisy_batch(run, latents)
         guidance = 1 + 4 * torch.rand(run.batch, device=run.device)
-        z = x.lerp(noise, sigma[:, None, None, None])
         with run.autocast():
             with torch.no_grad():
                 context, pooled = denoiser.encode(ids[rows])
@@ -486,17 +387,21 @@ def main(
     """Train the demo model."""
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    torch.manual_seed(rank)
+    device, rank, world = join()
     tiny = preset == "tiny"
     if tiny:
         batch, scenes = 8, 16
-    run = Run(out, TINY if tiny else Sizes(), device, batch, scenes, compiled, 2 if tiny else None, rank, world)
+    run = Run(
+        out=out,
+        sizes=TINY if tiny else Sizes(),
+        scenes=scenes,
+        device=device,
+        batch=batch,
+        compile=compiled,
+        max_steps=2 if tiny else None,
+        rank=rank,
+        world=world,
+    )
     out.mkdir(parents=True, exist_ok=True)
 
     if not (out / "vae").exists():

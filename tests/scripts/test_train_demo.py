@@ -33,7 +33,7 @@ def trained(tmp_path_factory) -> Path:
 def saved(trained, tmp_path) -> tuple[train_demo.Run, train_demo.Denoiser]:
     """A pipeline with random weights everywhere; two steps leave the velocity near 0, which would hide mistakes."""
     (tmp_path / "vae").symlink_to(trained / "vae")
-    settings = train_demo.Run(tmp_path, SIZES, "cpu", batch=2, scenes=2, compile=False, max_steps=2)
+    settings = train_demo.Run(out=tmp_path, sizes=SIZES, scenes=2, batch=2, max_steps=2)
     denoiser = train_demo.Denoiser(SIZES)
     with torch.no_grad():
         for parameter in denoiser.parameters():
