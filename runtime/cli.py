@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
 import click
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -16,7 +17,7 @@ from ddit.runtime.bundle import Bundle, Manifest
 from ddit.runtime.console import DditGroup, say, set_up_logging
 from ddit.runtime.errors import BundleError, UsageError
 from ddit.runtime.pipeline import Pipeline
-from ddit.runtime.trace import Trace, plot
+from ddit.runtime.trace import Trace, plot, plot_types
 
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 JSON = click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
@@ -75,8 +76,12 @@ def generate(
     as_json: bool,
 ) -> None:
     """Make one picture."""
+    # before the work, not after it: whatever would keep the results from being written
     for path in filter(None, (out, trace_file, plot_file)):
         _check_writable(path)
+    _check_type(out, {ending for ending, kind in Image.registered_extensions().items() if kind in Image.SAVE})
+    if plot_file:
+        _check_type(plot_file, plot_types())
     pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
     with _progress() as progress:
         task = progress.add_task("opening", total=None)
@@ -257,8 +262,12 @@ def _progress() -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
+def _check_type(path: Path, known: Set[str]) -> None:
+    if path.suffix.lower() not in known:
+        raise UsageError(f"{path} has an unknown file type; name it {path.with_suffix('.png')}, for instance")
+
+
 def _check_writable(path: Path) -> None:
-    """Find out before the work, not after it, that a result could not be written."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder; name a file")
     try:
@@ -274,8 +283,8 @@ def _write(path: Path, save: Callable[[Path], Any]) -> None:
     try:
         save(partial)
         partial.replace(path)
-    except (OSError, ValueError) as error:  # Pillow and matplotlib raise ValueError for an unknown file type
-        raise UsageError(f"{path} cannot be written: {error}") from None
+    except OSError as error:
+        raise BundleError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
         partial.unlink(missing_ok=True)
 

@@ -72,14 +72,22 @@ class Trace:
         return json.dumps({**asdict(self), "summary": self.summary()}, indent=2)
 
 
-def plot(trace: Trace, path: Path) -> None:
-    """Draw the level and the statistics of every step. Needs matplotlib: ``pip install 'ddit[plot]'``."""
+def _figure() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UsageError("plots need matplotlib; install it with: pip install 'ddit[plot]'") from None
+    return Figure(figsize=(8, 4.5), layout="constrained")
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+
+def plot_types() -> set[str]:
+    """File endings that `plot` can write."""
+    return {f".{kind}" for kind in _figure().canvas.get_supported_filetypes()}
+
+
+def plot(trace: Trace, path: Path) -> None:
+    """Draw the level and the statistics of every step. Needs matplotlib: ``pip install 'ddit[plot]'``."""
+    figure = _figure()
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
     numbers = range(len(trace.steps))
     upper.step(numbers, trace.levels, where="mid", color="black")

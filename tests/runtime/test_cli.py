@@ -1,6 +1,7 @@
 """ddit-run from the outside: what a user types, sees and gets."""
 
 import json
+import sys
 
 import pytest
 from PIL import Image
@@ -37,7 +38,8 @@ def test_generate_writes_picture_trace_and_plot(tiny_bundle, tmp_path):
         (["a red circle", "--steps", "0"], 2, "at least 1"),
         (["a red circle", "--backend", "NoSuchProvider"], 2, "no provider 'NoSuchProvider'"),
         (["a red circle", "--out", "no/such/folder/out.png"], 2, "cannot be written"),
-        (["a red circle", "--out", "out.unknown", "--steps", "1"], 2, "cannot be written"),
+        (["a red circle", "--out", "out.unknown"], 2, "unknown file type; name it out.png"),
+        (["a red circle", "--plot", "plot.txt"], 2, "unknown file type; name it plot.png"),
     ],
 )
 def test_bad_requests_end_in_one_line(tiny_bundle, tmp_path, monkeypatch, arguments, code, words):
@@ -47,6 +49,21 @@ def test_bad_requests_end_in_one_line(tiny_bundle, tmp_path, monkeypatch, argume
     assert words in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plot_without_matplotlib_is_refused_before_the_work(tiny_bundle, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = run(main, "generate", tiny_bundle, "a star", "--out", tmp_path / "o.png", "--plot", tmp_path / "p.png")
+    assert result.exit_code == 2
+    assert "pip install 'ddit[plot]'" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_onnxruntime_the_message_names_both_extras(tiny_bundle, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    result = run(main, "generate", tiny_bundle, "a star", "--out", tmp_path / "o.png")
+    assert result.exit_code == 1
+    assert "pip install 'ddit[cpu]' or pip install 'ddit[cuda]'" in result.stderr
 
 
 def test_long_prompt_is_cut_with_a_warning(tiny_bundle, tmp_path, caplog):
