@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ddit.runtime.bundle import Bundle, Manifest
 from ddit.runtime.console import DditGroup, say, set_up_logging
-from ddit.runtime.errors import BundleError, UsageError
+from ddit.runtime.errors import BundleError, DditError, UsageError
 from ddit.runtime.pipeline import Pipeline
 from ddit.runtime.trace import Trace, plot, plot_types
 
@@ -284,7 +284,7 @@ def _write(path: Path, save: Callable[[Path], Any]) -> None:
         save(partial)
         partial.replace(path)
     except OSError as error:
-        raise BundleError(f"{path} cannot be written: {error.strerror or error}") from None
+        raise DditError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
         partial.unlink(missing_ok=True)
 

@@ -63,7 +63,6 @@ class Denoiser(nn.Module):
         self.clip, self.clip_tokenizer = make_clip(sizes)
         self.t5, self.t5_tokenizer = make_t5(sizes)
         self.transformer = make_transformer(sizes)
-        self.grid = sizes.picture // 8 // PATCH
         self.call: nn.Module = self.transformer
 
     def tokenize(self, captions: list[str]) -> Tensor:
@@ -113,7 +112,7 @@ def stage_vae(run: Run, seconds: float) -> None:
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
     ema, batch = Ema(vae, 0.998), max(2, run.batch // 32)  # many small steps restore better than few large ones
     pool = sample_scenes(2000 * batch if run.device == "cuda" else 4 * batch, TRAIN_SEED + 100 * run.rank)
-    for step in run.steps(seconds, optimizer, 1e-3, "vae"):
+    for step in run.steps(seconds, optimizer, "vae"):
         first = step * batch % len(pool)
         pictures = render(pool[first : first + batch], run.sizes.picture, run.device)
         pictures = pictures.contiguous(memory_format=torch.channels_last)
@@ -123,7 +122,7 @@ def stage_vae(run: Run, seconds: float) -> None:
         error = restored - pictures
         edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
         loss = error.abs().mean() + error.square().mean() + 0.5 * edges + 1e-6 * posterior.kl().float().mean()
-        run.update(loss, list(vae.parameters()), optimizer)
+        run.update(loss, optimizer)
         ema.update(step)
         run.note("vae loss", loss)
     ema.store()
@@ -179,14 +178,14 @@ def stage_flow(run: Run, seconds: float, denoiser: Denoiser, data: tuple[Tensor,
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     ema = Ema(denoiser)
     ones = torch.ones(run.batch, device=run.device)
-    for step in run.steps(seconds, optimizer, 1e-3, "flow"):
+    for step in run.steps(seconds, optimizer, "flow"):
         rows, z, sigma, target = noisy_batch(run, latents)
         dropped = torch.rand(run.batch, 1, 1, device=run.device) < EMPTY_CAPTION_SHARE
         with run.autocast():
             context, pooled = denoiser.encode(torch.where(dropped, empty, ids[rows]))
             velocity = denoiser.velocity(z, sigma, ones, context, pooled)
         loss = F.mse_loss(velocity, target)
-        run.update(loss, list(denoiser.parameters()), optimizer)
+        run.update(loss, optimizer)
         ema.update(step)
         run.note("flow loss", loss)
     ema.store()
@@ -203,7 +202,7 @@ def stage_guidance(run: Run, seconds: float, denoiser: Denoiser, data: tuple[Ten
     optimizer = torch.optim.AdamW(denoiser.transformer.parameters(), lr=3e-4, betas=(0.9, 0.99), fused=True)
     ema = Ema(denoiser.transformer, 0.998)
     ones = torch.ones(run.batch, device=run.device)
-    for step in run.steps(seconds, optimizer, 3e-4, "guidance"):
+    for step in run.steps(seconds, optimizer, "guidance"):
         rows, z, sigma, _ = noisy_batch(run, latents)
         guidance = 1 + 4 * torch.rand(run.batch, device=run.device)
         with run.autocast():
@@ -217,7 +216,7 @@ def stage_guidance(run: Run, seconds: float, denoiser: Denoiser, data: tuple[Ten
             velocity = denoiser.velocity(z, sigma, guidance, context, pooled)
         target = without + guidance[:, None, None, None] * (with_caption - without)
         loss = F.mse_loss(velocity, target)
-        run.update(loss, list(denoiser.transformer.parameters()), optimizer)
+        run.update(loss, optimizer)
         ema.update(step)
         run.note("guidance loss", loss)
     ema.store()
@@ -249,7 +248,7 @@ def stage_adapter(
     ema = Ema(own, 0.998)
     calls = {patch: run.compiled(level) for patch, level in {PATCH: native, **levels}.items()}
     rotary = {patch: tables(run, patch) for patch in calls}
-    for step in run.steps(seconds, optimizer, 1e-3, "adapter"):
+    for step in run.steps(seconds, optimizer, "adapter"):
         rows, z, sigma, _ = noisy_batch(run, latents)
         guidance = 1 + 4 * torch.rand(run.batch, device=run.device)
         with run.autocast():
@@ -260,7 +259,7 @@ def stage_adapter(
                 patch: F.mse_loss(calls[patch](z, sigma, context, pooled, *rotary[patch], guidance), target)
                 for patch in patches
             }
-        run.update(sum(losses.values(), torch.zeros((), device=run.device)), list(own), optimizer)
+        run.update(sum(losses.values(), torch.zeros((), device=run.device)), optimizer)
         ema.update(step)
         for patch, loss in losses.items():
             run.note(f"adapter level {patch}, share of the variance", loss / target.var())

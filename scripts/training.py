@@ -21,8 +21,9 @@ class Training:
     rank: int = 0
     world: int = 1  # processes that train together, one a GPU
 
-    def steps(self, seconds: float, optimizer: torch.optim.Optimizer, peak: float, what: str) -> Iterator[int]:
-        """Count steps until the time is over: warm up the learning rate, hold it, let it fall over the last half."""
+    def steps(self, seconds: float, optimizer: torch.optim.Optimizer, what: str) -> Iterator[int]:
+        """Count steps until the time is over; the learning rate warms up, holds, and falls over the last half."""
+        peak = optimizer.param_groups[0]["lr"]
         start = reported = perf_counter()
         step, done = 0, 0.0
         while step != self.max_steps:
@@ -57,8 +58,9 @@ class Training:
             for parameter in parameters:
                 dist.broadcast(parameter.data, 0)
 
-    def update(self, loss: Tensor, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    def update(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """One optimiser step on the gradient, averaged over the processes and clipped to norm 1."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         optimizer.zero_grad()
         loss.backward()
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -136,9 +136,7 @@ class FluxModel:
 
     def jobs(self) -> list[GraphJob]:
         """Every graph of the bundle. Raises `ModelError` for a pipeline that is not whole, before any work is done."""
-        with torch.device("meta"):
-            transformer = FluxTransformer2DModel.from_config(self.transformer_config)
-        self._transformer_weights.require(transformer.state_dict())
+        self._transformer_weights.require(self._meta_transformer.state_dict())
         coarse = tuple(patch for patch in self.levels if patch != NATIVE_PATCH)
         return [
             self._clip_job(),
@@ -151,9 +149,7 @@ class FluxModel:
     def level_job(self, patch: int) -> GraphJob:
         """The graph of one level."""
         config = self.transformer_config
-        with torch.device("meta"):
-            transformer = FluxTransformer2DModel.from_config(config).to(TORCH_DTYPES[self.dtype])
-        module = self._level(transformer, patch)
+        module = self._level(self._meta_transformer, patch)
         own = module.own_parameters()
         adapter = self.adapter if module.config is not None else None
 
@@ -193,6 +189,13 @@ class FluxModel:
         if self.adapter and config:
             self.adapter.apply(level, patch, shortened=self.depth is not None)
         return level
+
+    @cached_property
+    def _meta_transformer(self) -> nn.Module:
+        """The transformer without weights; every level is traced over this one."""
+        with torch.device("meta"):
+            transformer: nn.Module = FluxTransformer2DModel.from_config(self.transformer_config)
+        return transformer.to(TORCH_DTYPES[self.dtype])
 
     @cached_property
     def _transformer_weights(self) -> SafetensorsFolder:
