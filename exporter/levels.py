@@ -45,7 +45,7 @@ def resize_embedding(weight: Tensor, native: int, patch: int) -> Tensor:
 
     Embedding an upsampled patch then gives exactly what the native embedding gives for the patch itself.
     """
-    inverse = torch.linalg.pinv(bilinear_matrix(native, patch))  # (native², patch²)
+    inverse = torch.linalg.pinv(bilinear_matrix(native, patch)).to(weight.device)  # (native², patch²)
     blocks = weight.double().reshape(weight.shape[0], -1, native * native)
     resized: Tensor = (blocks @ inverse).flatten(1)
     return resized.to(weight.dtype)
@@ -53,7 +53,7 @@ def resize_embedding(weight: Tensor, native: int, patch: int) -> Tensor:
 
 def resize_head(weight: Tensor, bias: Tensor, native: int, patch: int) -> tuple[Tensor, Tensor]:
     """Native head ``(C·native², D)``, then bilinear upsampling of every patch, as one head ``(C·patch², D)``."""
-    up = bilinear_matrix(native, patch)
+    up = bilinear_matrix(native, patch).to(weight.device)
     new_weight = torch.einsum("pq,cqd->cpd", up, weight.double().reshape(-1, native * native, weight.shape[1]))
     new_bias = bias.double().reshape(-1, native * native) @ up.T
     return new_weight.flatten(0, 1).to(weight.dtype), new_bias.flatten().to(bias.dtype)
