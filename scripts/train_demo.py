@@ -63,7 +63,6 @@ class Denoiser(nn.Module):
         self.clip, self.clip_tokenizer = make_clip(sizes)
         self.t5, self.t5_tokenizer = make_t5(sizes)
         self.transformer = make_transformer(sizes)
-        self.call: nn.Module = self.transformer
 
     def tokenize(self, captions: list[str]) -> Tensor:
         """Captions → ids (B, 2, TEXT_LENGTH) for CLIP and T5, as `FluxPipeline` makes them."""
@@ -75,16 +74,19 @@ class Denoiser(nn.Module):
         """Ids → context (B, L, D) and pooled vector (B, D)."""
         return self.t5(ids[:, 1])[0], self.clip(ids[:, 0]).pooler_output
 
-    def velocity(self, latent: Tensor, sigma: Tensor, guidance: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
-        """The transformer on a spatial latent (B, C, H, W), called as diffusers calls it."""
-        batch, channels, height, width = latent.shape
-        tokens = FluxPipeline._pack_latents(latent, batch, channels, height, width)
-        image_ids = FluxPipeline._prepare_latent_image_ids(
-            batch, height // PATCH, width // PATCH, latent.device, torch.float32
-        )
-        text_ids = torch.zeros(context.shape[1], 3, device=latent.device)
-        out = self.call(tokens, context, pooled, sigma, image_ids, text_ids, guidance, return_dict=False)[0]
-        return FluxPipeline._unpack_latents(out.float(), height * 8, width * 8, 8)
+
+def velocity(
+    transformer: nn.Module, latent: Tensor, sigma: Tensor, guidance: Tensor, context: Tensor, pooled: Tensor
+) -> Tensor:
+    """The transformer, compiled or not, on a spatial latent (B, C, H, W), called as diffusers calls it."""
+    batch, channels, height, width = latent.shape
+    tokens = FluxPipeline._pack_latents(latent, batch, channels, height, width)
+    image_ids = FluxPipeline._prepare_latent_image_ids(
+        batch, height // PATCH, width // PATCH, latent.device, torch.float32
+    )
+    text_ids = torch.zeros(context.shape[1], 3, device=latent.device)
+    out = transformer(tokens, context, pooled, sigma, image_ids, text_ids, guidance, return_dict=False)[0]
+    return FluxPipeline._unpack_latents(out.float(), height * 8, width * 8, 8)
 
 
 def random_sigma(count: int, device: str) -> Tensor:
@@ -163,9 +165,9 @@ def encode_scenes(run: Run, denoiser: Denoiser) -> tuple[Tensor, Tensor]:
     scenes = sample_scenes(run.scenes // run.world, TRAIN_SEED + 100 * run.rank)
     ids = denoiser.tokenize([scene.caption for scene in scenes]).to(run.device)
     latents = []
-    for first in range(0, len(scenes), 512):
+    for first in range(0, len(scenes), run.batch):
         with run.autocast():
-            moments = vae.encode(render(scenes[first : first + 512], run.sizes.picture, run.device)).latent_dist
+            moments = vae.encode(render(scenes[first : first + run.batch], run.sizes.picture, run.device)).latent_dist
         latents.append(((moments.mode().float() - vae.config.shift_factor) * vae.config.scaling_factor).half())
     return torch.cat(latents), ids
 
@@ -174,7 +176,7 @@ def stage_flow(run: Run, seconds: float, denoiser: Denoiser, data: tuple[Tensor,
     """Flow matching, with some captions left empty so that guidance has something to lead away from."""
     latents, ids = data
     empty = denoiser.tokenize([""]).to(run.device)
-    denoiser.call = run.compiled(denoiser.transformer)
+    call = run.compiled(denoiser.transformer)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     ema = Ema(denoiser)
     ones = torch.ones(run.batch, device=run.device)
@@ -183,8 +185,8 @@ def stage_flow(run: Run, seconds: float, denoiser: Denoiser, data: tuple[Tensor,
         dropped = torch.rand(run.batch, 1, 1, device=run.device) < EMPTY_CAPTION_SHARE
         with run.autocast():
             context, pooled = denoiser.encode(torch.where(dropped, empty, ids[rows]))
-            velocity = denoiser.velocity(z, sigma, ones, context, pooled)
-        loss = F.mse_loss(velocity, target)
+            predicted = velocity(call, z, sigma, ones, context, pooled)
+        loss = F.mse_loss(predicted, target)
         run.update(loss, optimizer)
         ema.update(step)
         run.note("flow loss", loss)
@@ -209,13 +211,11 @@ def stage_guidance(run: Run, seconds: float, denoiser: Denoiser, data: tuple[Ten
             with torch.no_grad():
                 context, pooled = denoiser.encode(ids[rows])
                 no_context, no_pooled = (t.expand(run.batch, *t.shape[1:]).contiguous() for t in denoiser.encode(empty))
-                denoiser.call = teacher_call
-                with_caption = denoiser.velocity(z, sigma, ones, context, pooled)
-                without = denoiser.velocity(z, sigma, ones, no_context, no_pooled)
-            denoiser.call = student_call
-            velocity = denoiser.velocity(z, sigma, guidance, context, pooled)
+                with_caption = velocity(teacher_call, z, sigma, ones, context, pooled)
+                without = velocity(teacher_call, z, sigma, ones, no_context, no_pooled)
+            predicted = velocity(student_call, z, sigma, guidance, context, pooled)
         target = without + guidance[:, None, None, None] * (with_caption - without)
-        loss = F.mse_loss(velocity, target)
+        loss = F.mse_loss(predicted, target)
         run.update(loss, optimizer)
         ema.update(step)
         run.note("guidance loss", loss)
@@ -286,8 +286,8 @@ def sample(run: Run, denoiser: Denoiser, level: nn.Module, patch: int, prompts: 
     for now, after in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
         sigma = torch.full((count,), now, device=run.device)
         with run.autocast():
-            velocity = level(z, sigma, context, pooled, *rotary, scale)
-        z = z + (after - now) * velocity
+            predicted = level(z, sigma, context, pooled, *rotary, scale)
+        z = z + (after - now) * predicted
     return z
 
 

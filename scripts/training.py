@@ -86,8 +86,8 @@ class Training:
         return ", ".join(f"{n} {v.mean().item():.4f}" for n, v in self._losses.items() if n.startswith(what))
 
     def autocast(self) -> torch.autocast:
-        """bfloat16 on a GPU, plain float32 elsewhere."""
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda")
+        """Products in bfloat16, beside float32 weights; twice as fast on a CPU with AVX-512 BF16 too."""
+        return torch.autocast(self.device, torch.bfloat16)
 
     def compiled(self, module: nn.Module) -> nn.Module:
         """The module, compiled where that pays."""
