@@ -207,6 +207,10 @@ def _name_dimensions(model: ir.Model, job: GraphJob) -> None:
     for node in model.graph:  # traces of the Python source: of no use to who runs the graph, and they hold paths
         node.metadata_props.clear()
         node.doc_string = None
+        for output in node.outputs:
+            output.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.metadata_props.clear()
     model.producer_name, model.producer_version = "ddit", None
