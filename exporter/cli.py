@@ -52,7 +52,13 @@ def main(verbose: int) -> None:
     type=click.Choice(["fp32", "fp16", "bf16"]),
     help="Arithmetic inside the graphs.  [default: the model's, or bf16]",
 )
-@click.option("--opset", type=click.IntRange(18, 23), default=23, show_default=True, help="ONNX opset of the graphs.")
+@click.option(
+    "--opset",
+    type=click.IntRange(17, 23),
+    default=23,
+    show_default=True,
+    help="ONNX opset of the graphs; 17 is for TensorRT 8.6.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the bundle.  [default: MODEL.bundle]")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
 def flux(
@@ -73,10 +79,16 @@ def flux(
     from ddit.exporter.build import export_bundle
     from ddit.exporter.families.flux import NATIVE_PATCH, FluxModel
     from ddit.exporter.models import find_model
+    from ddit.exporter.opset17 import LOWERED
     from ddit.profiles import ProfileError, load_profile
 
     source = find_model(model, revision)
     defaults = source.defaults
+    dtype = dtype or defaults.dtype or "bf16"
+    if opset == LOWERED and dtype == "bf16":
+        raise UsageError(
+            f"opset {LOWERED} is for TensorRT 8.6, which has no bfloat16; add --dtype fp16 or --dtype fp32"
+        )
     levels = levels or defaults.levels or (2, 4)
     if NATIVE_PATCH not in levels:
         raise UsageError(f"the native level {NATIVE_PATCH} must be among the levels: every schedule falls back to it")
@@ -92,7 +104,7 @@ def flux(
         names = ", ".join(map(str, untrained))
         say(f"warning: no adapter for level {names}: pictures will suffer where a schedule uses it")
     out = out or Path(f"{source.info.id.rpartition('/')[2]}.bundle")
-    export = FluxModel(source, levels, dtype or defaults.dtype or "bf16", loaded)
+    export = FluxModel(source, levels, dtype, loaded)
     manifest = export_bundle(export, out, profile=shapes, opset=opset, report=say)
     worst = max(manifest.parity, key=lambda result: result.error / result.tolerance)
     size = sum(info.size for info in manifest.files.values())

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from ddit.exporter.opset17 import LOWERED, TRACED, lower_to_opset17
 from ddit.exporter.weights import Weight, WeightFiles
 from ddit.runtime.bundle import Dtype, TensorSpec
 from ddit.runtime.errors import ModelError
@@ -65,6 +66,7 @@ class ExportedGraph:
 
 def export_graph(job: GraphJob, opset: int, weights: WeightFiles) -> ExportedGraph:
     """Trace a module and register its weights. Raises `ModelError` when the exporter fails."""
+    traced = TRACED if opset == LOWERED else opset
     device = next((parameter.device for parameter in job.module.parameters()), torch.device("cpu"))
     kwargs = {
         spec.name: torch.zeros(spec.resolve(job.trace_sizes), dtype=DTYPES[spec.dtype], device=device)
@@ -77,7 +79,7 @@ def export_graph(job: GraphJob, opset: int, weights: WeightFiles) -> ExportedGra
                 kwargs=kwargs,
                 dynamic_shapes=_dynamic_shapes(job.inputs, job.outputs),
                 output_names=[spec.name for spec in job.outputs],
-                opset_version=opset,
+                opset_version=traced,
                 dynamo=True,
                 optimize=False,
                 verbose=False,
@@ -86,8 +88,8 @@ def export_graph(job: GraphJob, opset: int, weights: WeightFiles) -> ExportedGra
             raise ModelError(f"torch could not export {job.name}: {_root_cause(error)}") from error
     assert program is not None
     model: ir.Model = program.model
-    if model.opset_imports[""] != opset:  # torch falls back to another opset with no more than a log line
-        raise ModelError(f"torch exported {job.name} at opset {model.opset_imports['']} instead of {opset}")
+    if model.opset_imports[""] != traced:  # torch falls back to another opset with no more than a log line
+        raise ModelError(f"torch exported {job.name} at opset {model.opset_imports['']} instead of {traced}")
 
     parameters = {
         **dict(job.module.named_parameters(remove_duplicate=False)),
@@ -110,7 +112,10 @@ def export_graph(job: GraphJob, opset: int, weights: WeightFiles) -> ExportedGra
         file, stored = job.place(name)
         places[name] = (file, weights.add(file, stored, weight))
     with _quiet():
-        _simplify(model)
+        _fold(model)
+        if opset == LOWERED:
+            lower_to_opset17(model, job.name)
+        _tidy(model)
     _name_dimensions(model, job)
     return ExportedGraph(
         job, model, {name: place for name, place in places.items() if name in model.graph.initializers}
@@ -170,13 +175,12 @@ def _absorb_transposes(graph: ir.Graph, parameters: set[str]) -> set[str]:
     return absorbed
 
 
-def _simplify(model: ir.Model) -> None:
-    """Fold constants and drop what does nothing; torch's list operations become plain ``Split`` nodes on the way.
+def _fold(model: ir.Model) -> None:
+    """Fold constants; torch's list operations become plain ``Split`` nodes on the way.
 
-    This is `onnxscript.optimizer.optimize_ir` with only those rewrite rules that find something in these graphs: with
-    all of them it takes longer than the tracing.
+    With `_tidy` this is `onnxscript.optimizer.optimize_ir` with only those rewrite rules that find something in these
+    graphs: with all of them it takes longer than the tracing.
     """
-    from onnx_ir.passes import common
     from onnxscript.optimizer import fold_constants
     from onnxscript.rewriter import RewritePass
     from onnxscript.rewriter.rules.common import collapse_slice2_rule, collapse_slice_rule
@@ -184,6 +188,12 @@ def _simplify(model: ir.Model) -> None:
     for _ in range(2):  # folding uncovers more to fold
         fold_constants(model, onnx_shape_inference=True, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
         RewritePass([collapse_slice_rule, collapse_slice2_rule])(model)
+
+
+def _tidy(model: ir.Model) -> None:
+    """Drop what does nothing or stands there twice."""
+    from onnx_ir.passes import common
+
     ir.passes.Sequential(
         common.IdentityEliminationPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
@@ -207,6 +217,10 @@ def _name_dimensions(model: ir.Model, job: GraphJob) -> None:
     for node in model.graph:  # traces of the Python source: of no use to who runs the graph, and they hold paths
         node.metadata_props.clear()
         node.doc_string = None
+        for output in node.outputs:
+            output.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.metadata_props.clear()
     model.producer_name, model.producer_version = "ddit", None

@@ -46,7 +46,9 @@ def one_error(result, code: int, words: str) -> None:
         (["--profile", "tiny"], 2, "unknown profile 'tiny'; built in: 1024, 2048, 256, 512"),
         (["--adapter", "missing.safetensors"], 1, "missing.safetensors does not exist"),
         (["--dtype", "int3"], 2, "'int3' is not one of"),
-        (["--opset", "12"], 2, "12 is not in the range"),
+        (["--opset", "16"], 2, "16 is not in the range 17<=x<=23"),
+        (["--opset", "17"], 2, "opset 17 is for TensorRT 8.6, which has no bfloat16; add --dtype fp16"),
+        (["--opset", "17", "--dtype", "bf16"], 2, "has no bfloat16"),
     ],
 )
 def test_bad_options(tiny_pipeline, tmp_path, monkeypatch, arguments, code, words):
