@@ -103,7 +103,6 @@ def main(
     )
     flops = level_flops(pipeline.bundle, height=settings.height, width=settings.width)
     store = Store(out, steps)
-    store.claim(settings)
     make_missing(store, pipeline, schedules, samples, settings)
 
     measured, floors = measure(store, schedules, samples, functions)

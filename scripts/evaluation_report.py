@@ -195,17 +195,15 @@ def show(name: str, cell: Cell | None) -> str:
     if not isinstance(cell, Estimate):
         cell = Estimate(cell, nan, nan)
 
-    def number(value: float) -> str:
-        sign = "+" if name.endswith(DIFFERENCE) else ""
-        if name.startswith(PERCENT):
-            return f"{100 * value:{sign}.1f} %"
-        if name.endswith((TIMES, SHARE)):
-            return f"{value:.2f}×"
-        return f"{value:{sign}.4g}"
-
-    if isnan(cell.low):
-        return number(cell.value)
-    return f"{number(cell.value)} [{number(cell.low)}, {number(cell.high)}]"
+    scale, unit, form = 1.0, "", ".4g"
+    if name.startswith(PERCENT):
+        scale, unit, form = 100.0, " %", ".1f"
+    elif name.endswith((TIMES, SHARE)):
+        unit, form = "×", ".2f"
+    if name.endswith(DIFFERENCE):
+        form = "+" + form
+    value, low, high = (f"{scale * part:{form}}" for part in (cell.value, cell.low, cell.high))
+    return f"{value}{unit}" if isnan(cell.low) else f"{value}{unit} [{low}, {high}]"
 
 
 def markdown(

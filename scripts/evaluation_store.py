@@ -91,16 +91,20 @@ class Store:
     folder: Path
     steps: int
 
-    def claim(self, settings: Settings) -> None:
-        """Note the settings in a new folder; refuse a folder whose pictures were made with others (`UsageError`)."""
+    def check(self, settings: Settings) -> None:
+        """Refuse a folder whose pictures were made with other settings (`UsageError`)."""
         path = self.folder / "run.json"
-        if path.exists():
-            for name, value in asdict(settings).items():
-                if (before := _read_json(path).get(name)) != value:
-                    raise UsageError(
-                        f"{self.folder} holds pictures made with {name} {before}, not {value}; choose another --out"
-                    )
-        write_whole(path, json.dumps(asdict(settings), indent=2).encode() + b"\n")
+        before = _read_json(path) if path.exists() else asdict(settings)
+        for name, value in asdict(settings).items():
+            if before.get(name) != value:
+                raise UsageError(
+                    f"{self.folder} holds pictures made with {name} {before.get(name)}, not {value}; "
+                    "choose another --out"
+                )
+
+    def claim(self, settings: Settings) -> None:
+        """Note what the folder's pictures are made with."""
+        write_whole(self.folder / "run.json", json.dumps(asdict(settings), indent=2).encode() + b"\n")
 
     def picture_file(self, schedule: str, sample: Sample) -> Path:
         """Where a picture lies."""
@@ -162,6 +166,7 @@ def make_missing(
 
     Every prompt runs through all schedules in turn, so that a machine that slows down slows all of them alike.
     """
+    store.check(settings)
     missing = [
         (schedule, [sample for sample in samples[start : start + settings.batch] if not store.has(schedule, sample)])
         for start in range(0, len(samples), settings.batch)
@@ -176,6 +181,7 @@ def make_missing(
     patches = pipeline.bundle.manifest.patches
     for batch in sorted({len(some) for _, some in jobs}):  # the first run at a size is slow
         pipeline.batch(["warm up"] * batch, seeds=[0] * batch, schedule=Fixed(patches), **options)  # type: ignore[arg-type]
+    store.claim(settings)  # only now: a request that the bundle refuses leaves the folder free for another
     console = Console(stderr=True)
     for schedule, some in track(
         jobs, description="making", console=console, transient=True, disable=not console.is_terminal
