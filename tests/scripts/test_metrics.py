@@ -9,8 +9,10 @@ import torch
 from metrics import METRICS, Estimate, Frechet, Sample, estimate, psnr, ssim, why_not
 from scenes import render, sample_scenes
 from torch import nn
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from ddit.runtime.errors import DditError, UsageError
+from tiny import clip_tokenizer
 
 SAMPLES = [Sample(0, "a red circle", 0), Sample(1, "a blue star", 1)]
 PRETRAINED = ("lpips", "fid", "clip", "imagereward")
@@ -88,10 +90,6 @@ def test_adherence_is_high_for_the_right_prompts_only():
 
 
 def test_clip_score_is_the_cosine_of_the_embeddings(tmp_path):
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
-
-    from tiny import clip_tokenizer
-
     tokenizer = clip_tokenizer()
     tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
