@@ -1,4 +1,4 @@
-"""What both commands share: error lines with exit codes, messages on stderr, logging."""
+"""What all commands share: error lines with exit codes, messages on stderr, logging."""
 
 import logging
 import sys
@@ -9,8 +9,8 @@ import click
 from ddit.runtime.errors import DditError
 
 
-class DditGroup(click.Group):
-    """A command group that ends on our errors with one line on stderr and the error's exit code."""
+class DditCommand(click.Command):
+    """A command that ends on our errors with one line on stderr and the error's exit code."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run; never shows a traceback for an error that ddit raised on purpose."""
@@ -22,6 +22,10 @@ class DditGroup(click.Group):
             logging.getLogger("ddit").debug("details", exc_info=error)
             click.echo(f"error: {error}", err=True)
             sys.exit(error.exit_code)
+
+
+class DditGroup(DditCommand, click.Group):
+    """A group of commands that end so."""
 
 
 def say(message: str) -> None:

@@ -1,0 +1,206 @@
+"""The pictures that `evaluate.py` compares: made once, kept in a folder, read again.
+
+The folder holds ``run.json``, what all its pictures were made with, and for every schedule and number of steps a folder
+``pictures/<schedule>-<steps>-steps`` with ``<hash of the prompt>-<seed>.png`` and, written after it, ``.json``.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from os import cpu_count
+from pathlib import Path
+from platform import machine, processor
+from typing import Any
+
+import numpy as np
+from metrics import Pictures, Sample
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from ddit.runtime import Pipeline, Result
+from ddit.runtime.console import say
+from ddit.runtime.errors import DditError, UsageError
+from ddit.runtime.schedule import Fixed
+
+READ_AT_ONCE = 25
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all pictures of a folder have in common: only then can their times and pixels be compared."""
+
+    bundle: str  # SHA-256 of bundle.json
+    backend: str
+    threads: int | None
+    batch: int
+    height: int
+    width: int
+    guidance: float
+    machine: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """How a picture came about."""
+
+    prompt: str
+    seed: int
+    schedule: str
+    levels: list[int]  # of every step
+    milliseconds: float  # of all steps; of a batch, the picture's share
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file through a temporary sibling, so that an interrupted run leaves no half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        raise DditError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def describe_machine(backend: str) -> str:
+    """Processor, cores, and with a GPU backend the GPUs."""
+    name = processor() or machine()
+    try:
+        models = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+        name = models[0] if models else name
+    except OSError:
+        pass  # not Linux
+    words = f"{name}, {cpu_count()} cores"
+    if backend != "cpu" and (smi := shutil.which("nvidia-smi")):
+        query = [smi, "--query-gpu=name", "--format=csv,noheader"]
+        gpus = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")
+        words += "".join(f", {gpu}" for gpu in gpus if gpu)
+    return words
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder of pictures."""
+
+    folder: Path
+    steps: int
+
+    def check(self, settings: Settings) -> None:
+        """Refuse a folder whose pictures were made with other settings (`UsageError`)."""
+        path = self.folder / "run.json"
+        before = _read_json(path) if path.exists() else asdict(settings)
+        for name, value in asdict(settings).items():
+            if before.get(name) != value:
+                raise UsageError(
+                    f"{self.folder} holds pictures made with {name} {before.get(name)}, not {value}; "
+                    "choose another --out"
+                )
+
+    def claim(self, settings: Settings) -> None:
+        """Note what the folder's pictures are made with."""
+        write_whole(self.folder / "run.json", json.dumps(asdict(settings), indent=2).encode() + b"\n")
+
+    def picture_file(self, schedule: str, sample: Sample) -> Path:
+        """Where a picture lies."""
+        folder = re.sub(r"[^\w.,=]+", "-", schedule)
+        prompt = hashlib.sha256(sample.prompt.encode()).hexdigest()[:12]
+        return self.folder / "pictures" / f"{folder}-{self.steps}-steps" / f"{prompt}-{sample.seed}.png"
+
+    def has(self, schedule: str, sample: Sample) -> bool:
+        """Whether a picture and its record are there."""
+        path = self.picture_file(schedule, sample)
+        return path.is_file() and path.with_suffix(".json").is_file()
+
+    def put(self, schedule: str, sample: Sample, result: Result, milliseconds: float) -> None:
+        """Keep a picture; its record comes last, so that whatever has one is whole."""
+        path = self.picture_file(schedule, sample)
+        content = BytesIO()
+        result.image.save(content, format="PNG")
+        write_whole(path, content.getvalue())
+        record = Record(sample.prompt, sample.seed, schedule, result.trace.levels, milliseconds)
+        write_whole(path.with_suffix(".json"), json.dumps(asdict(record)).encode() + b"\n")
+
+    def record(self, schedule: str, sample: Sample) -> Record:
+        """How a picture came about."""
+        path = self.picture_file(schedule, sample).with_suffix(".json")
+        try:
+            return Record(**_read_json(path))
+        except TypeError:
+            raise DditError(f"{path} is not a record of this version; delete it to make the picture again") from None
+
+    def pictures(self, schedule: str, samples: Sequence[Sample]) -> Iterator[tuple[Sequence[Sample], Pictures]]:
+        """Samples with their pictures (N, H, W, 3) uint8, a few at a time: thousands would not fit in memory."""
+        for start in range(0, len(samples), READ_AT_ONCE):
+            some = samples[start : start + READ_AT_ONCE]
+            yield some, np.stack([self._read(self.picture_file(schedule, sample)) for sample in some])
+
+    @staticmethod
+    def _read(path: Path) -> Pictures:
+        try:
+            with Image.open(path) as image:
+                return np.asarray(image.convert("RGB"))
+        except OSError:
+            raise DditError(f"{path} is not a picture; delete it to make it again") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise DditError(f"{path} cannot be read; delete it to make it again")
+    return content
+
+
+def make_missing(
+    store: Store, pipeline: Pipeline, schedules: Sequence[str], samples: Sequence[Sample], settings: Settings
+) -> None:
+    """Make the pictures that are not there yet, prompt by prompt.
+
+    Every prompt runs through all schedules in turn, so that a machine that slows down slows all of them alike.
+    """
+    store.check(settings)
+    missing = [
+        (schedule, [sample for sample in samples[start : start + settings.batch] if not store.has(schedule, sample)])
+        for start in range(0, len(samples), settings.batch)
+        for schedule in schedules
+    ]
+    jobs = [(schedule, some) for schedule, some in missing if some]
+    total, todo = len(schedules) * len(samples), sum(len(some) for _, some in jobs)
+    say(f"{total - todo} of {total} pictures are there already, {todo} to make")
+    if not jobs:
+        return
+    options = {"height": settings.height, "width": settings.width, "guidance": settings.guidance}
+    patches = pipeline.bundle.manifest.patches
+    for batch in sorted({len(some) for _, some in jobs}):  # the first run at a size is slow
+        pipeline.batch(["warm up"] * batch, seeds=[0] * batch, schedule=Fixed(patches), **options)  # type: ignore[arg-type]
+    store.claim(settings)  # only now: a request that the bundle refuses leaves the folder free for another
+    console = Console(stderr=True)
+    for schedule, some in track(
+        jobs, description="making", console=console, transient=True, disable=not console.is_terminal
+    ):
+        results = pipeline.batch(
+            [sample.prompt for sample in some],
+            seeds=[sample.seed for sample in some],
+            steps=store.steps,
+            schedule=schedule,
+            **options,  # type: ignore[arg-type]
+        )
+        for sample, result, milliseconds in zip(some, results, shares(results), strict=True):
+            store.put(schedule, sample, result, milliseconds)
+
+
+def shares(results: Sequence[Result]) -> list[float]:
+    """Milliseconds of all steps of each picture of a batch: samples that ran together share the time of their call."""
+    together = Counter((record.step, record.level) for result in results for record in result.trace.steps)
+    return [
+        sum(record.milliseconds / together[record.step, record.level] for record in result.trace.steps)
+        for result in results
+    ]
