@@ -57,8 +57,10 @@ class ExportedGraph:
 
     def save(self, folder: Path, weights: WeightFiles) -> str:
         """Point the initializers at the written weight files and save ``<name>.onnx``; returns the file's name."""
-        for name, place in self.places.items():
-            self.model.graph.initializers[name].const_value = weights.reference(*place)
+        for name, (weight_file, stored) in self.places.items():
+            initializer = self.model.graph.initializers[name]
+            initializer.const_value = weights.reference(weight_file, stored)
+            initializer.name = stored  # so that a host can find and share weights without reading ONNX
         file = f"{self.job.name}.onnx"
         ir.save(self.model, folder / file)
         return file

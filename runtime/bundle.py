@@ -7,7 +7,7 @@ it; `Bundle.verify_files` compares every file with its recorded size and hash.
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
@@ -36,6 +36,9 @@ class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+DIMENSION = re.compile(r"(\w+)(?:([*/])(\d+))?")  # a symbol, maybe times or over a number
+
+
 class TensorSpec(_Model):
     """Name, dtype and symbolic shape of a graph's input or output.
 
@@ -53,7 +56,7 @@ class TensorSpec(_Model):
 
 def resolve_dim(dim: str, sizes: Mapping[str, int]) -> int:
     """The value of a symbolic dimension such as ``"H/4"``. Raises `ValueError` when it does not divide evenly."""
-    match = re.fullmatch(r"(\w+)(?:([*/])(\d+))?", dim)
+    match = DIMENSION.fullmatch(dim)
     if match is None or match[1] not in sizes:
         raise ValueError(f"dimension {dim!r} is not known")
     value, factor = sizes[match[1]], int(match[3] or 1)
@@ -62,6 +65,17 @@ def resolve_dim(dim: str, sizes: Mapping[str, int]) -> int:
     if value % factor:
         raise ValueError(f"{match[1]} = {value} is not a multiple of {factor}")
     return value // factor
+
+
+def infer_sizes(specs: Iterable[TensorSpec], shapes: Iterable[tuple[int, ...]]) -> dict[str, int]:
+    """The symbols' values from tensors' shapes: the inverse of `TensorSpec.resolve`."""
+    sizes = {}
+    for spec, shape in zip(specs, shapes, strict=True):
+        for dim, value in zip(spec.shape, shape, strict=True):
+            if isinstance(dim, str) and (match := DIMENSION.fullmatch(dim)):
+                factor = int(match[3] or 1)
+                sizes[match[1]] = value // factor if match[2] == "*" else value * factor
+    return sizes
 
 
 class GraphInfo(_Model):
