@@ -9,10 +9,9 @@ from pathlib import Path
 from time import perf_counter
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from ddit.runtime.backends import Backend, open_backend
+from ddit.runtime.backends import Backend, FloatArray, Start, open_backend
 from ddit.runtime.bundle import Bundle
 from ddit.runtime.errors import UsageError
 from ddit.runtime.rotary import rotary_tables
@@ -23,7 +22,6 @@ from ddit.runtime.trace import StepRecord, Trace
 
 log = logging.getLogger(__name__)
 
-FloatArray = NDArray[np.float32]
 OnStep = Callable[[int, int, list[int]], None]
 
 
@@ -53,8 +51,16 @@ class Pipeline:
         self._rotary = lru_cache(maxsize=16)(self._make_rotary)
 
     @classmethod
-    def open(cls, path: Path | str, *, backend: str = "cpu", threads: int | None = None) -> "Pipeline":
-        """Open a bundle's folder. Graphs are loaded when they are first needed."""
+    def open(cls, path: Path | str, *, backend: str | None = None, threads: int | None = None) -> "Pipeline":
+        """Open a bundle's folder. Graphs are loaded when they are first needed.
+
+        Args:
+            backend: ``tensorrt``, ``cuda``, ``cpu`` or an ONNX Runtime execution provider; the fastest here when None.
+            threads: of one graph on the CPU; all cores when None.
+
+        Raises:
+            BundleError, BackendError, UsageError: the bundle is damaged, or the backend cannot run here.
+        """
         bundle = Bundle.open(path)
         return cls(bundle, open_backend(backend, bundle, threads))
 
@@ -122,6 +128,7 @@ class Pipeline:
         height, width = height or optimum.height.optimum, width or optimum.width.optimum
         text_length = text_length or manifest.tokenizers["t5"].length
         sizes = manifest.sizes(height=height, width=width, text=text_length, batch=len(prompts))
+        self.backend.check(height=height, width=width, text=text_length, batch=len(prompts))
         guidance = self._guidance(guidance)
         chosen = self.schedule(schedule) if isinstance(schedule, str) else schedule
         steps = self._steps(steps, chosen)
@@ -134,10 +141,10 @@ class Pipeline:
         context, pooled = self._encode(prompts, text_length)
         encoded = perf_counter()
         latent = np.concatenate([noise(seed, (1, manifest.latent.channels, sizes["H"], sizes["W"])) for seed in seeds])
-        fixed_inputs = {"context": context, "pooled": pooled}
+        conditions = {"context": context, "pooled": pooled}
         if manifest.guidance.embedded:
-            fixed_inputs["guidance"] = np.full(len(prompts), guidance, dtype=np.float32)
-        latent = self._denoise(latent, fixed_inputs, steps, chosen, traces, on_step)
+            conditions["guidance"] = np.full(len(prompts), guidance, dtype=np.float32)
+        latent = self._denoise(latent, conditions, steps, chosen, traces, on_step)
         denoised = perf_counter()
         pictures = self.backend.engine("vae_decoder").run({"latent": latent})["image"]
         for trace in traces:
@@ -192,7 +199,7 @@ class Pipeline:
     def _denoise(
         self,
         latent: FloatArray,
-        fixed_inputs: dict[str, FloatArray],
+        conditions: dict[str, FloatArray],
         steps: int,
         schedule: Schedule,
         traces: list[Trace],
@@ -203,46 +210,28 @@ class Pipeline:
         batch, _, height, width = latent.shape
         native_tokens = (height // manifest.native) * (width // manifest.native)
         sigma = sigmas(manifest.sampler, steps, native_tokens)
-        state = {"latent": latent, "difference1": np.zeros_like(latent), "difference2": np.zeros_like(latent)}
-        deviations: list[dict[int, FloatArray]] = [{} for _ in range(batch)]
         rho = schedule.rho if isinstance(schedule, Dynamic) else manifest.schedule.rho
-        step_graph = self.backend.engine("step")
+        known: list[dict[int, FloatArray]] = [{} for _ in range(batch)]
 
-        for step in range(steps):
-            groups: defaultdict[int, list[int]] = defaultdict(list)
-            for sample in range(batch):
-                groups[schedule.level(step, deviations[sample])].append(sample)
-            for patch, members in groups.items():
-                start = perf_counter()
-                cos, sin = self._rotary(patch, height, width)
-                level = self.backend.engine(manifest.level(patch).graph)
-                velocity = level.run(
-                    {
-                        "latent": state["latent"][members],
-                        "timestep": np.full(len(members), sigma[step], dtype=np.float32),
-                        "rope_cos": cos,
-                        "rope_sin": sin,
-                        **{name: value[members] for name, value in fixed_inputs.items()},
-                    }
-                )["velocity"]
-                dt = np.full(len(members), sigma[step + 1] - sigma[step], dtype=np.float32)
-                now = {name: value[members] for name, value in state.items()}
-                after = step_graph.run({**now, "velocity": velocity, "dt": dt})
-                milliseconds = (perf_counter() - start) * 1000
-                for name, value in state.items():
-                    value[members] = after[f"next_{name}"]
-                for row, sample in enumerate(members):
-                    if step + 1 >= DIFFERENCE_ORDER:
-                        deviations[sample] = {
-                            int(name.removeprefix("deviation_")): value[row]
-                            for name, value in after.items()
-                            if name.startswith("deviation_")
-                        }
-                    measured = {p: statistic(value, rho) for p, value in deviations[sample].items()}
-                    traces[sample].steps.append(StepRecord(step, float(sigma[step]), patch, milliseconds, measured))
-            if on_step is not None:
-                on_step(step, steps, [trace.levels[-1] for trace in traces])
-        return state["latent"]
+        start = Start(latent, conditions, sigma, lambda patch: self._rotary(patch, height, width))
+        with self.backend.denoiser(start) as denoiser:
+            for step in range(steps):
+                groups: defaultdict[int, list[int]] = defaultdict(list)
+                for sample in range(batch):
+                    groups[schedule.level(step, known[sample])].append(sample)
+                for patch, members in groups.items():
+                    begin = perf_counter()
+                    deviations = denoiser.step(step, patch, members)
+                    milliseconds = (perf_counter() - begin) * 1000
+                    for row, sample in enumerate(members):
+                        if step + 1 >= DIFFERENCE_ORDER:
+                            known[sample] = {coarse: values[row] for coarse, values in deviations.items()}
+                        measured = {coarse: statistic(values, rho) for coarse, values in known[sample].items()}
+                        record = StepRecord(step, float(sigma[step]), patch, milliseconds, measured)
+                        traces[sample].steps.append(record)
+                if on_step is not None:
+                    on_step(step, steps, [trace.levels[-1] for trace in traces])
+            return denoiser.latent()
 
 
 def to_image(picture: FloatArray) -> Image.Image:

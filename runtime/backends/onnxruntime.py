@@ -1,4 +1,4 @@
-"""ONNX Runtime: the CPU by default, or any of its execution providers by name."""
+"""ONNX Runtime on host arrays: the CPU, or any of its execution providers by name."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ from ddit.runtime.errors import BackendError, UsageError
 
 log = logging.getLogger(__name__)
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+CPU = "CPUExecutionProvider"
 
 
 def import_onnxruntime() -> Any:
@@ -30,7 +30,7 @@ def import_onnxruntime() -> Any:
 
 
 @contextmanager
-def _errors(what: str) -> Iterator[None]:
+def engine_errors(what: str) -> Iterator[None]:
     """Turn ONNX Runtime's exceptions, which share no base class, into one `BackendError` line."""
     try:
         yield
@@ -46,24 +46,32 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def open_session(path: Path, provider: str = "CPUExecutionProvider", threads: int | None = None) -> Any:
-    """A session over an ONNX file.
+def check_provider(provider: str) -> None:
+    """Raise `UsageError` unless ONNX Runtime was built with an execution provider."""
+    available = import_onnxruntime().get_available_providers()
+    if provider not in available:
+        raise UsageError(f"ONNX Runtime has no provider {provider!r} here; it has: {', '.join(available)}")
+
+
+def session_options(threads: int | None = None) -> Any:
+    """Options of every session.
 
     Prepacking is off, because with it every session would copy its weights; without it they stay memory-mapped from
     the bundle's files, and the levels of a bundle share one copy of the trunk.
     """
-    ort = import_onnxruntime()
-    if provider not in ort.get_available_providers():
-        raise UsageError(
-            f"ONNX Runtime has no provider {provider!r} here; it has: {', '.join(ort.get_available_providers())}"
-        )
-    options = ort.SessionOptions()
+    options = import_onnxruntime().SessionOptions()
     options.log_severity_level = 3  # errors only: warnings about the graph are no concern of who runs it
     options.add_session_config_entry("session.disable_prepacking", "1")
     if threads:
         options.intra_op_num_threads = threads
-    with _errors(f"load {path.name}"):
-        return ort.InferenceSession(path, options, providers=[provider])
+    return options
+
+
+def open_session(path: Path, provider: str = CPU, threads: int | None = None) -> Any:
+    """A session over an ONNX file."""
+    check_provider(provider)
+    with engine_errors(f"load {path.name}"):
+        return import_onnxruntime().InferenceSession(path, session_options(threads), providers=[provider])
 
 
 class OnnxRuntimeEngine(Engine):
@@ -76,7 +84,7 @@ class OnnxRuntimeEngine(Engine):
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, NDArray[np.float32]]:
         """Run the session on host arrays."""
-        with _errors(f"run {self.name}"):
+        with engine_errors(f"run {self.name}"):
             values = self.session.run(self.outputs, dict(inputs))
         return dict(zip(self.outputs, values, strict=True))
 
@@ -87,7 +95,7 @@ class OnnxRuntimeBackend(Backend):
     def __init__(self, bundle: Bundle, name: str = "cpu", threads: int | None = None):
         super().__init__(bundle)
         self.name = name
-        self.provider = PROVIDERS.get(name, name)
+        self.provider = CPU if name == "cpu" else name
         self.threads = threads
 
     def _open(self, graph: str) -> Engine:

@@ -1,0 +1,163 @@
+"""ONNX Runtime's CUDA provider on the GPU loop: bound buffers, one stream, shared weights.
+
+The weights of the levels lie on the GPU once: every session is given the same buffers as its initializers.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from ddit.runtime.backends.device import Bound, DeviceBackend, DeviceEngine
+from ddit.runtime.backends.onnxruntime import check_provider, engine_errors, import_onnxruntime, session_options
+from ddit.runtime.bundle import Bundle, GraphInfo, TensorSpec
+from ddit.runtime.cuda import DeviceArray, DeviceMemory
+from ddit.runtime.errors import BackendError
+
+log = logging.getLogger(__name__)
+
+PROVIDER = "CUDAExecutionProvider"
+DEVICE = "cuda"
+NUMPY_TYPES = {"float32": np.float32, "int64": np.int64}
+ALIGNMENT = 256  # of every weight, as cudaMalloc aligns: kernels read several numbers at once
+NO_GRAPH = "-1"
+_graph_ids = count(1)
+
+
+class CudaBound(Bound):
+    """A session and its binding to buffers."""
+
+    def __init__(self, session: Any, binding: Any, options: Any, name: str):
+        self._session = session
+        self._binding = binding
+        self._options = options
+        self._name = name
+
+    def enqueue(self) -> None:
+        """Queue one run; with a graph id, ONNX Runtime captures the first runs and replays them afterwards."""
+        with engine_errors(f"run {self._name}"):
+            self._session.run_with_iobinding(self._binding, self._options)
+
+
+class CudaEngine(DeviceEngine):
+    """A session on the GPU."""
+
+    def __init__(self, backend: "CudaBackend", info: GraphInfo, session: Any, *, replays: bool):
+        super().__init__(backend, info)
+        self._session = session
+        self._replays = replays
+
+    def dtype(self, spec: TensorSpec) -> DTypeLike:
+        """The graph's own type."""
+        return NUMPY_TYPES[spec.dtype]
+
+    def bind(self, arrays: Mapping[str, DeviceArray], *, replayed: bool) -> Bound:
+        """Bind inputs and outputs by address. Every binding has a CUDA graph of its own, where graphs are used."""
+        ort = import_onnxruntime()
+        with engine_errors(f"bind {self.info.file}"):
+            binding = self._session.io_binding()
+            for specs, bind in ((self.info.inputs, binding.bind_input), (self.info.outputs, binding.bind_output)):
+                for spec in specs:
+                    array = arrays[spec.name]
+                    bind(spec.name, DEVICE, 0, array.dtype.type, array.shape, array.address)
+            options = ort.RunOptions()
+            # whatever reads the outputs is on the same stream
+            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+            if self._replays:
+                options.add_run_config_entry("gpu_graph_id", str(next(_graph_ids)) if replayed else NO_GRAPH)
+        return CudaBound(self._session, binding, options, self.info.file)
+
+
+class CudaBackend(DeviceBackend):
+    """One session per graph. Raises `BackendError` without a GPU or enough of its memory, `UsageError` without CUDA."""
+
+    name = "cuda"
+
+    def __init__(self, bundle: Bundle):
+        ort = import_onnxruntime()
+        if hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()  # CUDA and cuDNN from NVIDIA's packages, where those are installed
+        check_provider(PROVIDER)
+        super().__init__(bundle)
+        manifest = bundle.manifest
+        self._levels = {level.graph for level in manifest.levels}
+        self._weights: dict[str, dict[str, Any]] = {}
+        files = {name for graph in manifest.graphs.values() for name in graph.weights}
+        needed, free = sum(manifest.files[name].size for name in files), self.gpu.free_bytes()
+        if needed > free:
+            raise BackendError(
+                f"GPU memory is too small: the weights need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB of "
+                f"{self.gpu.name} are free; stop other programs, or use --backend cpu"
+            )
+
+    def _open(self, graph: str) -> DeviceEngine:
+        info = self.bundle.graph(graph)
+        log.info("opening %s with %s", info.file, PROVIDER)
+        if graph not in self._levels:
+            return CudaEngine(self, info, self._session(info, {}, replays=False), replays=False)
+        weights = {name: value for file in info.weights for name, value in self._on_gpu(file).items()}
+        try:
+            return CudaEngine(self, info, self._session(info, weights, replays=True), replays=True)
+        except BackendError as error:  # a part of the graph has to run on the host
+            log.info("%s runs without CUDA graphs: %s", info.file, error)
+            return CudaEngine(self, info, self._session(info, weights, replays=False), replays=False)
+
+    def _session(self, info: GraphInfo, weights: Mapping[str, Any], *, replays: bool) -> Any:
+        """A session on our stream that uses ``weights``, on the GPU already, instead of loading its own."""
+        options = session_options()
+        for name, value in weights.items():
+            options.add_initializer(name, value)
+        provider = {"device_id": "0", "user_compute_stream": str(self.gpu.stream)}
+        if replays:
+            provider["enable_cuda_graph"] = "1"
+        with engine_errors(f"load {info.file}"):
+            path = self.bundle.file(info.file)
+            return import_onnxruntime().InferenceSession(path, options, providers=[(PROVIDER, provider)])
+
+    def _on_gpu(self, file: str) -> dict[str, Any]:
+        """A weight file's tensors on the GPU, uploaded once and kept for every session that asks."""
+        if file not in self._weights:
+            self._weights[file] = self._upload(self.bundle.file(file))
+        return self._weights[file]
+
+    def _upload(self, path: Path) -> dict[str, Any]:
+        content = np.memmap(path, mode="r")
+        entries = [*safetensors_entries(content)]
+        starts = np.cumsum([0, *(-(-nbytes // ALIGNMENT) * ALIGNMENT for *_, nbytes in entries)]).tolist()
+        memory = DeviceMemory(self.gpu, starts[-1])
+        values = {}
+        for start, (name, dtype, shape, offset, nbytes) in zip(starts, entries, strict=False):
+            self.gpu.copy(memory.address + start, content.ctypes.data + offset, nbytes)
+            with engine_errors(f"share {path.name}"):
+                # ONNX Runtime takes memory of others only, and not its own, as a session's initializers
+                values[name] = import_onnxruntime().OrtValue.from_dlpack(memory.view(start, shape, numpy_type(dtype)))
+        self.gpu.synchronize()  # the mapping may go
+        return values
+
+
+def numpy_type(name: str) -> np.dtype[Any]:
+    """NumPy's type for safetensors' name of it; bfloat16 comes from the ml_dtypes package."""
+    if name == "BF16":
+        import ml_dtypes
+
+        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return bfloat16
+    return np.dtype({"F32": np.float32, "F16": np.float16, "I64": np.int64}[name])
+
+
+def safetensors_entries(content: NDArray[np.uint8]) -> Iterator[tuple[str, str, tuple[int, ...], int, int]]:
+    """Name, type, shape, offset in the file and bytes of every tensor of a safetensors file.
+
+    The safetensors package gives NumPy arrays only, and NumPy has no bfloat16.
+    """
+    size = int.from_bytes(content[:8].tobytes(), "little")
+    header = json.loads(content[8 : 8 + size].tobytes())
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            yield name, entry["dtype"], tuple(entry["shape"]), 8 + size + begin, end - begin

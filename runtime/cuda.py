@@ -1,0 +1,217 @@
+"""CUDA through NVIDIA's cuda-python: memory, one stream, replayed graphs. Nothing else in ddit talks to the driver.
+
+Everything is queued on the stream of a `Gpu`, in order. Only what gives values back to the host waits for it.
+"""
+
+import ctypes
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from ddit.runtime.errors import BackendError
+
+INSTALL = "pip install 'ddit[tensorrt]' or pip install 'ddit[cuda]'"
+
+
+def why_no_gpu() -> str | None:
+    """Why this process cannot use a GPU, in a few words; None if it can.
+
+    The driver is asked, because TensorRT's runtime crashes the whole process on a machine without one.
+    """
+    try:
+        from cuda.bindings import driver
+    except ImportError:
+        return f"cuda-python is not installed: {INSTALL}"
+    try:
+        (status,) = driver.cuInit(0)
+    except RuntimeError:  # the driver's library is not there
+        return "no NVIDIA driver is installed"
+    if status != driver.CUresult.CUDA_SUCCESS:
+        return f"the NVIDIA driver answers {status.name}"
+    status, count = driver.cuDeviceGetCount()
+    if status != driver.CUresult.CUDA_SUCCESS or not count:
+        return "the NVIDIA driver shows no GPU"
+    return None
+
+
+def call(function: Any, *args: Any) -> Any:
+    """Call a function of the CUDA runtime and unpack its result. Raises `BackendError` for what it reports."""
+    from cuda.bindings import runtime
+
+    status, *values = function(*args)
+    if status != runtime.cudaError_t.cudaSuccess:
+        what = "GPU memory is full" if status == runtime.cudaError_t.cudaErrorMemoryAllocation else status.name
+        raise BackendError(f"CUDA could not run {function.__name__}: {what}")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+class Gpu:
+    """The first GPU that this process sees (choose with ``CUDA_VISIBLE_DEVICES``) and a stream on it.
+
+    Raises `BackendError` where there is none.
+    """
+
+    def __init__(self) -> None:
+        if reason := why_no_gpu():
+            raise BackendError(f"no GPU can be used here: {reason}; use --backend cpu")
+        from cuda.bindings import runtime
+
+        self._cuda = runtime
+        # kernels of the default stream, another library's, for instance, must not hold up this one's
+        stream = call(runtime.cudaStreamCreateWithFlags, runtime.cudaStreamNonBlocking)
+        self.stream = int(stream)
+        properties = call(runtime.cudaGetDeviceProperties, 0)
+        self.name: str = properties.name.decode()
+        self.capability = f"{properties.major}.{properties.minor}"
+        weakref.finalize(self, _release, runtime.cudaStreamDestroy, stream)
+
+    def free_bytes(self) -> int:
+        """Bytes of memory that nobody uses."""
+        free, _ = call(self._cuda.cudaMemGetInfo)
+        return int(free)
+
+    def array(self, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> "DeviceArray":
+        """Memory for an array; what it holds is not defined."""
+        return DeviceArray(self, shape, np.dtype(dtype))
+
+    def upload(self, values: NDArray[Any]) -> "DeviceArray":
+        """A copy of an array of the host."""
+        array = self.array(values.shape, values.dtype)
+        array.fill(values)
+        return array
+
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        """Queue a copy between two addresses, each of the GPU or of the host."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDefault
+        call(self._cuda.cudaMemcpyAsync, target, source, nbytes, kind, self.stream)
+
+    def synchronize(self) -> None:
+        """Wait until everything that was queued is done."""
+        call(self._cuda.cudaStreamSynchronize, self.stream)
+
+    @contextmanager
+    def capture(self) -> Iterator["CudaGraph"]:
+        """Record what is queued inside the block instead of running it; the graph can be launched afterwards."""
+        cuda = self._cuda
+        graph = CudaGraph(self)
+        # thread-local: other threads may go on allocating memory
+        call(cuda.cudaStreamBeginCapture, self.stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+        try:
+            yield graph
+        except BaseException:
+            cuda.cudaStreamEndCapture(self.stream)  # reports the same failure once more
+            raise
+        graph.instantiate(call(cuda.cudaStreamEndCapture, self.stream))
+
+
+class CudaGraph:
+    """Queued work that was captured once and is launched as a whole, at the cost of one launch."""
+
+    def __init__(self, gpu: Gpu):
+        self._gpu = gpu
+        self._executable: Any = None
+
+    def instantiate(self, captured: Any) -> None:
+        """Make the captured graph ready to launch."""
+        cuda = self._gpu._cuda
+        self._executable = call(cuda.cudaGraphInstantiate, captured, 0)
+        call(cuda.cudaGraphDestroy, captured)
+        weakref.finalize(self, _release, cuda.cudaGraphExecDestroy, self._executable)
+
+    def launch(self) -> None:
+        """Queue the work again, on the same addresses."""
+        call(self._gpu._cuda.cudaGraphLaunch, self._executable, self._gpu.stream)
+
+
+class DeviceMemory:
+    """Bytes on the GPU, freed with this object."""
+
+    def __init__(self, gpu: Gpu, nbytes: int):
+        self.nbytes = nbytes
+        cuda = gpu._cuda
+        # an allocation of zero bytes is an error, an array without elements is not
+        self.address = int(call(cuda.cudaMalloc, max(nbytes, 1)))
+        weakref.finalize(self, _release, cuda.cudaFree, self.address)
+
+    def view(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        """A part of it as an array that other libraries take over through DLPack, without a copy; keeps it alive."""
+        from cuda.core import Buffer
+        from cuda.core.utils import StridedMemoryView
+
+        buffer = Buffer.from_handle(self.address + offset, prod(shape) * dtype.itemsize, owner=self)
+        return StridedMemoryView.from_buffer(buffer, shape, dtype=dtype)
+
+
+class DeviceArray:
+    """An array on the GPU, in C order."""
+
+    def __init__(self, gpu: Gpu, shape: tuple[int, ...], dtype: np.dtype[Any]):
+        self.gpu = gpu
+        self.shape = shape
+        self.dtype = dtype
+        self.nbytes = prod(shape) * dtype.itemsize
+        self._memory = DeviceMemory(gpu, self.nbytes)
+        self.address = self._memory.address
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one entry along the first axis."""
+        return self.nbytes // self.shape[0]
+
+    @cached_property
+    def _host(self) -> NDArray[Any]:
+        """Page-locked memory of the same shape: a copy from there or to there needs no staging and can be captured."""
+        cuda = self.gpu._cuda
+        address = int(call(cuda.cudaHostAlloc, max(self.nbytes, 1), 0))
+        # the view keeps the buffer alive, and the memory is freed with the buffer
+        buffer = (ctypes.c_char * self.nbytes).from_address(address)
+        weakref.finalize(buffer, _release, cuda.cudaFreeHost, address)
+        values: NDArray[Any] = np.frombuffer(memoryview(buffer), dtype=self.dtype).reshape(self.shape)
+        return values
+
+    def fill(self, values: NDArray[Any]) -> None:
+        """Copy an array of the host here, converted to this dtype; shapes must agree. Waits for what is queued."""
+        if values.shape != self.shape:
+            raise ValueError(f"an array of shape {values.shape} does not fit into {self.shape}")
+        self.gpu.synchronize()  # an earlier copy may still read the page-locked memory
+        self._host[...] = values
+        self.gpu.copy(self.address, self._host.ctypes.data, self.nbytes)
+
+    def clear(self) -> None:
+        """Queue setting every byte to zero."""
+        call(self.gpu._cuda.cudaMemsetAsync, self.address, 0, self.nbytes, self.gpu.stream)
+
+    def copy_from(self, source: "DeviceArray") -> None:
+        """Queue a copy of an array of the same size."""
+        self.gpu.copy(self.address, source.address, self.nbytes)
+
+    def copy_row(self, row: int, source: "DeviceArray", source_row: int) -> None:
+        """Queue a copy of one entry along the first axis."""
+        self.gpu.copy(
+            self.address + row * self.row_bytes, source.address + source_row * source.row_bytes, self.row_bytes
+        )
+
+    def fetch(self) -> None:
+        """Queue a copy to the host; `fetched` gives the values after a `Gpu.synchronize`."""
+        self.gpu.copy(self._host.ctypes.data, self.address, self.nbytes)
+
+    def fetched(self) -> NDArray[Any]:
+        """What the last `fetch` brought."""
+        return self._host.copy()
+
+    def download(self) -> NDArray[Any]:
+        """The values. Waits for everything that was queued."""
+        self.fetch()
+        self.gpu.synchronize()
+        return self.fetched()
+
+
+def _release(free: Any, handle: Any) -> None:
+    """Free a resource; at the end of the process the driver may be gone already, and then nothing is left to free."""
+    free(handle)

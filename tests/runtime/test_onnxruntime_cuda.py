@@ -1,0 +1,108 @@
+"""ONNX Runtime's CUDA backend without a GPU: its sessions run on the CPU, in the order of the fake GPU's stream."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from ddit.runtime import Pipeline
+from ddit.runtime.backends import onnxruntime_cuda
+from ddit.runtime.errors import BackendError, UsageError
+from ddit.runtime.schedule import Fixed
+from fake_cuda import FakeCuda
+
+SIZE = {"height": 128, "width": 64}
+
+
+class Session:
+    """A session on the CPU that pretends to be on the GPU."""
+
+    def __init__(self, ort: "FakeOnnxRuntime", path, options, providers):
+        ((name, settings),) = providers
+        assert name == "CUDAExecutionProvider"
+        assert settings["user_compute_stream"] == "77"
+        if ort.refuses_graphs and "enable_cuda_graph" in settings:
+            raise RuntimeError("a node of this graph runs on the CPU")
+        self.ort = ort
+        self.session = onnxruntime.InferenceSession(path, options)
+        self.replays = "enable_cuda_graph" in settings
+
+    def io_binding(self):
+        binding = self.session.io_binding()
+
+        def bind(function):
+            def on_cpu(name, device, number, dtype, shape, address):
+                assert (device, number) == ("cuda", 0)
+                function(name, "cpu", 0, dtype, shape, address)
+
+            return on_cpu
+
+        return SimpleNamespace(real=binding, bind_input=bind(binding.bind_input), bind_output=bind(binding.bind_output))
+
+    def run_with_iobinding(self, binding, options):
+        assert options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
+        if self.replays:
+            self.ort.graph_ids.append(options.get_run_config_entry("gpu_graph_id"))
+        self.ort.cuda.submit(lambda: self.session.run_with_iobinding(binding.real))
+
+
+class FakeOnnxRuntime:
+    """The parts of ONNX Runtime that the backend uses."""
+
+    RunOptions = onnxruntime.RunOptions
+
+    def __init__(self, cuda: FakeCuda):
+        self.cuda = cuda
+        self.refuses_graphs = False
+        self.graph_ids: list[str] = []
+        self.OrtValue = onnxruntime.OrtValue
+
+    def InferenceSession(self, path, options, providers):  # noqa: N802
+        return Session(self, path, options, providers)
+
+
+@pytest.fixture
+def machine(monkeypatch) -> FakeOnnxRuntime:
+    fake = FakeOnnxRuntime(FakeCuda().install(monkeypatch))
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
+    backend_init = onnxruntime_cuda.CudaBackend.__init__
+
+    def init(self, bundle):
+        backend_init(self, bundle)
+        monkeypatch.setattr(onnxruntime_cuda, "import_onnxruntime", lambda: fake)
+
+    monkeypatch.setattr(onnxruntime_cuda.CudaBackend, "__init__", init)
+    return fake
+
+
+@pytest.mark.parametrize("refuses_graphs", [False, True])
+def test_the_picture_is_the_cpu_s(machine, tiny_bundle, refuses_graphs):
+    machine.refuses_graphs = refuses_graphs
+    levels = Fixed((2, 4, 8) * 3)
+    expected = Pipeline.open(tiny_bundle, backend="cpu")("a red circle", seed=3, schedule=levels, **SIZE)
+    actual = Pipeline.open(tiny_bundle, backend="cuda")("a red circle", seed=3, schedule=levels, **SIZE)
+    np.testing.assert_array_equal(actual.latent, expected.latent)
+    np.testing.assert_array_equal(np.asarray(actual.image), np.asarray(expected.image))
+    # a level and a size have one graph, whatever comes between their steps
+    assert len(set(machine.graph_ids)) == (0 if refuses_graphs else 3)
+
+
+def test_levels_share_one_copy_of_the_trunk(machine, tiny_bundle):
+    Pipeline.open(tiny_bundle, backend="cuda")("red", schedule=Fixed((2, 4, 8)), **SIZE)
+    entries = onnxruntime_cuda.safetensors_entries(np.memmap(tiny_bundle / "transformer.safetensors", mode="r"))
+    trunk = sum(nbytes for *_, nbytes in entries)
+    assert sum(len(block) >= trunk for block in machine.cuda.memory.values()) == 1
+
+
+def test_too_little_memory_is_said_before_anything_is_loaded(machine, tiny_bundle):
+    machine.cuda.total = 1000
+    with pytest.raises(BackendError, match=r"GPU memory is too small: the weights need 0\.00 GB"):
+        Pipeline.open(tiny_bundle, backend="cuda")
+
+
+def test_without_the_provider_the_available_ones_are_named(tiny_bundle):
+    with pytest.raises(UsageError, match=r"ONNX Runtime has no provider 'CUDAExecutionProvider' here; it has: .*CPU"):
+        Pipeline.open(tiny_bundle, backend="cuda")
