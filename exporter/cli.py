@@ -1,15 +1,27 @@
-"""ddit-export: a pretrained diffusion transformer becomes a bundle."""
+"""ddit-export: a pretrained diffusion transformer becomes a bundle, and a bundle gets a machine's engines."""
 
 import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ddit.runtime.bundle import Dtype
+from ddit.profiles import Profile, ProfileError, load_profile
+from ddit.runtime.bundle import Bundle, Dtype
 from ddit.runtime.console import DditGroup, say, set_up_logging
 from ddit.runtime.errors import ModelError, UsageError
+from ddit.runtime.plans import BuilderOptions
+
+if TYPE_CHECKING:
+    from ddit.exporter.engines import EngineBuilder
 
 FLUX_DEV = "black-forest-labs/FLUX.1-dev"
+OPTIMIZATION_LEVEL = 3  # TensorRT's own default
 
 
 class Levels(click.ParamType):  # type: ignore[type-arg]
@@ -60,6 +72,12 @@ def main(verbose: int) -> None:
     help="ONNX opset of the graphs; 17 is for TensorRT 8.6.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the bundle.  [default: MODEL.bundle]")
+@click.option(
+    "--engines",
+    "backend",
+    type=click.Choice(["tensorrt"]),
+    help="Also build this machine's engines, as ddit-export engines does.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
 def flux(
     model: str,
@@ -70,9 +88,12 @@ def flux(
     dtype: Dtype | None,
     opset: int,
     out: Path | None,
+    backend: str | None,
     as_json: bool,
 ) -> None:
     """Export a FLUX.1 pipeline."""
+    # before the work, not after it: whatever would keep the engines from being built
+    builder = _builder(BuilderOptions(optimization_level=OPTIMIZATION_LEVEL), None) if backend else None
     _require_libraries()
     # heavy imports here, so that --help and usage errors answer at once
     from ddit.exporter.adapter import load_adapter
@@ -80,7 +101,6 @@ def flux(
     from ddit.exporter.families.flux import NATIVE_PATCH, FluxModel
     from ddit.exporter.models import find_model
     from ddit.exporter.opset17 import LOWERED
-    from ddit.profiles import ProfileError, load_profile
 
     source = find_model(model, revision)
     defaults = source.defaults
@@ -92,10 +112,7 @@ def flux(
     levels = levels or defaults.levels or (2, 4)
     if NATIVE_PATCH not in levels:
         raise UsageError(f"the native level {NATIVE_PATCH} must be among the levels: every schedule falls back to it")
-    try:
-        shapes = load_profile(profile or defaults.profile or "1024")
-    except ProfileError as error:
-        raise UsageError(str(error)) from None
+    shapes = _profile(profile or defaults.profile or "1024")
     if adapter is None and defaults.adapter is not None:
         adapter = source.folder / defaults.adapter
     loaded = load_adapter(adapter) if adapter else None
@@ -106,6 +123,8 @@ def flux(
     out = out or Path(f"{source.info.id.rpartition('/')[2]}.bundle")
     export = FluxModel(source, levels, dtype, loaded)
     manifest = export_bundle(export, out, profile=shapes, opset=opset, report=say)
+    if builder:
+        builder.build(Bundle.open(out), shapes, list(manifest.graphs))
     worst = max(manifest.parity, key=lambda result: result.error / result.tolerance)
     size = sum(info.size for info in manifest.files.values())
     if as_json:
@@ -116,6 +135,90 @@ def flux(
         f"{out}: levels {', '.join(map(str, manifest.patches))}, {size / 1e6:,.0f} MB; "
         f"worst parity {worst.error:.1e} ({worst.graph}, allowed {worst.tolerance:g})"
     )
+
+
+class Bytes(click.ParamType):  # type: ignore[type-arg]
+    """A number of bytes."""
+
+    name = "bytes"
+
+    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """``"16GiB"`` → 17179869184; also MiB, GB, MB, and plain numbers."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\s*", value)
+        if match is None:
+            self.fail(f"{value!r}: give a size, as in 16GiB", param, ctx)
+        return int(float(match[1]) * (1024 if match[3] else 1000) ** " kMGT".index(match[2] or " "))
+
+
+@main.command()
+@click.argument("path", metavar="BUNDLE", type=click.Path(path_type=Path))
+@click.option("--level", "levels", type=int, multiple=True, help="Build only these levels' engines.  [default: all]")
+@click.option("--profile", help="Shape profile: a name or a .toml file.  [default: the bundle's]")
+@click.option(
+    "--optimization-level",
+    type=click.IntRange(0, 5),
+    default=OPTIMIZATION_LEVEL,
+    show_default=True,
+    help="How long the builder searches.",
+)
+@click.option(
+    "--timing-cache",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File of kernel timings.  [default: the user's, one per GPU model and TensorRT version]",
+)
+@click.option("--workspace", type=Bytes(), help="Most scratch memory of a kernel, as in 16GiB.  [default: all]")
+@click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
+def engines(
+    path: Path,
+    levels: tuple[int, ...],
+    profile: str | None,
+    optimization_level: int,
+    timing_cache: Path | None,
+    workspace: int | None,
+    as_json: bool,
+) -> None:
+    """Build a bundle's TensorRT engines on the machine that will run them. Needs no torch."""
+    bundle = Bundle.open(path)
+    manifest = bundle.manifest
+    shapes = _profile(profile) if profile else manifest.profile
+    wanted = {manifest.level(patch).graph for patch in levels or manifest.patches}
+    others = {level.graph for level in manifest.levels} - wanted
+    builder = _builder(BuilderOptions(optimization_level=optimization_level, workspace=workspace), timing_cache)
+    built = builder.build(bundle, shapes, [graph for graph in manifest.graphs if graph not in others])
+    if as_json:
+        click.echo(json.dumps([{"built": one.new, "key": one.plan.info.key, **one.plan.info.model_dump(mode="json")}
+                               for one in built], indent=2))  # fmt: skip
+        return
+    new = [one.plan.info for one in built if one.new]
+    say(
+        f"{path}: {len(new)} engines built in {sum(info.seconds for info in new):.0f} s, {len(built) - len(new)} were "
+        f"there already; for {builder.target}"
+    )
+
+
+def _builder(options: BuilderOptions, timing_cache: Path | None) -> "EngineBuilder":
+    from ddit.exporter.engines import EngineBuilder
+
+    return EngineBuilder(options, timing_cache, say, _build_progress)
+
+
+@contextmanager
+def _build_progress(graph: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar of the builder's current phase."""
+    console = Console(stderr=True)
+    columns = (TextColumn(f"{graph} {{task.description}}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda phase, done, total: progress.update(task, description=phase, completed=done, total=total)
+
+
+def _profile(name: str) -> Profile:
+    try:
+        return load_profile(name)
+    except ProfileError as error:
+        raise UsageError(str(error)) from None
 
 
 def _require_libraries() -> None:

@@ -22,6 +22,7 @@ class Measurement:
     fastest: float
     slowest: float
     peak_memory_mb: float  # of a process that runs this level and the encoders and decoder, from its start
+    gpu_memory_mb: float | None  # that its backend holds on the GPU; None on the CPU
 
 
 def bench_level(
@@ -33,6 +34,7 @@ def bench_level(
     result = pipeline("bench", schedule=Fixed((patch,) * (warm_up + repeat)), height=height, width=width)
     trace = result.trace
     times = [record.milliseconds for record in trace.steps[warm_up:]]
+    on_gpu = pipeline.backend.memory_used()
     scale = pipeline.bundle.manifest.latent.downscale * patch
     return Measurement(
         level=patch,
@@ -42,6 +44,7 @@ def bench_level(
         fastest=min(times),
         slowest=max(times),
         peak_memory_mb=peak_memory_mb(),
+        gpu_memory_mb=None if on_gpu is None else on_gpu / 1e6,
     )
 
 

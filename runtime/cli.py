@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -17,12 +17,14 @@ from ddit.runtime.bundle import Bundle, Manifest
 from ddit.runtime.console import DditGroup, say, set_up_logging
 from ddit.runtime.errors import BundleError, DditError, UsageError
 from ddit.runtime.pipeline import Pipeline
+from ddit.runtime.plans import Plan, PlanStore
 from ddit.runtime.trace import Trace, plot, plot_types
 
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 JSON = click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
 BACKEND = click.option(
-    "--backend", default="cpu", show_default=True, help="cpu, cuda, or the name of an ONNX Runtime execution provider."
+    "--backend",
+    help="tensorrt, cuda, cpu, or an ONNX Runtime execution provider by name.  [default: the fastest here]",
 )
 THREADS = click.option("--threads", type=click.IntRange(1), help="Threads of one graph.  [default: all cores]")
 
@@ -71,7 +73,7 @@ def generate(
     out: Path,
     trace_file: Path | None,
     plot_file: Path | None,
-    backend: str,
+    backend: str | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -83,6 +85,8 @@ def generate(
     if plot_file:
         _check_type(plot_file, plot_types())
     pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
+    if backend is None:
+        say(f"backend: {pipeline.backend}")
     with _progress() as progress:
         task = progress.add_task("opening", total=None)
 
@@ -121,9 +125,11 @@ def _steps_line(trace: Trace) -> str:
 @JSON
 def inspect(bundle: Path, as_json: bool) -> None:
     """Show what a bundle holds: levels, tensors, shapes, profile, adapter state, parity, sizes."""
-    manifest = Bundle.open(bundle).manifest
+    opened = Bundle.open(bundle)
+    manifest, plans = opened.manifest, PlanStore(opened).plans()
     if as_json:
-        click.echo(manifest.model_dump_json(indent=2))
+        infos = [{"key": plan.info.key, **plan.info.model_dump(mode="json")} for plan in plans]
+        click.echo(json.dumps({**manifest.model_dump(mode="json"), "plans": infos}, indent=2))
         return
     console = Console()
     revision = f"@{manifest.model.revision[:12]}" if manifest.model.revision else ""
@@ -139,6 +145,8 @@ def inspect(bundle: Path, as_json: bool) -> None:
     )
     console.print(_levels_table(manifest))
     console.print(_graphs_table(manifest))
+    if plans:
+        console.print(_plans_table(plans))
     console.print("made with " + ", ".join(f"{name} {version}" for name, version in manifest.made_with.items()))
 
 
@@ -171,6 +179,16 @@ def _graphs_table(manifest: Manifest) -> Table:
     return table
 
 
+def _plans_table(plans: Sequence[Plan]) -> Table:
+    table = Table(
+        "graph", "key", "built for", "profile", "size", "built", title="TensorRT engines", title_justify="left"
+    )
+    for info in sorted((plan.info for plan in plans), key=lambda info: info.graph):
+        size = f"{info.size / 1e6:,.0f} MB"
+        table.add_row(info.graph, info.key, str(info.target), info.profile.name, size, info.built)
+    return table
+
+
 def _signature(name: str, shape: tuple[int | str, ...]) -> str:
     return f"{name} ({', '.join(map(str, shape))})"
 
@@ -180,19 +198,25 @@ def _signature(name: str, shape: tuple[int | str, ...]) -> str:
 @BACKEND
 @THREADS
 @JSON
-def verify(bundle: Path, backend: str, threads: int | None, as_json: bool) -> None:
+def verify(bundle: Path, backend: str | None, threads: int | None, as_json: bool) -> None:
     """Check hashes and manifest, load every graph, and reproduce the exporter's parity values."""
     from ddit.runtime.backends import open_backend
     from ddit.runtime.verify import verify_graphs
 
     opened = Bundle.open(bundle)
     files = list(opened.verify_files())
-    checks = list(verify_graphs(open_backend(backend, opened, threads)))
+    plans = PlanStore(opened).plans()
+    for plan in plans:
+        plan.verify()
+    engines = open_backend(backend, opened, threads)
+    checks = list(verify_graphs(engines))
     unchecked = sorted(opened.manifest.graphs.keys() - {check.graph for check in checks})
     failed = [check for check in checks if not check.passed]
     if as_json:
         report = {
             "files": len(files),
+            "plans": len(plans),
+            "backend": engines.name,
             "checks": [{**dataclasses.asdict(check), "passed": check.passed} for check in checks],
             "without_reference": unchecked,
             "passed": not failed,
@@ -205,10 +229,10 @@ def verify(bundle: Path, backend: str, threads: int | None, as_json: bool) -> No
             table.add_row(
                 check.graph, str(check.case), check.tensor, f"{check.error:.1e}", f"{check.tolerance:g}", verdict
             )
-        Console().print(f"{len(files)} files have their recorded hash")
+        Console().print(f"{len(files) + len(plans)} files have their recorded hash; backend: {engines}")
         Console().print(table)
         for name in unchecked:
-            say(f"warning: {name} has no reference values: the exporting machine could not run the model")
+            say(f"warning: {name} was not compared: no reference values of it fit the engines, or it has none")
     if failed:
         worst = max(failed, key=lambda check: check.error)
         raise BundleError(
@@ -230,20 +254,24 @@ def bench(
     height: int | None,
     width: int | None,
     repeat: int,
-    backend: str,
+    backend: str | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
     """Measure a denoising step at every level: median milliseconds, tokens, peak memory."""
+    from ddit.runtime.backends import open_backend
     from ddit.runtime.bench import bench as measure
 
-    manifest = Bundle.open(bundle).manifest
-    measured = measure(bundle, backend, threads, manifest.patches, height=height, width=width, repeat=repeat)
+    opened = Bundle.open(bundle)
+    manifest = opened.manifest
+    chosen = open_backend(backend, opened, threads).name
+    measured = measure(bundle, chosen, threads, manifest.patches, height=height, width=width, repeat=repeat)
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(one) for one in measured], indent=2))
         return
     native = next(one.milliseconds for one in measured if one.level == manifest.native)
-    table = Table("level", "image tokens", "ms per step", "fastest–slowest", "against native", "peak memory")
+    memory = "host memory" if measured[0].gpu_memory_mb is None else "host, GPU memory"
+    table = Table("level", "image tokens", "ms per step", "fastest–slowest", "against native", memory)
     for one in measured:
         table.add_row(
             str(one.level),
@@ -251,9 +279,10 @@ def bench(
             f"{one.milliseconds:.1f}",
             f"{one.fastest:.1f}–{one.slowest:.1f}",
             f"{native / one.milliseconds:.2f}×",
-            f"{one.peak_memory_mb:.0f} MB",
+            f"{one.peak_memory_mb:.0f} MB" + ("" if one.gpu_memory_mb is None else f", {one.gpu_memory_mb:.0f} MB"),
         )
     Console().print(table)
+    say(f"backend: {chosen}")
 
 
 def _progress() -> Progress:

@@ -64,6 +64,20 @@ def tiny_bundle(shared_folder, tiny_pipeline, tiny_adapter) -> Path:
     return make_once(shared_folder / "tiny.bundle", export)
 
 
+@pytest.fixture(scope="session")
+def opset17_bundle(shared_folder, tiny_pipeline, tiny_adapter) -> Path:
+    """The tiny pipeline at opset 17, levels 2 and 4: graphs that every TensorRT reads."""
+
+    from ddit.exporter.cli import main
+
+    def export(path: Path) -> None:
+        options = ("--levels", "2,4", "--adapter", tiny_adapter, "--dtype", "fp32", "--profile", "256", "--opset", "17")
+        result = run(main, "flux", "--model", tiny_pipeline, *options, "--out", path)
+        assert result.exit_code == 0, result.stderr
+
+    return make_once(shared_folder / "opset17.bundle", export)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

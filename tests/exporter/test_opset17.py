@@ -12,7 +12,6 @@ from PIL import Image
 
 from conftest import make_once, run
 from ddit.exporter.adapter import load_adapter
-from ddit.exporter.cli import main
 from ddit.exporter.families.flux import FluxModel
 from ddit.exporter.graphs import export_graph
 from ddit.exporter.models import find_model
@@ -156,18 +155,6 @@ def test_what_cannot_be_lowered_is_named(nodes, words):
 
 
 @pytest.fixture(scope="module")
-def bundle(shared_folder, tiny_pipeline, tiny_adapter) -> Path:
-    """The tiny pipeline, exported at opset 17."""
-
-    def export(path: Path) -> None:
-        options = ("--levels", "2,4", "--adapter", tiny_adapter, "--dtype", "fp32", "--profile", "256", "--opset", "17")
-        result = run(main, "flux", "--model", tiny_pipeline, *options, "--out", path)
-        assert result.exit_code == 0, result.stderr
-
-    return make_once(shared_folder / "opset17.bundle", export)
-
-
-@pytest.fixture(scope="module")
 def half(shared_folder, tiny_pipeline, tiny_adapter) -> Path:
     """The graphs that half precision changes most, in it."""
 
@@ -209,8 +196,8 @@ def check_for_tensorrt(path: Path) -> None:
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
-def test_every_graph_is_one_for_tensorrt(bundle, graph):
-    check_for_tensorrt(bundle / f"{graph}.onnx")
+def test_every_graph_is_one_for_tensorrt(opset17_bundle, graph):
+    check_for_tensorrt(opset17_bundle / f"{graph}.onnx")
 
 
 @pytest.mark.parametrize("graph", ["t5", "level-4"])
@@ -218,11 +205,11 @@ def test_half_precision_graphs_are_for_tensorrt(half, graph):
     check_for_tensorrt(half / f"{graph}.onnx")
 
 
-def test_the_bundle_makes_the_same_picture(bundle, tiny_bundle, tmp_path):
-    assert Bundle.open(bundle).manifest.opset == 17
+def test_the_bundle_makes_the_same_picture(opset17_bundle, tiny_bundle, tmp_path):
+    assert Bundle.open(opset17_bundle).manifest.opset == 17
     options = ("--schedule", "fixed:4x2,2x2", "--height", 64, "--width", 128, "--seed", 3)
     pictures = []
-    for folder in (bundle, tiny_bundle):
+    for folder in (opset17_bundle, tiny_bundle):
         out = tmp_path / f"{folder.name}.png"
         result = run(ddit_run, "generate", folder, "a red circle", *options, "--out", out)
         assert result.exit_code == 0, result.stderr

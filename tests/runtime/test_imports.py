@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
-HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "matplotlib", "ddit.exporter")
+HEAVY = (
+    *("torch", "diffusers", "transformers", "onnx", "onnxruntime", "matplotlib", "ddit.exporter"),
+    *("tensorrt", "polygraphy", "cuda", "filelock"),
+)
 
 
 def loaded_after(statement: str) -> set[str]:
@@ -13,9 +16,16 @@ def loaded_after(statement: str) -> set[str]:
 
 
 def test_importing_the_runtime_imports_nothing_heavy():
-    loaded = loaded_after("import ddit.runtime, ddit.runtime.cli, ddit.runtime.verify, ddit.runtime.bench")
+    loaded = loaded_after(
+        "import ddit.runtime, ddit.runtime.cli, ddit.runtime.verify, ddit.runtime.bench, ddit.runtime.plans, "
+        "ddit.runtime.backends.tensorrt, ddit.runtime.backends.onnxruntime_cuda"
+    )
     assert not loaded & set(HEAVY)
 
 
 def test_the_exporter_s_help_answers_without_torch():
     assert "torch" not in loaded_after("import ddit.exporter.cli")
+
+
+def test_building_engines_needs_no_torch():
+    assert not loaded_after("import ddit.exporter.cli, ddit.exporter.engines") & {"torch", "onnx", "onnx_ir"}
