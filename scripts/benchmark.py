@@ -1,0 +1,237 @@
+"""Measure a backend against the CPU: agreement, pictures, milliseconds per level, the cost of a switch, memory.
+
+    python scripts/benchmark.py demo.bundle --backend tensorrt --size 256x256 --size 192x320 --out docs/measured/h200.md
+
+Writes a Markdown report and prints it. Every figure is a median; both sides of a comparison are measured in turn, in
+one process. Needs the runtime only, with ONNX Runtime for the CPU's side.
+"""
+
+import platform
+import shlex
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from time import perf_counter
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+
+from ddit.runtime import Bundle, Pipeline
+from ddit.runtime.backends import Array, Backend, FloatArray, Start
+from ddit.runtime.bundle import GraphInfo
+from ddit.runtime.console import DditCommand, say, set_up_logging
+from ddit.runtime.errors import UsageError
+from ddit.runtime.plans import PlanStore
+from ddit.runtime.rotary import rotary_tables
+from ddit.runtime.verify import relative_error
+
+PROMPT = "a red circle on a striped background"
+WARM_UP = 5
+Table = list[list[str]]
+
+
+@click.command(cls=DditCommand, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("path", metavar="BUNDLE", type=click.Path(path_type=Path))
+@click.option("--backend", required=True, help="The backend to measure: tensorrt, cuda, or a provider's name.")
+@click.option("--size", "sizes", multiple=True, default=("256x256",), show_default=True, help="HEIGHTxWIDTH in pixels.")
+@click.option("--steps", default=50, show_default=True, help="Denoising steps of the pictures.")
+@click.option("--repeat", default=100, show_default=True, help="Steps of every timing.")
+@click.option("--schedule", default="dynamic", show_default=True, help="Schedule of the pictures.")
+@click.option("--out", type=click.Path(path_type=Path), help="Markdown file to write.")
+def main(
+    path: Path, backend: str, sizes: tuple[str, ...], steps: int, repeat: int, schedule: str, out: Path | None
+) -> None:
+    """Measure a backend against the CPU."""
+    set_up_logging(0)
+    shapes = [read_size(size) for size in sizes]
+    reference, measured = Pipeline.open(path, backend="cpu"), Pipeline.open(path, backend=backend)
+    height, width = shapes[0]
+    parts = [
+        f"# {measured.backend}\n\n" + "\n".join(f"* {line}" for line in facts(measured)),
+        section("Agreement with the CPU", agreement(reference, measured, shapes)),
+        section("Pictures", pictures(reference, measured, shapes, steps, schedule)),
+        section(f"Steps at {height}×{width}", timings(measured, height, width, repeat)),
+        section("Memory", memory(measured)),
+    ]
+    report = "\n\n".join(parts) + "\n"
+    click.echo(report)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(report, encoding="utf-8")
+        say(f"written to {out}")
+
+
+def read_size(text: str) -> tuple[int, int]:
+    """``"256x192"`` → (256, 192)."""
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise UsageError(f"cannot read the size {text!r}; write HEIGHTxWIDTH, as in 256x256")
+    return int(height), int(width)
+
+
+def facts(pipeline: Pipeline) -> Iterator[str]:
+    """What made the numbers."""
+    manifest = pipeline.bundle.manifest
+    yield f"bundle: {manifest.model.id}, {manifest.dtype}, opset {manifest.opset}, levels {manifest.patches}"
+    found = [f"Python {platform.python_version()}"]
+    for name in ("ddit", "tensorrt", "onnxruntime-gpu", "onnxruntime", "cuda-bindings", "numpy"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    yield "versions: " + ", ".join(found)
+    yield f"command: `{shlex.join(['python', *sys.argv])}`"
+
+
+# ---- agreement ----
+
+
+def agreement(reference: Pipeline, measured: Pipeline, shapes: Sequence[tuple[int, int]]) -> Table:
+    """Relative L2 error of every graph's outputs on the same random inputs, at every size."""
+    table = [["graph", *(f"{height}×{width}" for height, width in shapes)]]
+    manifest = reference.bundle.manifest
+    for name, info in manifest.graphs.items():
+        row = [name]
+        for height, width in shapes:
+            sizes = manifest.sizes(height=height, width=width, text=manifest.tokenizers["t5"].length)
+            inputs = random_inputs(info, sizes)
+            expected = reference.backend.engine(name).run(inputs)
+            actual = measured.backend.engine(name).run(inputs)
+            row.append(f"{max(relative_error(actual[key], value) for key, value in expected.items()):.1e}")
+        table.append(row)
+    return table
+
+
+def random_inputs(info: GraphInfo, sizes: dict[str, int]) -> dict[str, Array]:
+    """Seeded inputs in the tensors' own ranges: unit normal latents, noise levels in [0, 1], real rotary tables."""
+    rng = np.random.default_rng(0)
+    inputs: dict[str, Array] = {}
+    for spec in info.inputs:
+        shape = spec.resolve(sizes)
+        if spec.dtype == "int64":
+            inputs[spec.name] = rng.integers(0, 4, shape)  # tokens that every vocabulary has
+        elif spec.name.startswith("rope_"):
+            angles = np.outer(np.arange(shape[0] * shape[1]), 1 / 100 ** np.linspace(0, 1, shape[2])).reshape(shape)
+            inputs[spec.name] = (np.cos(angles) if spec.name == "rope_cos" else np.sin(angles)).astype(np.float32)
+        elif spec.name in ("timestep", "guidance", "dt"):
+            inputs[spec.name] = np.full(shape, {"timestep": 0.7, "guidance": 2.0, "dt": -0.02}[spec.name], np.float32)
+        else:
+            inputs[spec.name] = rng.standard_normal(shape, dtype=np.float32)
+    return inputs
+
+
+def pictures(
+    reference: Pipeline, measured: Pipeline, shapes: Sequence[tuple[int, int]], steps: int, schedule: str
+) -> Table:
+    """The same picture from both: levels chosen alike, PSNR, milliseconds of all steps."""
+    table = [["size", "steps per level", "chosen alike", "PSNR", "CPU ms", "ms"]]
+    for height, width in shapes:
+        options = {"seed": 7, "steps": steps, "schedule": schedule, "height": height, "width": width}
+        expected, _ = (reference(PROMPT, **options) for _ in range(2))
+        _, actual = (measured(PROMPT, **options) for _ in range(2))  # the first run prepares the engines
+        same = sum(a == b for a, b in zip(actual.trace.levels, expected.trace.levels, strict=True))
+        quality = psnr(np.asarray(actual.image), np.asarray(expected.image))
+        counts = ", ".join(f"{count} at {level}" for level, count in actual.trace.steps_per_level().items())
+        times = (f"{result.trace.total_milliseconds():.1f}" for result in (expected, actual))
+        table.append([f"{height}×{width}", counts, f"{same} of {steps}", f"{quality:.1f} dB", *times])
+    return table
+
+
+def psnr(picture: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
+    """Peak signal-to-noise ratio in dB; infinite for equal pictures."""
+    error = np.square(picture.astype(np.float64) - other).mean()
+    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+# ---- time ----
+
+
+def timings(pipeline: Pipeline, height: int, width: int, repeat: int) -> Table:
+    """Median milliseconds of a step at every level, and what a switch between two adds to their own times."""
+    manifest = pipeline.bundle.manifest
+    patches = manifest.patches
+    patterns = [(patch,) for patch in patches] + [(manifest.native, patch) for patch in patches[1:]]
+    rounds: dict[tuple[int, ...], list[float]] = {pattern: [] for pattern in patterns}
+    for _ in range(5):  # in turn, so that a machine that slows down slows all of them
+        for pattern in patterns:
+            rounds[pattern].append(step_milliseconds(pipeline.backend, pattern, height, width, repeat))
+    times = {pattern: statistics.median(values) for pattern, values in rounds.items()}
+    native = times[(manifest.native,)]
+    table = [["steps", "ms a step", "against native", "ms a switch"]]
+    for pattern, value in times.items():
+        if len(pattern) == 1:
+            table.append([f"level {pattern[0]}", f"{value:.3f}", f"{native / value:.2f}×", "–"])
+        else:
+            own = statistics.mean(times[(patch,)] for patch in pattern)
+            table.append([f"{', '.join(map(str, pattern))} in turn", f"{value:.3f}", "–", f"{value - own:+.3f}"])
+    return table
+
+
+def step_milliseconds(backend: Backend, pattern: tuple[int, ...], height: int, width: int, repeat: int) -> float:
+    """Mean milliseconds of a step when levels follow a pattern, after a warm-up."""
+    start = random_start(backend.bundle, height, width)
+    steps = WARM_UP * len(pattern) + repeat
+    with backend.denoiser(start) as denoiser:
+        for number in range(steps):
+            if number == WARM_UP * len(pattern):
+                begin = perf_counter()
+            denoiser.step(number % (len(start.sigmas) - 1), pattern[number % len(pattern)], [0])
+        return (perf_counter() - begin) * 1000 / repeat
+
+
+def random_start(bundle: Bundle, height: int, width: int) -> Start:
+    """A run's start with random conditions: what the numbers are does not change how long they take."""
+    manifest = bundle.manifest
+    sizes = manifest.sizes(height=height, width=width, text=manifest.tokenizers["t5"].length)
+    level = bundle.graph(manifest.level(manifest.native).graph)
+    inputs = random_inputs(level, sizes)
+    rotary = manifest.rotary
+
+    def tables(patch: int) -> tuple[FloatArray, FloatArray]:
+        grid = (sizes["H"] // patch, sizes["W"] // patch)
+        return rotary_tables(*grid, patch / manifest.native, rotary.axes_dims, rotary.theta)
+
+    conditions = {name: inputs[name] for name in ("context", "pooled", "guidance") if name in inputs}
+    return Start(inputs["latent"], conditions, np.linspace(1, 0.9, 51, dtype=np.float32), tables)  # type: ignore[arg-type]
+
+
+# ---- memory ----
+
+
+def memory(pipeline: Pipeline) -> Table:
+    """What the backend holds on the GPU, and what sharing saves."""
+    table = [["", "MB"]]
+    used = pipeline.backend.memory_used()
+    table.append(["held on the GPU after all of this", "–" if used is None else f"{used / 1e6:,.0f}"])
+    manifest = pipeline.bundle.manifest
+    levels = [manifest.level(patch) for patch in manifest.patches]
+    if pipeline.backend.name == "tensorrt":
+        plans = [plan.info for plan in PlanStore(pipeline.bundle).plans()]
+        scratch = {level.patch: max(info.scratch for info in plans if info.graph == level.graph) for level in levels}
+        table += [[f"scratch memory of level {patch}", f"{value / 1e6:,.1f}"] for patch, value in scratch.items()]
+        table.append(["scratch memory of the levels, shared: their maximum", f"{max(scratch.values()) / 1e6:,.1f}"])
+        table.append(["scratch memory of the levels, if it were not: their sum", f"{sum(scratch.values()) / 1e6:,.1f}"])
+    else:
+        files = [set(pipeline.bundle.graph(level.graph).weights) for level in levels]
+        size = {name: manifest.files[name].size for names in files for name in names}
+        table.append(["weights of the levels, the trunk once", f"{sum(size.values()) / 1e6:,.1f}"])
+        table.append(
+            [
+                "weights of the levels, if each had its own",
+                f"{sum(size[n] for names in files for n in names) / 1e6:,.1f}",
+            ]
+        )
+    return table
+
+
+def section(title: str, table: Table) -> str:
+    """A heading and a Markdown table."""
+    head, *rows = (f"| {' | '.join(row)} |" for row in table)
+    return "\n".join([f"## {title}\n", head, "|" + "---|" * len(table[0]), *rows])
+
+
+if __name__ == "__main__":
+    main()
