@@ -15,6 +15,7 @@ from ddit.exporter.weights import WeightFiles
 from ddit.profiles import Profile
 from ddit.runtime.bundle import (
     MANIFEST,
+    Bundle,
     GraphInfo,
     LevelInfo,
     Manifest,
@@ -22,6 +23,8 @@ from ddit.runtime.bundle import (
     file_info,
 )
 from ddit.runtime.errors import ModelError, UsageError
+from ddit.runtime.plans import FOLDER as ENGINES
+from ddit.runtime.plans import PlanStore
 
 # The paper's values (arXiv 2602.16968, section 4.1). τ belongs to a model and a step count, so these are a start only.
 PAPER = ScheduleInfo(tau=0.001, rho=0.4, warmup=3)
@@ -79,6 +82,7 @@ def export_bundle(model: FluxModel, out: Path, *, profile: Profile, opset: int, 
             made_with={name: version(name) for name in MADE_WITH},
         )
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    PlanStore(Bundle(out, manifest)).prune()
     return manifest
 
 
@@ -113,6 +117,10 @@ def _appearing(out: Path) -> Iterator[Path]:
         yield partial
         if out.exists():
             out.rename(old)
+            if (
+                old / ENGINES
+            ).is_dir():  # a plan is found by its graph's content, so those of unchanged graphs still fit
+                (old / ENGINES).rename(partial / ENGINES)
         partial.rename(out)
     except OSError as error:
         if error.errno == errno.ENOSPC:

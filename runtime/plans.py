@@ -160,6 +160,13 @@ class PlanStore:
         """The plan of a key, if it is there and whole."""
         return _read(self.folder / key)
 
+    def prune(self) -> None:
+        """Delete plans of graphs that the bundle no longer has: nothing can ever run them again."""
+        contents = {content_hash(self.bundle, graph) for graph in self.bundle.manifest.graphs}
+        for plan in self.plans():
+            if plan.info.content not in contents:
+                shutil.rmtree(plan.folder, ignore_errors=True)
+
     @contextmanager
     def lock(self, key: str) -> Iterator[None]:
         """Hold a key's lock: a second process that builds the same plan waits here. A killed process lets it go."""

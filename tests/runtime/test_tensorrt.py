@@ -328,3 +328,48 @@ def test_the_fastest_backend_is_chosen(built, tmp_path):
     built.cuda.devices = 0
     built.cuda.install(built.monkeypatch)
     assert Pipeline.open(built.bundle).backend.name == "cpu"
+
+
+def test_inspect_shows_the_engines_and_verify_runs_them(built):
+    shown = run(ddit_run, "inspect", built.bundle, "--json")
+    plans = json.loads(shown.stdout)["plans"]
+    assert {plan["graph"] for plan in plans} == set(Bundle.open(built.bundle).manifest.graphs)
+    assert all(plan["target"]["gpu"] == "Fake GPU" for plan in plans)
+    assert "TensorRT engines" in run(ddit_run, "inspect", built.bundle).stdout
+
+    verified = json.loads(run(ddit_run, "verify", built.bundle, "--json").stdout)
+    assert (verified["backend"], verified["plans"], verified["passed"]) == ("tensorrt", 6, True)
+    assert len(verified["checks"]) > 6
+
+    plan = built.plans()[0]
+    plan.write_bytes(plan.read_bytes()[::-1])
+    result = run(ddit_run, "verify", built.bundle)
+    assert result.exit_code == 1
+    assert "has a wrong hash" in result.stderr
+
+
+def test_a_bundle_and_its_engines_in_one_go(tiny_pipeline, opset17_bundle, tmp_path, monkeypatch):
+    machine = Machine(VERSIONS[-1], opset17_bundle, tmp_path, monkeypatch)
+    machine.bundle = tmp_path / "b.bundle"
+    options = ("--model", tiny_pipeline, "--levels", "2", "--dtype", "fp32", "--profile", "256", "--opset", "18")
+    for _ in range(2):
+        result = run(export, "flux", *options, "--engines", "tensorrt", "--out", machine.bundle)
+        assert result.exit_code == 0, result.stderr
+    assert "level-2: built already" in result.stderr, "the engines of an unchanged graph stay"
+    assert machine.trt.builds == len(machine.plans()) == 5
+
+    machine.cuda.devices = 0
+    machine.cuda.install(monkeypatch)
+    result = run(export, "flux", *options, "--engines", "tensorrt", "--out", tmp_path / "c.bundle")
+    assert result.exit_code == 1
+    assert "no GPU can be used here" in result.stderr
+    assert not (tmp_path / "c.bundle").exists(), "said before the export, not after it"
+
+
+def test_engines_of_graphs_that_are_gone_are_deleted(built):
+    opened = Bundle.open(built.bundle)
+    PlanStore(opened).prune()
+    assert len(built.plans()) == 6
+    opened.manifest.files["level-4.onnx"] = opened.manifest.files["level-2.onnx"]
+    PlanStore(opened).prune()
+    assert len(built.plans()) == 5
