@@ -85,8 +85,6 @@ def generate(
     if plot_file:
         _check_type(plot_file, plot_types())
     pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
-    if backend is None:
-        say(f"backend: {pipeline.backend}")
     with _progress() as progress:
         task = progress.add_task("opening", total=None)
 
@@ -112,7 +110,7 @@ def generate(
     if as_json:
         click.echo(json.dumps({"out": str(out), "seed": seed, **result.trace.summary()}))
     else:
-        say(f"{out}: {_steps_line(result.trace)}")
+        say(f"{out}: {_steps_line(result.trace)}, backend {pipeline.backend}")
 
 
 def _steps_line(trace: Trace) -> str:
