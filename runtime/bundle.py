@@ -153,6 +153,21 @@ class ScheduleInfo(_Model):
     warmup: int = Field(ge=3)
 
 
+class Calibration(_Model):
+    """Dynamic schedule settings that ``ddit-run calibrate`` found for one number of steps and size."""
+
+    steps: int = Field(ge=1)
+    height: int = Field(ge=1, description="pixels")
+    width: int = Field(ge=1, description="pixels")
+    tau: float = Field(gt=0)
+    rho: float = Field(gt=0, lt=1)
+    warmup: int = Field(ge=3)
+    speedup: float = Field(gt=0, description="over the native schedule, on prompts that τ was not chosen on")
+    similarity: float = Field(description="mean SSIM to the native pictures, on the same prompts")
+    prompts: int = Field(ge=2, description="how many were used in all")
+    backend: str = Field(description="whose milliseconds per level the speed-up counts in")
+
+
 class ParityResult(_Model):
     """One comparison of a graph's output with the original model's."""
 
@@ -190,6 +205,7 @@ class Manifest(_Model):
     rotary: RotaryInfo
     guidance: GuidanceInfo
     schedule: ScheduleInfo
+    calibrations: tuple[Calibration, ...] = ()
     parity: tuple[ParityResult, ...]
     files: dict[FileName, FileInfo]
     made_with: dict[str, str]
@@ -205,6 +221,13 @@ class Manifest(_Model):
             if level.patch == patch:
                 return level
         raise UsageError(f"the bundle has no level {patch}; it has {', '.join(map(str, self.patches))}")
+
+    def dynamic(self, *, steps: int, height: int, width: int) -> ScheduleInfo:
+        """The dynamic schedule's settings for a run: its calibration, or the bundle's defaults where there is none."""
+        for found in self.calibrations:
+            if (found.steps, found.height, found.width) == (steps, height, width):
+                return ScheduleInfo(tau=found.tau, rho=found.rho, warmup=found.warmup)
+        return self.schedule
 
     def sizes(self, *, height: int, width: int, text: int, batch: int = 1) -> dict[str, int]:
         """Symbols of the tensors' shapes for a picture of ``height``×``width`` pixels.
@@ -260,6 +283,23 @@ class Bundle:
     def graph(self, name: str) -> GraphInfo:
         """A graph by name."""
         return self.manifest.graphs[name]
+
+    def calibrate(self, calibration: Calibration) -> None:
+        """Keep a calibration in ``bundle.json``, in the place of an older one for the same steps and size.
+
+        The file is replaced as a whole. Raises `BundleError` where it cannot be written.
+        """
+        key = (calibration.steps, calibration.height, calibration.width)
+        others = (one for one in self.manifest.calibrations if (one.steps, one.height, one.width) != key)
+        manifest = self.manifest.model_copy(update={"calibrations": (*others, calibration)})
+        partial = self.path / f".{MANIFEST}.partial"
+        try:
+            partial.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            partial.replace(self.path / MANIFEST)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise BundleError(f"{self.path / MANIFEST} cannot be written: {error.strerror or error}") from None
+        self.manifest = manifest
 
     def verify_files(self) -> Iterator[str]:
         """Compare every file with its hash; yields its name when it fits, raises `BundleError` when it does not."""

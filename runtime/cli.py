@@ -141,6 +141,11 @@ def inspect(bundle: Path, as_json: bool) -> None:
         f"sampling: {manifest.sampler.steps} steps, guidance {guidance}; "
         f"dynamic schedule τ {dynamic.tau:g}, ρ {dynamic.rho:g}, warm-up {dynamic.warmup}"
     )
+    for one in manifest.calibrations:
+        console.print(
+            f"calibrated for {one.steps} steps at {one.height}×{one.width}: τ {one.tau:.4g}, ρ {one.rho:g}, warm-up "
+            f"{one.warmup}; {one.speedup:.2f}× on {one.backend}, SSIM {one.similarity:.3f} ({one.prompts} prompts)"
+        )
     console.print(_levels_table(manifest))
     console.print(_graphs_table(manifest))
     if plans:
@@ -281,6 +286,88 @@ def bench(
         )
     Console().print(table)
     say(f"backend: {chosen}")
+
+
+@main.command()
+@BUNDLE
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="File with a prompt a line; half of them are kept to test the result.",
+)
+@click.option("--speedup", type=click.FloatRange(1, min_open=True), help="Find the τ that is so many times faster.")
+@click.option("--quality", type=click.FloatRange(0, 1), help="Find the fastest τ whose mean SSIM to native is so high.")
+@click.option("--steps", type=click.IntRange(1), help="Denoising steps.  [default: the bundle's]")
+@click.option("--height", type=int, help="Pixels.  [default: the profile's optimum]")
+@click.option("--width", type=int, help="Pixels.  [default: the profile's optimum]")
+@click.option("--rho", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="[default: the bundle's]")
+@click.option("--warmup", type=click.IntRange(3), help="Native steps at the start.  [default: the bundle's]")
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw the curve (.png, .svg, .pdf).")
+@click.option("--dry-run", is_flag=True, help="Leave the bundle as it is.")
+@BACKEND
+@THREADS
+@JSON
+def calibrate(
+    bundle: Path,
+    prompts: Path,
+    speedup: float | None,
+    quality: float | None,
+    steps: int | None,
+    height: int | None,
+    width: int | None,
+    rho: float | None,
+    warmup: int | None,
+    plot_file: Path | None,
+    dry_run: bool,
+    backend: str | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Find the dynamic schedule's τ for a number of steps and a size, and keep it in the bundle.
+
+    --speedup 2 unless --quality is given.
+    """
+    from ddit.runtime import calibrate as calibration
+
+    if speedup is not None and quality is not None:
+        raise UsageError("give --speedup or --quality, not both: one τ cannot be chosen by two measures")
+    if plot_file:
+        _check_writable(plot_file)
+        _check_type(plot_file, plot_types())
+    try:
+        lines = prompts.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise UsageError(f"{prompts} cannot be read; give a text file with a prompt a line") from None
+    pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
+    manifest = pipeline.bundle.manifest
+    optimum = manifest.profile.entry[0]
+    calibrator = calibration.Calibrator(
+        pipeline,
+        steps=steps or manifest.sampler.steps,
+        height=height or optimum.height.optimum,
+        width=width or optimum.width.optimum,
+        rho=rho or manifest.schedule.rho,
+        warmup=warmup or manifest.schedule.warmup,
+    )
+    target = calibration.Target(speedup=None if quality else speedup or 2.0, similarity=quality)
+    found = calibration.search(calibrator, [line.strip() for line in lines if line.strip()], target, say)
+    best = found.best(target)
+    assert found.held_out is not None
+    kept = calibration.calibration(calibrator, best, found.held_out)
+    if not dry_run:
+        pipeline.bundle.calibrate(kept)
+    if plot_file:
+        _write(plot_file, lambda path: calibration.plot(found, best, path))
+    if as_json:
+        click.echo(json.dumps({**kept.model_dump(), **dataclasses.asdict(found)}, indent=2))
+        return
+    table = Table("prompts", "number", "speed-up", "spread", "SSIM to native", "coarse steps")
+    for name, point in (("τ was chosen on", best), ("others", found.held_out)):
+        table.add_row(name, str(len(point.samples)), f"{point.speedup:.2f}×", *calibration.spread(point))
+    Console().print(table)
+    where = "not kept (--dry-run)" if dry_run else f"kept in {bundle / 'bundle.json'}"
+    say(f"τ = {kept.tau:.4g} for {kept.steps} steps at {kept.height}×{kept.width}, {where}")
 
 
 def _progress() -> Progress:

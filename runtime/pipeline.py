@@ -130,11 +130,12 @@ class Pipeline:
         sizes = manifest.sizes(height=height, width=width, text=text_length, batch=len(prompts))
         self.backend.check(height=height, width=width, text=text_length, batch=len(prompts))
         guidance = self._guidance(guidance)
-        chosen = self.schedule(schedule) if isinstance(schedule, str) else schedule
-        steps = self._steps(steps, chosen)
+        if isinstance(schedule, str):
+            schedule = self.schedule(schedule, steps=steps, height=height, width=width)
+        steps = self._steps(steps, schedule)
 
         traces = [
-            Trace(prompt, seed, height, width, guidance, self.backend.name, describe(chosen))
+            Trace(prompt, seed, height, width, guidance, self.backend.name, describe(schedule))
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         start = perf_counter()
@@ -144,7 +145,7 @@ class Pipeline:
         conditions = {"context": context, "pooled": pooled}
         if manifest.guidance.embedded:
             conditions["guidance"] = np.full(len(prompts), guidance, dtype=np.float32)
-        latent = self._denoise(latent, conditions, steps, chosen, traces, on_step)
+        latent = self._denoise(latent, conditions, steps, schedule, traces, on_step)
         denoised = perf_counter()
         pictures = self.backend.engine("vae_decoder").run({"latent": latent})["image"]
         for trace in traces:
@@ -154,11 +155,18 @@ class Pipeline:
             Result(to_image(picture), trace, one) for picture, trace, one in zip(pictures, traces, latent, strict=True)
         ]
 
-    def schedule(self, text: str) -> Schedule:
-        """A schedule from its written form, with the bundle's defaults."""
+    def schedule(
+        self, text: str, *, steps: int | None = None, height: int | None = None, width: int | None = None
+    ) -> Schedule:
+        """A schedule from its written form, with the bundle's calibration for the steps and size, or its defaults."""
         manifest = self.bundle.manifest
+        optimum = manifest.profile.entry[0]
         coarse = tuple(patch for patch in manifest.patches if patch != manifest.native)
-        info = manifest.schedule
+        info = manifest.dynamic(
+            steps=steps or manifest.sampler.steps,
+            height=height or optimum.height.optimum,
+            width=width or optimum.width.optimum,
+        )
         default = Dynamic(manifest.native, coarse, info.tau, info.rho, info.warmup)
         return parse_schedule(text, patches=manifest.patches, native=manifest.native, default=default)
 

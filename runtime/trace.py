@@ -72,7 +72,8 @@ class Trace:
         return json.dumps({**asdict(self), "summary": self.summary()}, indent=2)
 
 
-def _figure() -> Any:
+def figure() -> Any:
+    """An empty matplotlib figure. Raises `UsageError` where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -82,13 +83,13 @@ def _figure() -> Any:
 
 def plot_types() -> set[str]:
     """File endings that `plot` can write."""
-    return {f".{kind}" for kind in _figure().canvas.get_supported_filetypes()}
+    return {f".{kind}" for kind in figure().canvas.get_supported_filetypes()}
 
 
 def plot(trace: Trace, path: Path) -> None:
     """Draw the level and the statistics of every step. Needs matplotlib: ``pip install 'ddit[plot]'``."""
-    figure = _figure()
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
+    drawing = figure()
+    upper, lower = drawing.subplots(2, 1, sharex=True, height_ratios=(2, 3))
     numbers = range(len(trace.steps))
     upper.step(numbers, trace.levels, where="mid", color="black")
     upper.set_yscale("log", base=2)
@@ -106,4 +107,4 @@ def plot(trace: Trace, path: Path) -> None:
     lower.set_xlabel("step")
     lower.set_ylabel("third difference")
     lower.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    drawing.savefig(path, dpi=120)

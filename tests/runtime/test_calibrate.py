@@ -1,0 +1,100 @@
+"""ddit-run calibrate: finding τ, keeping it, and using it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from skimage.metrics import structural_similarity
+
+from conftest import run
+from ddit.runtime import Bundle, Pipeline
+from ddit.runtime.calibrate import Calibrator, ssim
+from ddit.runtime.cli import main as ddit_run
+
+PROMPTS = ["a red circle", "a blue square", "a green star", "a red star", "a blue circle", "a green square"]
+SIZE = ("--steps", 12, "--height", 128, "--width", 64)
+
+
+@pytest.fixture
+def bundle(tiny_bundle, tmp_path, monkeypatch) -> Path:
+    """A bundle to write to, whose levels cost what they would at a real size."""
+    monkeypatch.setattr(Calibrator, "measure_levels", lambda self: self.milliseconds.update({2: 4.0, 4: 1.5, 8: 1.0}))
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "a.bundle"))
+
+
+def calibrate(bundle: Path, *options: object):
+    return run(ddit_run, "calibrate", bundle, "--prompts", bundle.parent / "prompts.txt", *SIZE, *options)
+
+
+def test_the_speed_up_asked_for_is_found_and_kept(bundle):
+    result = calibrate(bundle, "--speedup", "1.5", "--plot", bundle.parent / "curve.png", "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    chosen = min(report["curve"], key=lambda point: abs(point["tau"] - report["tau"]))
+    costs = [1 / sample["speedup"] for sample in chosen["samples"]]
+    assert len(costs) / sum(costs) == pytest.approx(1.5, rel=0.1)
+    assert {sample["prompt"] for sample in chosen["samples"]} == set(PROMPTS[::2])
+    assert {sample["prompt"] for sample in report["held_out"]["samples"]} == set(PROMPTS[1::2])
+    assert (bundle.parent / "curve.png").stat().st_size > 1000
+
+    manifest = Bundle.open(bundle).manifest
+    (kept,) = manifest.calibrations
+    assert (kept.steps, kept.height, kept.width, kept.tau) == (12, 128, 64, report["tau"])
+    pipeline = Pipeline.open(bundle, backend="cpu")
+    same = pipeline("a red circle", steps=12, height=128, width=64)
+    assert same.trace.schedule["tau"] == kept.tau
+    other = pipeline("a red circle", steps=11, height=128, width=64)
+    assert other.trace.schedule["tau"] == manifest.schedule.tau
+    assert "calibrated for 12 steps at 128×64" in run(ddit_run, "inspect", bundle).stdout
+
+
+def test_a_quality_is_kept_and_a_later_calibration_replaces_the_first(bundle):
+    assert calibrate(bundle, "--speedup", "1.4").exit_code == 0
+    result = calibrate(bundle, "--quality", "0.9", "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    (chosen,) = (point for point in report["curve"] if point["tau"] == report["tau"])
+    assert np.mean([sample["similarity"] for sample in chosen["samples"]]) >= 0.9
+    (kept,) = Bundle.open(bundle).manifest.calibrations
+    assert kept.tau == report["tau"]
+
+
+def test_a_dry_run_keeps_nothing(bundle):
+    before = (bundle / "bundle.json").read_bytes()
+    assert calibrate(bundle, "--speedup", "1.5", "--dry-run").exit_code == 0
+    assert (bundle / "bundle.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--speedup", "9"), "a speed-up of 9 cannot be reached with 12 steps and 3 native ones first: all coarse is"),
+        (("--speedup", "2", "--quality", "0.9"), "give --speedup or --quality, not both"),
+    ],
+)
+def test_what_cannot_be_had_is_said(bundle, options, words):
+    before = (bundle / "bundle.json").read_bytes()
+    result = calibrate(bundle, *options)
+    assert result.exit_code == 2
+    assert words in result.stderr.splitlines()[-1]
+    assert (bundle / "bundle.json").read_bytes() == before
+
+
+def test_one_prompt_is_too_few(bundle):
+    (bundle.parent / "prompts.txt").write_text("a red circle\n\n")
+    result = calibrate(bundle)
+    assert result.exit_code == 2
+    assert "needs two prompts or more" in result.stderr
+
+
+def test_similarity_is_scikit_image_s():
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    other = np.clip(picture + rng.normal(0, 20, picture.shape), 0, 255).astype(np.uint8)
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    expected = structural_similarity(picture, other, data_range=255, channel_axis=2, **options)
+    assert ssim(picture, other) == pytest.approx(expected, abs=1e-9)
+    assert ssim(picture, picture) == 1.0
