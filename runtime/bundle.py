@@ -153,6 +153,21 @@ class ScheduleInfo(_Model):
     warmup: int = Field(ge=3)
 
 
+class Costs(_Model):
+    """What a picture of one size costs on one backend, in milliseconds."""
+
+    levels: dict[int, float] = Field(description="median of a step at every level")
+    encode: float = Field(description="text encoders")
+    decode: float = Field(description="latent to picture")
+
+
+class CurvePoint(_Model):
+    """What one τ does."""
+
+    tau: float = Field(gt=0)
+    shares: dict[int, float] = Field(description="mean share of the steps at every level")
+
+
 class Calibration(_Model):
     """Dynamic schedule settings that ``ddit-run calibrate`` found for one number of steps and size."""
 
@@ -165,7 +180,9 @@ class Calibration(_Model):
     speedup: float = Field(gt=0, description="over the native schedule, on prompts that τ was not chosen on")
     similarity: float = Field(description="mean SSIM to the native pictures, on the same prompts")
     prompts: int = Field(ge=2, description="how many were used in all")
-    backend: str = Field(description="whose milliseconds per level the speed-up counts in")
+    backend: str = Field(description="where milliseconds were measured; the speed-up counts in them")
+    costs: Costs
+    curve: tuple[CurvePoint, ...] = Field(description="everything that was tried, by τ")
 
 
 class ParityResult(_Model):
@@ -224,10 +241,15 @@ class Manifest(_Model):
 
     def dynamic(self, *, steps: int, height: int, width: int) -> ScheduleInfo:
         """The dynamic schedule's settings for a run: its calibration, or the bundle's defaults where there is none."""
+        found = self.calibration(steps=steps, height=height, width=width)
+        return ScheduleInfo(tau=found.tau, rho=found.rho, warmup=found.warmup) if found else self.schedule
+
+    def calibration(self, *, steps: int, height: int, width: int) -> Calibration | None:
+        """What was found for a number of steps and a size."""
         for found in self.calibrations:
             if (found.steps, found.height, found.width) == (steps, height, width):
-                return ScheduleInfo(tau=found.tau, rho=found.rho, warmup=found.warmup)
-        return self.schedule
+                return found
+        return None
 
     def sizes(self, *, height: int, width: int, text: int, batch: int = 1) -> dict[str, int]:
         """Symbols of the tensors' shapes for a picture of ``height``×``width`` pixels.

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import exp, log
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ddit.runtime.bundle import Calibration
+from ddit.runtime.bundle import Calibration, CurvePoint
 from ddit.runtime.errors import UsageError
 from ddit.runtime.pipeline import Pipeline, Result
 from ddit.runtime.schedule import Dynamic, Native
@@ -34,7 +34,7 @@ class Sample:
     prompt: str
     speedup: float  # of all denoising steps over the native schedule's, by the levels' median milliseconds
     similarity: float  # SSIM to the native picture
-    coarse_share: float  # of the steps
+    shares: dict[int, float]  # of the steps at every level
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,11 @@ class Point:
     def similarity(self) -> float:
         """Mean SSIM."""
         return mean(sample.similarity for sample in self.samples)
+
+    @property
+    def shares(self) -> dict[int, float]:
+        """Mean share of the steps at every level."""
+        return {patch: mean(sample.shares[patch] for sample in self.samples) for patch in self.samples[0].shares}
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,6 @@ class Search:
 
     curve: list[Point] = field(default_factory=list)
     held_out: Point | None = None
-    milliseconds: dict[int, float] = field(default_factory=dict)  # of a step at every level
 
     def best(self, target: Target) -> Point:
         """The point nearest to what was asked for."""
@@ -102,17 +106,8 @@ class Calibrator:
         self.pipeline = pipeline
         self.options = {"steps": steps, "height": height, "width": width}
         self.schedule = Dynamic(manifest.native, coarse, 1.0, rho, warmup)
-        self.milliseconds: dict[int, float] = {}
+        self.costs = pipeline.measure_costs(height, width)
         self._native: dict[str, Result] = {}
-
-    def measure_levels(self) -> None:
-        """Median milliseconds of a step at every level, with all of them in turn."""
-        patches = self.pipeline.bundle.manifest.patches
-        rounds = ",".join(f"{patch}x1" for patch in patches)
-        options = {**self.options, "steps": None}
-        trace = self.pipeline("warm up", schedule="fixed:" + ",".join([rounds] * 8), **options).trace  # type: ignore[arg-type]
-        times = {patch: [r.milliseconds for r in trace.steps[len(patches) :] if r.level == patch] for patch in patches}
-        self.milliseconds = {patch: median(values) for patch, values in times.items()}
 
     def native(self, prompt: str, seed: int) -> Result:
         """The prompt's native picture, made once."""
@@ -144,11 +139,11 @@ class Calibrator:
             prompt,
             self._cost(native.trace) / self._cost(result.trace),
             ssim(np.asarray(result.image), np.asarray(native.image)),
-            sum(level != schedule.native for level in levels) / len(levels),
+            {patch: levels.count(patch) / len(levels) for patch in self.costs.levels},
         )
 
     def _cost(self, trace: Trace) -> float:
-        return sum(self.milliseconds[level] for level in trace.levels)
+        return sum(self.costs.levels[level] for level in trace.levels)
 
 
 def search(calibrator: Calibrator, prompts: Sequence[str], target: Target, report: Report) -> Search:
@@ -161,9 +156,6 @@ def search(calibrator: Calibrator, prompts: Sequence[str], target: Target, repor
     numbered = list(enumerate(prompts))
     fitted, held_out = numbered[::2], numbered[1::2]
     result = Search()
-    report("measuring the levels")
-    calibrator.measure_levels()
-    result.milliseconds = calibrator.milliseconds
     report(f"making {len(fitted)} native pictures")
     low, high = calibrator.bracket(fitted)
 
@@ -201,20 +193,23 @@ def _tried(
     return point
 
 
-def calibration(calibrator: Calibrator, found: Point, held_out: Point) -> Calibration:
+def calibration(calibrator: Calibrator, found: Search, best: Point) -> Calibration:
     """What the bundle keeps."""
-    options, schedule = calibrator.options, calibrator.schedule
+    options, schedule, held_out = calibrator.options, calibrator.schedule, found.held_out
+    assert held_out is not None
     return Calibration(
         steps=options["steps"],
         height=options["height"],
         width=options["width"],
-        tau=found.tau,
+        tau=best.tau,
         rho=schedule.rho,
         warmup=schedule.warmup,
         speedup=held_out.speedup,
         similarity=held_out.similarity,
-        prompts=len(found.samples) + len(held_out.samples),
+        prompts=len(best.samples) + len(held_out.samples),
         backend=str(calibrator.pipeline.backend),
+        costs=calibrator.costs,
+        curve=tuple(CurvePoint(tau=point.tau, shares=point.shares) for point in found.curve),
     )
 
 
@@ -228,7 +223,7 @@ def spread(point: Point) -> tuple[str, str, str]:
     return (
         between([sample.speedup for sample in point.samples], ".2f") + "×",
         f"{point.similarity:.3f} ({between([sample.similarity for sample in point.samples], '.3f')})",
-        between([sample.coarse_share for sample in point.samples], ".0%"),
+        between([1 - sample.shares[min(sample.shares)] for sample in point.samples], ".0%"),
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -29,6 +30,21 @@ BACKEND = click.option(
 THREADS = click.option("--threads", type=click.IntRange(1), help="Threads of one graph.  [default: all cores]")
 
 
+class Seconds(click.ParamType):  # type: ignore[type-arg]
+    """A time."""
+
+    name = "time"
+
+    def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """``"1.5s"``, ``"1500ms"`` and ``"1.5"`` → 1.5."""
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|)", value.strip())
+        if match is None or not float(match[1]):
+            self.fail(f"{value!r}: give a time, as in 1.5s or 800ms", param, ctx)
+        return float(match[1]) / (1000 if match[2] == "ms" else 1)
+
+
 @click.group(cls=DditGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="ddit")
 @click.option("-v", "--verbose", count=True, help="Say more; twice for everything.")
@@ -48,6 +64,9 @@ def main(verbose: int) -> None:
     show_default=True,
     help="native, fixed:8x10,4x20,2x20 or dynamic[:tau=…,rho=…,warmup=…].",
 )
+@click.option(
+    "--budget", type=Seconds(), help="Seconds for the picture, as in 1.5s or 800ms; chooses the schedule itself."
+)
 @click.option("--height", type=int, help="Pixels.  [default: the profile's optimum]")
 @click.option("--width", type=int, help="Pixels.  [default: the profile's optimum]")
 @click.option("--guidance", type=float, help="Guidance scale.  [default: the bundle's]")
@@ -66,6 +85,7 @@ def generate(
     seed: int,
     steps: int | None,
     schedule: str,
+    budget: float | None,
     height: int | None,
     width: int | None,
     guidance: float | None,
@@ -96,6 +116,7 @@ def generate(
             seed=seed,
             steps=steps,
             schedule=schedule,
+            budget=budget,
             height=height,
             width=width,
             guidance=guidance,
@@ -110,6 +131,10 @@ def generate(
     if as_json:
         click.echo(json.dumps({"out": str(out), "seed": seed, **result.trace.summary()}))
     else:
+        if budget is not None:
+            spent = sum((result.trace.total_milliseconds(), result.trace.encode_milliseconds,
+                         result.trace.decode_milliseconds)) / 1000  # fmt: skip
+            say(f"budget {budget:g} s, used {spent:.2f} s; schedule {result.trace.schedule['text']}")
         say(f"{out}: {_steps_line(result.trace)}, backend {pipeline.backend}")
 
 
@@ -342,6 +367,7 @@ def calibrate(
     pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
     manifest = pipeline.bundle.manifest
     optimum = manifest.profile.entry[0]
+    say("measuring the levels")
     calibrator = calibration.Calibrator(
         pipeline,
         steps=steps or manifest.sampler.steps,
@@ -353,16 +379,16 @@ def calibrate(
     target = calibration.Target(speedup=None if quality else speedup or 2.0, similarity=quality)
     found = calibration.search(calibrator, [line.strip() for line in lines if line.strip()], target, say)
     best = found.best(target)
-    assert found.held_out is not None
-    kept = calibration.calibration(calibrator, best, found.held_out)
+    kept = calibration.calibration(calibrator, found, best)
     if not dry_run:
         pipeline.bundle.calibrate(kept)
     if plot_file:
         _write(plot_file, lambda path: calibration.plot(found, best, path))
     if as_json:
-        click.echo(json.dumps({**kept.model_dump(), **dataclasses.asdict(found)}, indent=2))
+        click.echo(json.dumps({**kept.model_dump(exclude={"curve"}), **dataclasses.asdict(found)}, indent=2))
         return
     table = Table("prompts", "number", "speed-up", "spread", "SSIM to native", "coarse steps")
+    assert found.held_out is not None
     for name, point in (("τ was chosen on", best), ("others", found.held_out)):
         table.add_row(name, str(len(point.samples)), f"{point.speedup:.2f}×", *calibration.spread(point))
     Console().print(table)

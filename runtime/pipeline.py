@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from ddit.runtime.backends import Backend, FloatArray, Start, open_backend
-from ddit.runtime.bundle import Bundle
+from ddit.runtime.budget import Budgeted, plan
+from ddit.runtime.bundle import Bundle, Costs
 from ddit.runtime.errors import UsageError
 from ddit.runtime.rotary import rotary_tables
 from ddit.runtime.sampler import noise, sigmas
@@ -49,6 +50,7 @@ class Pipeline:
         self.backend = backend
         self._tokenizers = {name: Tokenizer.of(bundle, name) for name in bundle.manifest.tokenizers}
         self._rotary = lru_cache(maxsize=16)(self._make_rotary)
+        self._costs = lru_cache(maxsize=16)(self._find_costs)
 
     @classmethod
     def open(cls, path: Path | str, *, backend: str | None = None, threads: int | None = None) -> "Pipeline":
@@ -75,6 +77,7 @@ class Pipeline:
         width: int | None = None,
         guidance: float | None = None,
         text_length: int | None = None,
+        budget: float | None = None,
         on_step: OnStep | None = None,
     ) -> Result:
         """Make one picture; the arguments are those of `batch`."""
@@ -87,6 +90,7 @@ class Pipeline:
             width=width,
             guidance=guidance,
             text_length=text_length,
+            budget=budget,
             on_step=on_step,
         )[0]
 
@@ -101,6 +105,7 @@ class Pipeline:
         width: int | None = None,
         guidance: float | None = None,
         text_length: int | None = None,
+        budget: float | None = None,
         on_step: OnStep | None = None,
     ) -> list[Result]:
         """Make several pictures together. Each follows its own schedule: samples at the same level run in one call.
@@ -113,6 +118,8 @@ class Pipeline:
             height, width: pixels; the profile's optimum when None.
             guidance: guidance scale, for models that were distilled for it; the bundle's default when None.
             text_length: tokens of the prompt, padding included; the bundle's default when None.
+            budget: seconds from one prompt to its picture, instead of a schedule; see `ddit.runtime.budget`. The first
+                call at a size measures the levels beforehand, unless a calibration on this backend has.
             on_step: called after every step with its number, the number of steps, and the samples' levels.
 
         Raises:
@@ -133,12 +140,21 @@ class Pipeline:
         if isinstance(schedule, str):
             schedule = self.schedule(schedule, steps=steps, height=height, width=width)
         steps = self._steps(steps, schedule)
+        costs = None
+        if budget is not None:
+            if len(prompts) > 1 or not isinstance(schedule, Dynamic):
+                raise UsageError("a budget chooses the schedule of one picture; leave the schedule out")
+            costs = self._costs(height, width)
+            known = manifest.calibration(steps=steps, height=height, width=width)
+            schedule = plan(budget, costs, steps, default=schedule, curve=known.curve if known else ())
 
         traces = [
             Trace(prompt, seed, height, width, guidance, self.backend.name, describe(schedule))
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         start = perf_counter()
+        if budget is not None and costs is not None:
+            schedule = Budgeted(schedule, costs.levels, steps, deadline=start + budget - costs.decode / 1000)
         context, pooled = self._encode(prompts, text_length)
         encoded = perf_counter()
         latent = np.concatenate([noise(seed, (1, manifest.latent.channels, sizes["H"], sizes["W"])) for seed in seeds])
@@ -169,6 +185,23 @@ class Pipeline:
         )
         default = Dynamic(manifest.native, coarse, info.tau, info.rho, info.warmup)
         return parse_schedule(text, patches=manifest.patches, native=manifest.native, default=default)
+
+    def measure_costs(self, height: int, width: int, repeat: int = 7) -> Costs:
+        """Time a few steps of all levels in turn, after one of each that warms up."""
+        patches = self.bundle.manifest.patches
+        self("warm up", schedule=Fixed(patches), height=height, width=width)
+        trace = self("measure", schedule=Fixed(patches * repeat), height=height, width=width).trace
+        times = trace.milliseconds_per_level()
+        return Costs(levels=times, encode=trace.encode_milliseconds, decode=trace.decode_milliseconds)
+
+    def _find_costs(self, height: int, width: int) -> Costs:
+        """The costs at a size, with engines that are loaded afterwards: no budget could hold that."""
+        for known in self.bundle.manifest.calibrations:
+            if (known.height, known.width, known.backend) == (height, width, str(self.backend)):
+                self("warm up", schedule=Fixed(self.bundle.manifest.patches), height=height, width=width)
+                return known.costs
+        log.info("measuring the levels at %d×%d", height, width)
+        return self.measure_costs(height, width)
 
     def _guidance(self, asked: float | None) -> float:
         info = self.bundle.manifest.guidance
@@ -218,7 +251,8 @@ class Pipeline:
         batch, _, height, width = latent.shape
         native_tokens = (height // manifest.native) * (width // manifest.native)
         sigma = sigmas(manifest.sampler, steps, native_tokens)
-        rho = schedule.rho if isinstance(schedule, Dynamic) else manifest.schedule.rho
+        wanted = schedule.wanted if isinstance(schedule, Budgeted) else schedule
+        rho = wanted.rho if isinstance(wanted, Dynamic) else manifest.schedule.rho
         known: list[dict[int, FloatArray]] = [{} for _ in range(batch)]
 
         start = Start(latent, conditions, sigma, lambda patch: self._rotary(patch, height, width))

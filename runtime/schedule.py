@@ -11,6 +11,7 @@ step graph measured after the step before. `parse_schedule` makes one from the w
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import groupby
 from typing import Protocol
 
 import numpy as np
@@ -132,7 +133,17 @@ def _with_settings(default: Dynamic, text: str) -> Dynamic:
     return schedule
 
 
+def write_schedule(schedule: Schedule) -> str:
+    """A schedule in the form that `parse_schedule` reads."""
+    if isinstance(schedule, Fixed):
+        runs = ((patch, sum(1 for _ in same)) for patch, same in groupby(schedule.levels))
+        return "fixed:" + ",".join(f"{patch}x{count}" for patch, count in runs)
+    if isinstance(schedule, Dynamic):
+        return f"dynamic:tau={schedule.tau:.4g},rho={schedule.rho:g},warmup={schedule.warmup}"
+    return type(schedule).__name__.lower()
+
+
 def describe(schedule: Schedule) -> dict[str, object]:
     """The schedule as plain data, for the trace."""
     values = {field.name: getattr(schedule, field.name) for field in fields(schedule)}  # type: ignore[arg-type]
-    return {"kind": type(schedule).__name__.lower(), **values}
+    return {"kind": type(schedule).__name__.lower(), "text": write_schedule(schedule), **values}

@@ -10,7 +10,8 @@ from skimage.metrics import structural_similarity
 
 from conftest import run
 from ddit.runtime import Bundle, Pipeline
-from ddit.runtime.calibrate import Calibrator, ssim
+from ddit.runtime.bundle import Costs
+from ddit.runtime.calibrate import ssim
 from ddit.runtime.cli import main as ddit_run
 
 PROMPTS = ["a red circle", "a blue square", "a green star", "a red star", "a blue circle", "a green square"]
@@ -20,7 +21,8 @@ SIZE = ("--steps", 12, "--height", 128, "--width", 64)
 @pytest.fixture
 def bundle(tiny_bundle, tmp_path, monkeypatch) -> Path:
     """A bundle to write to, whose levels cost what they would at a real size."""
-    monkeypatch.setattr(Calibrator, "measure_levels", lambda self: self.milliseconds.update({2: 4.0, 4: 1.5, 8: 1.0}))
+    costs = Costs(levels={2: 4.0, 4: 1.5, 8: 1.0}, encode=1.0, decode=2.0)
+    monkeypatch.setattr(Pipeline, "measure_costs", lambda self, height, width: costs)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     return Path(shutil.copytree(tiny_bundle, tmp_path / "a.bundle"))
 
