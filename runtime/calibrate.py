@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from ddit.runtime.bundle import Calibration, CurvePoint
 from ddit.runtime.errors import UsageError
 from ddit.runtime.pipeline import Pipeline, Result
+from ddit.runtime.plots import figure
 from ddit.runtime.schedule import Dynamic, Native
-from ddit.runtime.trace import Trace, figure
+from ddit.runtime.trace import Trace
 
 ITERATIONS = 8  # halve the bracket, some four orders of magnitude wide, to a few per cent
 SSIM_WINDOW = 11

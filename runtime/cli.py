@@ -19,7 +19,8 @@ from ddit.runtime.console import DditGroup, say, set_up_logging
 from ddit.runtime.errors import BundleError, DditError, UsageError
 from ddit.runtime.pipeline import Pipeline
 from ddit.runtime.plans import Plan, PlanStore
-from ddit.runtime.trace import Trace, plot, plot_types
+from ddit.runtime.plots import plot_complexity, plot_schedule, plot_types
+from ddit.runtime.trace import Trace
 
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 JSON = click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
@@ -76,6 +77,7 @@ def main(verbose: int) -> None:
 @click.option(
     "--plot", "plot_file", type=click.Path(path_type=Path), help="Draw levels and statistics (.png, .svg, .pdf)."
 )
+@click.option("--map", "map_file", type=click.Path(path_type=Path), help="Draw where and when there was detail.")
 @BACKEND
 @THREADS
 @JSON
@@ -93,18 +95,21 @@ def generate(
     out: Path,
     trace_file: Path | None,
     plot_file: Path | None,
+    map_file: Path | None,
     backend: str | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
     """Make one picture."""
     # before the work, not after it: whatever would keep the results from being written
-    for path in filter(None, (out, trace_file, plot_file)):
+    for path in filter(None, (out, trace_file, plot_file, map_file)):
         _check_writable(path)
     _check_type(out, {ending for ending, kind in Image.registered_extensions().items() if kind in Image.SAVE})
-    if plot_file:
-        _check_type(plot_file, plot_types())
+    for path in filter(None, (plot_file, map_file)):
+        _check_type(path, plot_types())
     pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
+    if map_file and len(pipeline.bundle.manifest.levels) < 2:
+        raise UsageError("a map shows what coarse levels would miss, and the bundle has none")
     with _progress() as progress:
         task = progress.add_task("opening", total=None)
 
@@ -127,7 +132,11 @@ def generate(
     if trace_file:
         _write(trace_file, lambda path: path.write_text(result.trace.to_json() + "\n", encoding="utf-8"))
     if plot_file:
-        _write(plot_file, lambda path: plot(result.trace, path))
+        _write(plot_file, lambda path: plot_schedule(result.trace, path))
+    if map_file:
+        complexity = result.trace.complexity
+        assert complexity is not None
+        _write(map_file, lambda path: plot_complexity(result.image, complexity, path))
     if as_json:
         click.echo(json.dumps({"out": str(out), "seed": seed, **result.trace.summary()}))
     else:

@@ -14,6 +14,7 @@ from PIL import Image
 from ddit.runtime.backends import Backend, FloatArray, Start, open_backend
 from ddit.runtime.budget import Budgeted, plan
 from ddit.runtime.bundle import Bundle, Costs
+from ddit.runtime.complexity import Complexity
 from ddit.runtime.errors import UsageError
 from ddit.runtime.rotary import rotary_tables
 from ddit.runtime.sampler import noise, sigmas
@@ -254,6 +255,9 @@ class Pipeline:
         wanted = schedule.wanted if isinstance(schedule, Budgeted) else schedule
         rho = wanted.rho if isinstance(wanted, Dynamic) else manifest.schedule.rho
         known: list[dict[int, FloatArray]] = [{} for _ in range(batch)]
+        finest = min((patch for patch in manifest.patches if patch != manifest.native), default=None)
+        for trace in traces:
+            trace.complexity = None if finest is None else Complexity(finest)
 
         start = Start(latent, conditions, sigma, lambda patch: self._rotary(patch, height, width))
         with self.backend.denoiser(start) as denoiser:
@@ -268,6 +272,8 @@ class Pipeline:
                     for row, sample in enumerate(members):
                         if step + 1 >= DIFFERENCE_ORDER:
                             known[sample] = {coarse: values[row] for coarse, values in deviations.items()}
+                            if complexity := traces[sample].complexity:
+                                complexity.add(step, known[sample][complexity.patch])
                         measured = {coarse: statistic(values, rho) for coarse, values in known[sample].items()}
                         record = StepRecord(step, float(sigma[step]), patch, milliseconds, measured)
                         traces[sample].steps.append(record)

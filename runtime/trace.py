@@ -1,13 +1,12 @@
-"""The trace of a run: what every denoising step did, as data and as a plot."""
+"""The trace of a run: what every denoising step did."""
 
 import json
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any
 
-from ddit.runtime.errors import UsageError
+from ddit.runtime.complexity import Complexity
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,7 @@ class Trace:
     guidance: float
     backend: str
     schedule: dict[str, Any]
+    complexity: Complexity | None = None  # where and when there was detail; none without coarse levels
     steps: list[StepRecord] = field(default_factory=list)
     encode_milliseconds: float = 0.0  # text encoders
     decode_milliseconds: float = 0.0  # latent to picture
@@ -69,42 +69,6 @@ class Trace:
 
     def to_json(self) -> str:
         """The whole trace as JSON."""
-        return json.dumps({**asdict(self), "summary": self.summary()}, indent=2)
-
-
-def figure() -> Any:
-    """An empty matplotlib figure. Raises `UsageError` where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("plots need matplotlib; install it with: pip install 'ddit[plot]'") from None
-    return Figure(figsize=(8, 4.5), layout="constrained")
-
-
-def plot_types() -> set[str]:
-    """File endings that `plot` can write."""
-    return {f".{kind}" for kind in figure().canvas.get_supported_filetypes()}
-
-
-def plot(trace: Trace, path: Path) -> None:
-    """Draw the level and the statistics of every step. Needs matplotlib: ``pip install 'ddit[plot]'``."""
-    drawing = figure()
-    upper, lower = drawing.subplots(2, 1, sharex=True, height_ratios=(2, 3))
-    numbers = range(len(trace.steps))
-    upper.step(numbers, trace.levels, where="mid", color="black")
-    upper.set_yscale("log", base=2)
-    upper.set_yticks(sorted(set(trace.levels)), labels=[str(level) for level in sorted(set(trace.levels))])
-    upper.set_ylabel("level (patch)")
-    upper.set_title(f"“{trace.prompt}”", fontsize=10)
-    for patch in sorted({patch for record in trace.steps for patch in record.statistic}):
-        known = [record for record in trace.steps if patch in record.statistic]
-        lower.plot(
-            [r.step for r in known], [r.statistic[patch] for r in known], marker=".", label=f"σ of level {patch}"
-        )
-    if "tau" in trace.schedule:
-        lower.axhline(trace.schedule["tau"], color="grey", linestyle="--", label="τ")
-    lower.set_yscale("log")
-    lower.set_xlabel("step")
-    lower.set_ylabel("third difference")
-    lower.legend(fontsize=8)
-    drawing.savefig(path, dpi=120)
+        values = asdict(replace(self, complexity=None))
+        values["complexity"] = self.complexity.to_dict() if self.complexity else None
+        return json.dumps({**values, "summary": self.summary()}, indent=2)

@@ -12,7 +12,7 @@ from rich.progress import track
 from rich.table import Table
 
 from ddit.runtime import DditError, Pipeline, Result
-from ddit.runtime.trace import plot
+from ddit.runtime.plots import plot_complexity, plot_schedule
 
 PROMPTS = {
     "simple": "a large red circle on a plain background",
@@ -38,7 +38,9 @@ def main(bundle: Path, out: Path, seed: int, steps: int) -> None:
         result.image.save(out / f"{name}-{schedule}.png")
         (out / f"{name}-{schedule}.json").write_text(result.trace.to_json() + "\n", encoding="utf-8")
         if schedule == "dynamic":
-            plot(result.trace, out / f"{name}-schedule.png")
+            plot_schedule(result.trace, out / f"{name}-schedule.png")
+            if result.trace.complexity:
+                plot_complexity(result.image, result.trace.complexity, out / f"{name}-map.png")
     side_by_side([result.image for result in results.values()]).save(out / "demo.png")
     Console().print(table(results))
     click.echo(f"pictures, traces and plots are in {out}/")
