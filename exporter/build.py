@@ -98,9 +98,8 @@ def _level_info(model: FluxModel, patch: int) -> LevelInfo:
 
 def _schedule(model: FluxModel) -> ScheduleInfo:
     defaults = model.source.defaults
-    return ScheduleInfo(
-        tau=defaults.tau or PAPER.tau, rho=defaults.rho or PAPER.rho, warmup=defaults.warmup or PAPER.warmup
-    )
+    given = {name: value for name in ScheduleInfo.model_fields if (value := getattr(defaults, name)) is not None}
+    return PAPER.model_copy(update=given)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ class ExportDefaults(BaseModel):
     tau: float | None = None
     rho: float | None = None
     warmup: int | None = None
+    hold: int | None = None
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,12 @@ class Budgeted:
     deadline: float  # seconds on the clock, when the last step has to be done
     clock: Callable[[], float] = perf_counter
 
-    def level(self, step: int, deviations: Mapping[int, NDArray[np.float32]]) -> int:
+    def level(self, past: Sequence[int], deviations: Mapping[int, NDArray[np.float32]]) -> int:
         """The wanted level, or the next coarser one after which the coarsest would still be in time."""
         left = (self.deadline - self.clock()) * 1000
         fastest = min(self.milliseconds, key=self.milliseconds.__getitem__)
-        reserve = (self.steps - step - 1) * self.milliseconds[fastest]
-        wanted = self.wanted.level(step, deviations)
+        reserve = (self.steps - len(past) - 1) * self.milliseconds[fastest]
+        wanted = self.wanted.level(past, deviations)
         in_time = (p for p in sorted(self.milliseconds) if p >= wanted and self.milliseconds[p] + reserve <= left)
         return next(in_time, fastest)
 

@@ -151,6 +151,7 @@ class ScheduleInfo(_Model):
     tau: float = Field(gt=0)
     rho: float = Field(gt=0, lt=1)
     warmup: int = Field(ge=3)
+    hold: int = Field(default=3, ge=1)
 
 
 class Costs(_Model):
@@ -177,6 +178,7 @@ class Calibration(_Model):
     tau: float = Field(gt=0)
     rho: float = Field(gt=0, lt=1)
     warmup: int = Field(ge=3)
+    hold: int = Field(default=3, ge=1)
     speedup: float = Field(gt=0, description="over the native schedule, on prompts that τ was not chosen on")
     similarity: float = Field(description="mean SSIM to the native pictures, on the same prompts")
     prompts: int = Field(ge=2, description="how many were used in all")
@@ -242,7 +244,9 @@ class Manifest(_Model):
     def dynamic(self, *, steps: int, height: int, width: int) -> ScheduleInfo:
         """The dynamic schedule's settings for a run: its calibration, or the bundle's defaults where there is none."""
         found = self.calibration(steps=steps, height=height, width=width)
-        return ScheduleInfo(tau=found.tau, rho=found.rho, warmup=found.warmup) if found else self.schedule
+        return (
+            ScheduleInfo(tau=found.tau, rho=found.rho, warmup=found.warmup, hold=found.hold) if found else self.schedule
+        )
 
     def calibration(self, *, steps: int, height: int, width: int) -> Calibration | None:
         """What was found for a number of steps and a size."""

@@ -5,6 +5,7 @@ cube of their length) and on how the noise levels are shifted. So it is found by
 give its speed-up and likeness to the native pictures, and a bisection of log τ finds the one that was asked for.
 """
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import exp, log
@@ -99,14 +100,14 @@ class Search:
 class Calibrator:
     """Runs prompts at one step count and size, natively once and then at any τ."""
 
-    def __init__(self, pipeline: Pipeline, *, steps: int, height: int, width: int, rho: float, warmup: int):
+    def __init__(self, pipeline: Pipeline, *, steps: int, height: int, width: int, rho: float, warmup: int, hold: int):
         manifest = pipeline.bundle.manifest
         coarse = tuple(patch for patch in manifest.patches if patch != manifest.native)
         if not coarse:
             raise UsageError("the bundle has no coarse level: there is nothing to calibrate")
         self.pipeline = pipeline
         self.options = {"steps": steps, "height": height, "width": width}
-        self.schedule = Dynamic(manifest.native, coarse, 1.0, rho, warmup)
+        self.schedule = Dynamic(manifest.native, coarse, 1.0, rho, warmup, hold)
         self.costs = pipeline.measure_costs(height, width)
         self._native: dict[str, Result] = {}
 
@@ -125,8 +126,7 @@ class Calibrator:
             for record in self.native(prompt, seed).trace.steps
             for value in record.statistic.values()
         ]
-        # a switch of level adds to the statistic, so "everything coarse" needs more than the native maximum
-        return min(statistics) / 2, max(statistics) * 8
+        return min(statistics) / 2, max(statistics) * 2
 
     def try_tau(self, tau: float, prompts: Sequence[tuple[int, str]]) -> Point:
         """Every prompt at a τ."""
@@ -148,13 +148,14 @@ class Calibrator:
 
 
 def search(calibrator: Calibrator, prompts: Sequence[str], target: Target, report: Report) -> Search:
-    """Find τ on every other prompt and try it on the rest; a prompt's number is its seed.
+    """Find τ on half of the prompts, drawn at random, and try it on the rest; a prompt's number is its seed.
 
     Raises `UsageError` where what is asked for cannot be reached, with what can.
     """
     if len(prompts) < 2:
         raise UsageError("calibrating needs two prompts or more: half of them are kept to test the result")
-    numbered = list(enumerate(prompts))
+    # drawn, because lists are often ordered: every other prompt of one may be of a kind
+    numbered = random.Random(0).sample([*enumerate(prompts)], len(prompts))
     fitted, held_out = numbered[::2], numbered[1::2]
     result = Search()
     report(f"making {len(fitted)} native pictures")
@@ -205,6 +206,7 @@ def calibration(calibrator: Calibrator, found: Search, best: Point) -> Calibrati
         tau=best.tau,
         rho=schedule.rho,
         warmup=schedule.warmup,
+        hold=schedule.hold,
         speedup=held_out.speedup,
         similarity=held_out.similarity,
         prompts=len(best.samples) + len(held_out.samples),

@@ -63,7 +63,7 @@ def main(verbose: int) -> None:
     "--schedule",
     default="dynamic",
     show_default=True,
-    help="native, fixed:8x10,4x20,2x20 or dynamic[:tau=…,rho=…,warmup=…].",
+    help="native, fixed:8x10,4x20,2x20 or dynamic[:tau=…,rho=…,warmup=…,hold=…].",
 )
 @click.option(
     "--budget", type=Seconds(), help="Seconds for the picture, as in 1.5s or 800ms; chooses the schedule itself."
@@ -173,12 +173,13 @@ def inspect(bundle: Path, as_json: bool) -> None:
     dynamic = manifest.schedule
     console.print(
         f"sampling: {manifest.sampler.steps} steps, guidance {guidance}; "
-        f"dynamic schedule τ {dynamic.tau:g}, ρ {dynamic.rho:g}, warm-up {dynamic.warmup}"
+        f"dynamic schedule τ {dynamic.tau:g}, ρ {dynamic.rho:g}, warm-up {dynamic.warmup}, hold {dynamic.hold}"
     )
     for one in manifest.calibrations:
         console.print(
             f"calibrated for {one.steps} steps at {one.height}×{one.width}: τ {one.tau:.4g}, ρ {one.rho:g}, warm-up "
-            f"{one.warmup}; {one.speedup:.2f}× on {one.backend}, SSIM {one.similarity:.3f} ({one.prompts} prompts)"
+            f"{one.warmup}, hold {one.hold}; {one.speedup:.2f}× on {one.backend}, SSIM {one.similarity:.3f} "
+            f"({one.prompts} prompts)"
         )
     console.print(_levels_table(manifest))
     console.print(_graphs_table(manifest))
@@ -337,6 +338,7 @@ def bench(
 @click.option("--width", type=int, help="Pixels.  [default: the profile's optimum]")
 @click.option("--rho", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="[default: the bundle's]")
 @click.option("--warmup", type=click.IntRange(3), help="Native steps at the start.  [default: the bundle's]")
+@click.option("--hold", type=click.IntRange(1), help="Steps that a level keeps running.  [default: the bundle's]")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw the curve (.png, .svg, .pdf).")
 @click.option("--dry-run", is_flag=True, help="Leave the bundle as it is.")
 @BACKEND
@@ -352,6 +354,7 @@ def calibrate(
     width: int | None,
     rho: float | None,
     warmup: int | None,
+    hold: int | None,
     plot_file: Path | None,
     dry_run: bool,
     backend: str | None,
@@ -384,6 +387,7 @@ def calibrate(
         width=width or optimum.width.optimum,
         rho=rho or manifest.schedule.rho,
         warmup=warmup or manifest.schedule.warmup,
+        hold=hold or manifest.schedule.hold,
     )
     target = calibration.Target(speedup=None if quality else speedup or 2.0, similarity=quality)
     found = calibration.search(calibrator, [line.strip() for line in lines if line.strip()], target, say)

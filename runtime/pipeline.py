@@ -184,7 +184,7 @@ class Pipeline:
             height=height or optimum.height.optimum,
             width=width or optimum.width.optimum,
         )
-        default = Dynamic(manifest.native, coarse, info.tau, info.rho, info.warmup)
+        default = Dynamic(manifest.native, coarse, info.tau, info.rho, info.warmup, info.hold)
         return parse_schedule(text, patches=manifest.patches, native=manifest.native, default=default)
 
     def measure_costs(self, height: int, width: int, repeat: int = 7) -> Costs:
@@ -264,7 +264,7 @@ class Pipeline:
             for step in range(steps):
                 groups: defaultdict[int, list[int]] = defaultdict(list)
                 for sample in range(batch):
-                    groups[schedule.level(step, known[sample])].append(sample)
+                    groups[schedule.level(traces[sample].levels, known[sample])].append(sample)
                 for patch, members in groups.items():
                     begin = perf_counter()
                     deviations = denoiser.step(step, patch, members)

@@ -6,7 +6,7 @@ step graph measured after the step before. `parse_schedule` makes one from the w
     native                          every step at the native level
     fixed:8x10,4x20,2x20            ten steps at level 8, then twenty at 4, then twenty at 2
     dynamic                         by content (DDiT), with the bundle's defaults
-    dynamic:tau=0.002,rho=0.4       the same with a threshold and a percentile of one's own
+    dynamic:tau=0.002,rho=0.4       the same with settings of one's own: tau, rho, warmup, hold, coarsest
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,17 +22,18 @@ from ddit.runtime.errors import UsageError
 FloatArray = NDArray[np.float32]
 
 DIFFERENCE_ORDER = 3  # third differences need three finished steps
-FORMS = "native, fixed:8x10,4x20,2x20 or dynamic[:tau=0.001,rho=0.4,warmup=3]"
+FORMS = "native, fixed:8x10,4x20,2x20 or dynamic[:tau=0.001,rho=0.4,warmup=3,hold=3,coarsest=8]"
 
 
 class Schedule(Protocol):
     """Chooses levels. Implementations are immutable, so that one object serves every sample and thread."""
 
-    def level(self, step: int, deviations: Mapping[int, FloatArray]) -> int:
-        """The patch of step ``step`` (from 0).
+    def level(self, past: Sequence[int], deviations: Mapping[int, FloatArray]) -> int:
+        """The patch of the next step.
 
-        ``deviations`` holds, for every coarse patch, the deviation of the third difference inside each patch of this
-        sample's latent (see `ddit.exporter.step_graph`), measured after the previous step; shape (H/p, W/p).
+        ``past`` holds the patches of the steps that are done; ``deviations``, for every coarse patch, the deviation of
+        the third difference inside each patch of this sample's latent (see `ddit.exporter.step_graph`), measured after
+        the last of them; shape (H/p, W/p).
         """
         ...
 
@@ -43,7 +44,7 @@ class Native:
 
     native: int
 
-    def level(self, step: int, deviations: Mapping[int, FloatArray]) -> int:
+    def level(self, past: Sequence[int], deviations: Mapping[int, FloatArray]) -> int:
         """Always the native patch."""
         return self.native
 
@@ -54,9 +55,9 @@ class Fixed:
 
     levels: tuple[int, ...]
 
-    def level(self, step: int, deviations: Mapping[int, FloatArray]) -> int:
+    def level(self, past: Sequence[int], deviations: Mapping[int, FloatArray]) -> int:
         """The step's entry in the list."""
-        return self.levels[step]
+        return self.levels[len(past)]
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ class Dynamic:
     The next step runs at the largest patch p whose statistic σ_p, the ``rho`` quantile over the patches of the
     deviation inside them, lies under ``tau``; else at the native patch. The first ``warmup`` steps are native.
     ``tau`` belongs to a model, a step count and a sigma shift: it is calibrated, never assumed.
+
+    A level keeps running for ``hold`` steps. Levels disagree a little about the velocity, so a switch is itself a jump
+    that three differences carry on: decided from those, coarse steps would forbid each other (docs/method.md). After
+    three steps at one level the difference compares like with like. The paper says nothing of this; ``hold`` = 1 is the
+    rule as it stands there.
     """
 
     native: int
@@ -73,11 +79,14 @@ class Dynamic:
     tau: float
     rho: float
     warmup: int
+    hold: int = DIFFERENCE_ORDER
 
-    def level(self, step: int, deviations: Mapping[int, FloatArray]) -> int:
+    def level(self, past: Sequence[int], deviations: Mapping[int, FloatArray]) -> int:
         """The largest patch under the threshold."""
-        if step < self.warmup:
+        if len(past) < self.warmup:
             return self.native
+        if any(patch != past[-1] for patch in past[-self.hold :]):
+            return past[-1]
         smooth = [patch for patch in self.coarse if statistic(deviations[patch], self.rho) < self.tau]
         return max(smooth, default=self.native)
 
@@ -115,7 +124,7 @@ def _fixed_levels(text: str, patches: Sequence[int]) -> tuple[int, ...]:
 
 
 def _with_settings(default: Dynamic, text: str) -> Dynamic:
-    readers = {"tau": float, "rho": float, "warmup": int}
+    readers = {"tau": float, "rho": float, "warmup": int, "hold": int, "coarsest": int}
     settings: dict[str, float] = {}
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
@@ -123,13 +132,17 @@ def _with_settings(default: Dynamic, text: str) -> Dynamic:
             settings[name.strip()] = readers[name.strip()](value)
         except (KeyError, ValueError):
             raise UsageError(f"cannot read {part!r} in the schedule; write {FORMS}") from None
-    schedule = replace(default, **settings)  # type: ignore[arg-type]
+    coarsest = settings.pop("coarsest", max(default.coarse, default=default.native))
+    coarse = tuple(patch for patch in default.coarse if patch <= coarsest)
+    schedule = replace(default, coarse=coarse, **settings)  # type: ignore[arg-type]
     if not schedule.tau > 0:
         raise UsageError(f"tau must be above 0, not {schedule.tau:g}")
     if not 0 < schedule.rho < 1:
         raise UsageError(f"rho must lie between 0 and 1, not {schedule.rho:g}")
     if schedule.warmup < DIFFERENCE_ORDER:
         raise UsageError(f"warmup must be at least {DIFFERENCE_ORDER}: the third difference needs that many steps")
+    if schedule.hold < 1:
+        raise UsageError(f"hold must be at least 1 step, not {schedule.hold}")
     return schedule
 
 
@@ -139,7 +152,9 @@ def write_schedule(schedule: Schedule) -> str:
         runs = ((patch, sum(1 for _ in same)) for patch, same in groupby(schedule.levels))
         return "fixed:" + ",".join(f"{patch}x{count}" for patch, count in runs)
     if isinstance(schedule, Dynamic):
-        return f"dynamic:tau={schedule.tau:.4g},rho={schedule.rho:g},warmup={schedule.warmup}"
+        coarsest = max(schedule.coarse, default=schedule.native)
+        rule = f"rho={schedule.rho:g},warmup={schedule.warmup},hold={schedule.hold},coarsest={coarsest}"
+        return f"dynamic:tau={schedule.tau:.4g},{rule}"
     return type(schedule).__name__.lower()
 
 

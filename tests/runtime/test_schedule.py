@@ -1,5 +1,7 @@
 """Schedules: parsing and decisions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -43,7 +45,7 @@ def test_what_cannot_be_read_is_refused(text):
 def test_fixed_schedules_run_what_they_list(parts):
     schedule = parse("fixed:" + ",".join(f"{patch}x{count}" for patch, count in parts))
     expected = [patch for patch, count in parts for _ in range(count)]
-    assert [schedule.level(step, {}) for step in range(len(expected))] == expected
+    assert [schedule.level(expected[:step], {}) for step in range(len(expected))] == expected
 
 
 @pytest.mark.parametrize(
@@ -51,17 +53,31 @@ def test_fixed_schedules_run_what_they_list(parts):
     [(0.0005, 0.0005, 8), (0.0005, 0.002, 4), (0.002, 0.002, 2), (0.002, 0.0005, 8), (0.001, 0.001, 2)],
 )
 def test_dynamic_takes_the_largest_patch_under_the_threshold(four, eight, level):
-    assert DEFAULT.level(10, deviations(four, eight)) == level
+    assert DEFAULT.level([2] * 10, deviations(four, eight)) == level
 
 
 def test_dynamic_warms_up_at_the_native_level():
-    assert [DEFAULT.level(step, deviations(0, 0)) for step in range(5)] == [2, 2, 2, 8, 8]
+    assert [DEFAULT.level([2] * step, deviations(0, 0)) for step in range(5)] == [2, 2, 2, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("past", "level"),
+    [
+        ([2, 2, 2, 8], 8),  # one step after the switch, whatever it did to the difference
+        ([2, 2, 2, 8, 8], 8),
+        ([2, 2, 2, 8, 8, 8], 2),  # three steps at one level: now the difference says something
+        ([2, 2, 2, 8, 8, 8, 2], 2),
+    ],
+)
+def test_a_level_keeps_running_until_its_own_steps_can_be_compared(past, level):
+    assert DEFAULT.level(past, deviations(1, 1)) == level
+    assert replace(DEFAULT, hold=1).level(past, deviations(1, 1)) == 2
 
 
 @given(value=st.floats(1e-6, 1.0), low=st.floats(1e-6, 1.0), high=st.floats(1e-6, 1.0))
 def test_a_larger_tau_is_never_finer(value, low, high):
     low, high = sorted((low, high))
-    coarse = [Dynamic(2, (4, 8), tau, 0.4, 3).level(3, deviations(value, value)) for tau in (low, high)]
+    coarse = [Dynamic(2, (4, 8), tau, 0.4, 3).level([2] * 3, deviations(value, value)) for tau in (low, high)]
     assert coarse[0] <= coarse[1]
 
 

@@ -165,7 +165,7 @@ def test_a_profile_beyond_the_bundle_s_is_refused(one_machine):
 class Coin:
     """Levels as if tossed, from the digits of what was measured: soon every sample goes its own way."""
 
-    def level(self, step, deviations):
+    def level(self, past, deviations):
         return 4 if deviations and int(1e7 * deviations[4].mean()) % 2 else 2
 
 
