@@ -32,6 +32,7 @@ class ExportDefaults(BaseModel):
     rho: float | None = None
     warmup: int | None = None
     hold: int | None = None
+    coarsest: int | None = None
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,7 @@ class ScheduleInfo(_Model):
     rho: float = Field(gt=0, lt=1)
     warmup: int = Field(ge=3)
     hold: int = Field(default=3, ge=1)
+    coarsest: int | None = Field(default=None, description="the largest patch to use; null: all")
 
 
 class Costs(_Model):
@@ -169,16 +170,12 @@ class CurvePoint(_Model):
     shares: dict[int, float] = Field(description="mean share of the steps at every level")
 
 
-class Calibration(_Model):
+class Calibration(ScheduleInfo):
     """Dynamic schedule settings that ``ddit-run calibrate`` found for one number of steps and size."""
 
     steps: int = Field(ge=1)
     height: int = Field(ge=1, description="pixels")
     width: int = Field(ge=1, description="pixels")
-    tau: float = Field(gt=0)
-    rho: float = Field(gt=0, lt=1)
-    warmup: int = Field(ge=3)
-    hold: int = Field(default=3, ge=1)
     speedup: float = Field(gt=0, description="over the native schedule, on prompts that τ was not chosen on")
     similarity: float = Field(description="mean SSIM to the native pictures, on the same prompts")
     prompts: int = Field(ge=2, description="how many were used in all")
@@ -243,10 +240,7 @@ class Manifest(_Model):
 
     def dynamic(self, *, steps: int, height: int, width: int) -> ScheduleInfo:
         """The dynamic schedule's settings for a run: its calibration, or the bundle's defaults where there is none."""
-        found = self.calibration(steps=steps, height=height, width=width)
-        return (
-            ScheduleInfo(tau=found.tau, rho=found.rho, warmup=found.warmup, hold=found.hold) if found else self.schedule
-        )
+        return self.calibration(steps=steps, height=height, width=width) or self.schedule
 
     def calibration(self, *, steps: int, height: int, width: int) -> Calibration | None:
         """What was found for a number of steps and a size."""

@@ -100,14 +100,12 @@ class Search:
 class Calibrator:
     """Runs prompts at one step count and size, natively once and then at any τ."""
 
-    def __init__(self, pipeline: Pipeline, *, steps: int, height: int, width: int, rho: float, warmup: int, hold: int):
-        manifest = pipeline.bundle.manifest
-        coarse = tuple(patch for patch in manifest.patches if patch != manifest.native)
-        if not coarse:
+    def __init__(self, pipeline: Pipeline, schedule: Dynamic, *, steps: int, height: int, width: int):
+        if not schedule.coarse:
             raise UsageError("the bundle has no coarse level: there is nothing to calibrate")
         self.pipeline = pipeline
         self.options = {"steps": steps, "height": height, "width": width}
-        self.schedule = Dynamic(manifest.native, coarse, 1.0, rho, warmup, hold)
+        self.schedule = schedule
         self.costs = pipeline.measure_costs(height, width)
         self._native: dict[str, Result] = {}
 
@@ -207,6 +205,7 @@ def calibration(calibrator: Calibrator, found: Search, best: Point) -> Calibrati
         rho=schedule.rho,
         warmup=schedule.warmup,
         hold=schedule.hold,
+        coarsest=max(schedule.coarse),
         speedup=held_out.speedup,
         similarity=held_out.similarity,
         prompts=len(best.samples) + len(held_out.samples),

@@ -20,6 +20,7 @@ from ddit.runtime.errors import BundleError, DditError, UsageError
 from ddit.runtime.pipeline import Pipeline
 from ddit.runtime.plans import Plan, PlanStore
 from ddit.runtime.plots import plot_complexity, plot_schedule, plot_types
+from ddit.runtime.schedule import Dynamic
 from ddit.runtime.trace import Trace
 
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
@@ -173,7 +174,8 @@ def inspect(bundle: Path, as_json: bool) -> None:
     dynamic = manifest.schedule
     console.print(
         f"sampling: {manifest.sampler.steps} steps, guidance {guidance}; "
-        f"dynamic schedule τ {dynamic.tau:g}, ρ {dynamic.rho:g}, warm-up {dynamic.warmup}, hold {dynamic.hold}"
+        f"dynamic schedule τ {dynamic.tau:g}, ρ {dynamic.rho:g}, warm-up {dynamic.warmup}, hold {dynamic.hold}, "
+        f"coarsest {dynamic.coarsest or max(manifest.patches)}"
     )
     for one in manifest.calibrations:
         console.print(
@@ -336,9 +338,12 @@ def bench(
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps.  [default: the bundle's]")
 @click.option("--height", type=int, help="Pixels.  [default: the profile's optimum]")
 @click.option("--width", type=int, help="Pixels.  [default: the profile's optimum]")
-@click.option("--rho", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="[default: the bundle's]")
-@click.option("--warmup", type=click.IntRange(3), help="Native steps at the start.  [default: the bundle's]")
-@click.option("--hold", type=click.IntRange(1), help="Steps that a level keeps running.  [default: the bundle's]")
+@click.option(
+    "--schedule",
+    default="dynamic",
+    show_default=True,
+    help="The schedule whose τ is wanted, as in dynamic:rho=0.8,coarsest=4.",
+)
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw the curve (.png, .svg, .pdf).")
 @click.option("--dry-run", is_flag=True, help="Leave the bundle as it is.")
 @BACKEND
@@ -352,9 +357,7 @@ def calibrate(
     steps: int | None,
     height: int | None,
     width: int | None,
-    rho: float | None,
-    warmup: int | None,
-    hold: int | None,
+    schedule: str,
     plot_file: Path | None,
     dry_run: bool,
     backend: str | None,
@@ -380,15 +383,15 @@ def calibrate(
     manifest = pipeline.bundle.manifest
     optimum = manifest.profile.entry[0]
     say("measuring the levels")
-    calibrator = calibration.Calibrator(
-        pipeline,
-        steps=steps or manifest.sampler.steps,
-        height=height or optimum.height.optimum,
-        width=width or optimum.width.optimum,
-        rho=rho or manifest.schedule.rho,
-        warmup=warmup or manifest.schedule.warmup,
-        hold=hold or manifest.schedule.hold,
-    )
+    size = {
+        "steps": steps or manifest.sampler.steps,
+        "height": height or optimum.height.optimum,
+        "width": width or optimum.width.optimum,
+    }
+    wanted = pipeline.schedule(schedule, **size)
+    if not isinstance(wanted, Dynamic):
+        raise UsageError(f"{schedule} has no τ; only dynamic schedules are calibrated")
+    calibrator = calibration.Calibrator(pipeline, wanted, **size)
     target = calibration.Target(speedup=None if quality else speedup or 2.0, similarity=quality)
     found = calibration.search(calibrator, [line.strip() for line in lines if line.strip()], target, say)
     best = found.best(target)

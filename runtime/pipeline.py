@@ -178,12 +178,13 @@ class Pipeline:
         """A schedule from its written form, with the bundle's calibration for the steps and size, or its defaults."""
         manifest = self.bundle.manifest
         optimum = manifest.profile.entry[0]
-        coarse = tuple(patch for patch in manifest.patches if patch != manifest.native)
         info = manifest.dynamic(
             steps=steps or manifest.sampler.steps,
             height=height or optimum.height.optimum,
             width=width or optimum.width.optimum,
         )
+        coarsest = info.coarsest or max(manifest.patches)
+        coarse = tuple(patch for patch in manifest.patches if manifest.native < patch <= coarsest)
         default = Dynamic(manifest.native, coarse, info.tau, info.rho, info.warmup, info.hold)
         return parse_schedule(text, patches=manifest.patches, native=manifest.native, default=default)
 

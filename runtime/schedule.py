@@ -107,7 +107,7 @@ def parse_schedule(text: str, *, patches: Sequence[int], native: int, default: D
     if kind == "fixed" and rest:
         return Fixed(_fixed_levels(rest, patches))
     if kind == "dynamic":
-        return _with_settings(default, rest)
+        return _with_settings(default, rest, patches)
     raise UsageError(f"unknown schedule {text!r}; write {FORMS}")
 
 
@@ -123,7 +123,7 @@ def _fixed_levels(text: str, patches: Sequence[int]) -> tuple[int, ...]:
     return tuple(levels)
 
 
-def _with_settings(default: Dynamic, text: str) -> Dynamic:
+def _with_settings(default: Dynamic, text: str, patches: Sequence[int]) -> Dynamic:
     readers = {"tau": float, "rho": float, "warmup": int, "hold": int, "coarsest": int}
     settings: dict[str, float] = {}
     for part in filter(None, text.split(",")):
@@ -132,9 +132,9 @@ def _with_settings(default: Dynamic, text: str) -> Dynamic:
             settings[name.strip()] = readers[name.strip()](value)
         except (KeyError, ValueError):
             raise UsageError(f"cannot read {part!r} in the schedule; write {FORMS}") from None
-    coarsest = settings.pop("coarsest", max(default.coarse, default=default.native))
-    coarse = tuple(patch for patch in default.coarse if patch <= coarsest)
-    schedule = replace(default, coarse=coarse, **settings)  # type: ignore[arg-type]
+    if coarsest := settings.pop("coarsest", None):
+        default = replace(default, coarse=tuple(patch for patch in patches if default.native < patch <= coarsest))
+    schedule = replace(default, **settings)  # type: ignore[arg-type]
     if not schedule.tau > 0:
         raise UsageError(f"tau must be above 0, not {schedule.tau:g}")
     if not 0 < schedule.rho < 1:

@@ -1,4 +1,4 @@
-"""Show what dynamic patch scheduling does: one simple and one busy prompt, each dynamic and all native.
+"""Show what dynamic patch scheduling does: one simple and one busy prompt, each natively and dynamically.
 
 python scripts/demo.py demo.bundle --out images
 """
@@ -16,9 +16,9 @@ from ddit.runtime.plots import plot_complexity, plot_schedule
 
 PROMPTS = {
     "simple": "a large red circle on a plain background",
-    "busy": "three small yellow stars on a noisy background",
+    "busy": "a blue cross on a striped background",
 }
-SCHEDULES = ("native", "dynamic")
+SCHEDULES = ("native", "dynamic", "dynamic:coarsest=8")  # the last one goes coarser than the model's default
 
 
 @click.command()
@@ -35,8 +35,9 @@ def main(bundle: Path, out: Path, seed: int, steps: int) -> None:
         raise click.ClickException(str(error)) from None
     out.mkdir(parents=True, exist_ok=True)
     for (name, schedule), result in results.items():
-        result.image.save(out / f"{name}-{schedule}.png")
-        (out / f"{name}-{schedule}.json").write_text(result.trace.to_json() + "\n", encoding="utf-8")
+        file = f"{name}-{schedule.replace(':', '-')}"
+        result.image.save(out / f"{file}.png")
+        (out / f"{file}.json").write_text(result.trace.to_json() + "\n", encoding="utf-8")
         if schedule == "dynamic":
             plot_schedule(result.trace, out / f"{name}-schedule.png")
             if result.trace.complexity:
