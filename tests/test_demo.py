@@ -14,6 +14,7 @@ from scenes import sample_scenes
 
 from conftest import make_once, run
 from ddit.runtime import Bundle, Pipeline
+from ddit.runtime.backends import open_backend
 from ddit.runtime.cli import main as ddit_run
 
 EXPORT = """
@@ -52,19 +53,21 @@ def test_the_export_is_quick_and_lean(demo_bundle):
 
 
 def test_coarse_levels_are_faster(demo_bundle):
-    result = run(ddit_run, "bench", demo_bundle, "--backend", "cpu", "--repeat", 10, "--json")
-    times = {one["level"]: one["milliseconds"] for one in json.loads(result.stdout)}
-    # on a quiet machine about 2.7 and 4.6; other tests run beside this one
-    assert times[2] / times[4] > 1.8
-    assert times[2] / times[8] > 2.5
+    result = run(ddit_run, "bench", demo_bundle, "--backend", "cpu", "--repeat", 20, "--json")
+    # on a quiet machine the medians are about 2.6 and 4.5 times faster; here other tests run beside this one
+    times = {one["level"]: one["fastest"] for one in json.loads(result.stdout)}
+    assert times[2] / times[4] > 1.6
+    assert times[2] / times[8] > 2.4
 
 
-def test_a_further_level_needs_little_memory(pipeline):
-    size = sum(info.size for name, info in pipeline.bundle.manifest.files.items() if name.endswith(".safetensors"))
-    pipeline("warm up", schedule="fixed:2x1")
-    before = private_bytes()
-    pipeline("warm up", schedule="fixed:2x1,4x1,8x1")
-    assert private_bytes() - before < 0.6 * size, "levels share the trunk's mapped weights"
+def test_a_further_level_needs_little_memory(demo_bundle):
+    backend = open_backend("cpu", Bundle.open(demo_bundle))
+    backend.engine("level-2")
+    for patch in (4, 8):
+        before = private_bytes()
+        backend.engine(f"level-{patch}")
+        trunk = (demo_bundle / "transformer.safetensors").stat().st_size
+        assert private_bytes() - before < trunk / 2, "levels share the trunk's mapped weights"
 
 
 def private_bytes() -> int:
@@ -85,8 +88,9 @@ def test_pictures_show_what_the_prompts_say(pipeline):
 
 
 def test_the_schedule_follows_the_content(pipeline):
-    def coarse_share(background: str) -> float:
-        levels = pipeline(f"a large red circle in the center on a {background} background", seed=7).trace.levels
+    def coarse_share(*backgrounds: str) -> float:
+        prompts = [f"a large red circle in the center on a {background} background" for background in backgrounds]
+        levels = [level for seed, prompt in enumerate(prompts) for level in pipeline(prompt, seed=seed).trace.levels]
         return sum(level > 2 for level in levels) / len(levels)
 
-    assert coarse_share("plain") > coarse_share("noisy")
+    assert coarse_share("plain", "gradient", "plain") > coarse_share("striped", "checkered", "dotted") + 0.03
