@@ -4,11 +4,17 @@ import multiprocessing
 import resource
 import statistics
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.pool import Pool
 from pathlib import Path
 
 from ddit.runtime.pipeline import Pipeline
 from ddit.runtime.schedule import Fixed
+
+BLOCK = 5  # steps of one level in a row, of which the first two warm the caches up again
+WARM_UP = 2
 
 
 @dataclass(frozen=True)
@@ -25,46 +31,60 @@ class Measurement:
     gpu_memory_mb: float | None  # that its backend holds on the GPU; None on the CPU
 
 
-def bench_level(
-    path: Path, backend: str, threads: int | None, patch: int, height: int | None, width: int | None, repeat: int
-) -> Measurement:
-    """Time ``repeat`` steps of one level, after two that warm up. Meant for a process of its own: see `bench`."""
-    pipeline = Pipeline.open(path, backend=backend, threads=threads)
-    warm_up = 2
-    result = pipeline("bench", schedule=Fixed((patch,) * (warm_up + repeat)), height=height, width=width)
-    trace = result.trace
-    times = [record.milliseconds for record in trace.steps[warm_up:]]
-    on_gpu = pipeline.backend.memory_used()
-    scale = pipeline.bundle.manifest.latent.downscale * patch
-    return Measurement(
-        level=patch,
-        image_tokens=(trace.height // scale) * (trace.width // scale),
-        text_tokens=pipeline.bundle.manifest.tokenizers["t5"].length,
-        milliseconds=statistics.median(times),
-        fastest=min(times),
-        slowest=max(times),
-        peak_memory_mb=peak_memory_mb(),
-        gpu_memory_mb=None if on_gpu is None else on_gpu / 1e6,
-    )
+@dataclass(frozen=True)
+class Job:
+    """What to measure, in a process of its own."""
+
+    path: Path
+    backend: str
+    threads: int | None
+    height: int | None
+    width: int | None
+
+    def times(self, patches: tuple[int, ...], rounds: int) -> dict[int, list[float]]:
+        """Milliseconds of steps, by level; the levels take turns, so that a machine that slows down slows all alike."""
+        block = tuple(patch for patch in patches for _ in range(BLOCK))
+        pipeline = Pipeline.open(self.path, backend=self.backend, threads=self.threads)
+        trace = pipeline("bench", schedule=Fixed(block * (1 + rounds)), height=self.height, width=self.width).trace
+        times: dict[int, list[float]] = {patch: [] for patch in patches}
+        for number, record in enumerate(trace.steps):
+            if number >= len(block) and number % BLOCK >= WARM_UP:
+                times[record.level].append(record.milliseconds)
+        return times
+
+    def memory(self, patch: int) -> tuple[float, float | None, int, int]:
+        """A level's memory on the host and on the GPU in MB (10⁶ bytes), and its image and text tokens."""
+        pipeline = Pipeline.open(self.path, backend=self.backend, threads=self.threads)
+        trace = pipeline("bench", schedule=Fixed((patch,) * 3), height=self.height, width=self.width).trace
+        on_gpu = pipeline.backend.memory_used()
+        manifest = pipeline.bundle.manifest
+        scale = manifest.latent.downscale * patch
+        tokens = (trace.height // scale) * (trace.width // scale)
+        on_host, on_gpu_mb = peak_memory_mb(), None if on_gpu is None else on_gpu / 1e6
+        return on_host, on_gpu_mb, tokens, manifest.tokenizers["t5"].length
 
 
-def bench(
-    path: Path,
-    backend: str,
-    threads: int | None,
-    patches: tuple[int, ...],
-    *,
-    height: int | None,
-    width: int | None,
-    repeat: int,
-) -> list[Measurement]:
-    """Measure levels one after another, each in a fresh process, so that peak memory is the level's own."""
-    context = multiprocessing.get_context("spawn")
+def bench(job: Job, patches: tuple[int, ...], repeat: int) -> list[Measurement]:
+    """Time ``repeat`` steps of every level, or a few more, in one process, and take each level's memory in another."""
+    with _process() as pool:
+        times = pool.apply(job.times, (patches, -(-repeat // (BLOCK - WARM_UP))))
     measurements = []
     for patch in patches:
-        with context.Pool(1) as pool:
-            measurements.append(pool.apply(bench_level, (path, backend, threads, patch, height, width, repeat)))
+        with _process() as pool:
+            on_host, on_gpu, image_tokens, text_tokens = pool.apply(job.memory, (patch,))
+        values = times[patch]
+        median = statistics.median(values)
+        measurements.append(
+            Measurement(patch, image_tokens, text_tokens, median, min(values), max(values), on_host, on_gpu)
+        )
     return measurements
+
+
+@contextmanager
+def _process() -> Iterator[Pool]:
+    """A fresh process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        yield pool
 
 
 def peak_memory_mb() -> float:

@@ -285,7 +285,7 @@ def verify(bundle: Path, backend: str | None, threads: int | None, as_json: bool
 @BUNDLE
 @click.option("--height", type=int, help="Pixels.  [default: the profile's optimum]")
 @click.option("--width", type=int, help="Pixels.  [default: the profile's optimum]")
-@click.option("--repeat", type=click.IntRange(1), default=10, show_default=True, help="Steps to time at each level.")
+@click.option("--repeat", type=click.IntRange(1), default=30, show_default=True, help="Steps to time at each level.")
 @BACKEND
 @THREADS
 @JSON
@@ -300,12 +300,13 @@ def bench(
 ) -> None:
     """Measure a denoising step at every level: median milliseconds, tokens, peak memory."""
     from ddit.runtime.backends import open_backend
+    from ddit.runtime.bench import Job
     from ddit.runtime.bench import bench as measure
 
     opened = Bundle.open(bundle)
     manifest = opened.manifest
     chosen = open_backend(backend, opened, threads).name
-    measured = measure(bundle, chosen, threads, manifest.patches, height=height, width=width, repeat=repeat)
+    measured = measure(Job(bundle, chosen, threads, height, width), manifest.patches, repeat)
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(one) for one in measured], indent=2))
         return

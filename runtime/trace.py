@@ -31,10 +31,10 @@ class Trace:
     guidance: float
     backend: str
     schedule: dict[str, Any]
-    complexity: Complexity | None = None  # where and when there was detail; none without coarse levels
     steps: list[StepRecord] = field(default_factory=list)
     encode_milliseconds: float = 0.0  # text encoders
     decode_milliseconds: float = 0.0  # latent to picture
+    complexity: Complexity | None = None  # where and when there was detail; none without coarse levels
 
     @property
     def levels(self) -> list[int]:

@@ -14,7 +14,7 @@ from scenes import sample_scenes
 
 from conftest import make_once, run
 from ddit.runtime import Bundle, Pipeline
-from ddit.runtime.backends import open_backend
+from ddit.runtime.backends import onnxruntime, open_backend
 from ddit.runtime.cli import main as ddit_run
 
 EXPORT = """
@@ -60,7 +60,8 @@ def test_coarse_levels_are_faster(demo_bundle):
     assert times[2] / times[8] > 2.4
 
 
-def test_a_further_level_needs_little_memory(demo_bundle):
+def test_a_further_level_needs_little_memory(demo_bundle, monkeypatch):
+    monkeypatch.setattr(onnxruntime, "PREPACK_LIMIT", 0)  # as if the model were large
     backend = open_backend("cpu", Bundle.open(demo_bundle))
     backend.engine("level-2")
     for patch in (4, 8):

@@ -17,6 +17,10 @@ log = logging.getLogger(__name__)
 
 CPU = "CPUExecutionProvider"
 
+# Weights of the levels, in bytes, up to which the CPU's sessions get copies of their own. On two cores the demo model's
+# coarse steps, which spend their time on reading weights, are a fifth faster then.
+PREPACK_LIMIT = 500_000_000
+
 
 def import_onnxruntime() -> Any:
     """ONNX Runtime, or a `BackendError` that says how to install it."""
@@ -53,25 +57,28 @@ def check_provider(provider: str) -> None:
         raise UsageError(f"ONNX Runtime has no provider {provider!r} here; it has: {', '.join(available)}")
 
 
-def session_options(threads: int | None = None) -> Any:
+def session_options(threads: int | None = None, *, prepack: bool = False) -> Any:
     """Options of every session.
 
-    Prepacking is off, because with it every session would copy its weights; without it they stay memory-mapped from
-    the bundle's files, and the levels of a bundle share one copy of the trunk.
+    With ``prepack`` every session copies its weights into the order that products read fastest. Without, they stay
+    memory-mapped from the bundle's files, and the levels of a bundle share one copy of the trunk.
     """
     options = import_onnxruntime().SessionOptions()
     options.log_severity_level = 3  # errors only: warnings about the graph are no concern of who runs it
-    options.add_session_config_entry("session.disable_prepacking", "1")
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if threads:
         options.intra_op_num_threads = threads
     return options
 
 
-def open_session(path: Path, provider: str = CPU, threads: int | None = None) -> Any:
+def open_session(path: Path, provider: str = CPU, threads: int | None = None, *, prepack: bool = False) -> Any:
     """A session over an ONNX file."""
     check_provider(provider)
     with engine_errors(f"load {path.name}"):
-        return import_onnxruntime().InferenceSession(path, session_options(threads), providers=[provider])
+        return import_onnxruntime().InferenceSession(
+            path, session_options(threads, prepack=prepack), providers=[provider]
+        )
 
 
 class OnnxRuntimeEngine(Engine):
@@ -97,8 +104,10 @@ class OnnxRuntimeBackend(Backend):
         self.name = name
         self.provider = CPU if name == "cpu" else name
         self.threads = threads
+        files = [file for level in bundle.manifest.levels for file in bundle.graph(level.graph).weights]
+        self._prepack = sum(bundle.manifest.files[file].size for file in files) <= PREPACK_LIMIT
 
     def _open(self, graph: str) -> Engine:
         path = self.bundle.file(self.bundle.graph(graph).file)
         log.info("opening %s with %s", path.name, self.provider)
-        return OnnxRuntimeEngine(open_session(path, self.provider, self.threads), graph)
+        return OnnxRuntimeEngine(open_session(path, self.provider, self.threads, prepack=self._prepack), graph)

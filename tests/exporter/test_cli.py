@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -173,7 +174,9 @@ def test_a_killed_export_leaves_nothing_and_the_next_one_tidies_up(tiny_pipeline
     out = tmp_path / "out.bundle"
     command = [sys.executable, "-m", "ddit.exporter.cli", "flux", "--model", tiny_pipeline, *FAST, "--out", out]
     for how in (signal.SIGINT, signal.SIGKILL):
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        # whoever runs the tests in the background of a shell has SIGINT ignored, and children inherit that
+        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
         assert process.stderr is not None
         while "tracing" not in process.stderr.readline():
             time.sleep(0.01)
