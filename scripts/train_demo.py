@@ -18,7 +18,6 @@ from time import perf_counter
 
 import click
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from demo_model import PATCH, TEXT_LENGTH, TINY, Sizes, make_clip, make_scheduler, make_t5, make_transformer, make_vae
 from diffusers import FluxPipeline
@@ -26,7 +25,7 @@ from PIL import Image, ImageDraw
 from scene_classifier import SceneClassifier
 from scenes import Scene, render, sample_scenes
 from torch import Tensor, nn
-from training import Ema, Training, join
+from training import Ema, Training, keep
 
 from ddit.exporter.adapter import save_adapter
 from ddit.exporter.families.flux import FluxLevel
@@ -89,7 +88,7 @@ def velocity(
     return FluxPipeline._unpack_latents(out.float(), height * 8, width * 8, 8)
 
 
-def random_sigma(count: int, device: str) -> Tensor:
+def random_sigma(count: int, device: torch.device) -> Tensor:
     """Noise levels: logit-normal (SD3, arXiv 2403.03206) with a uniform fifth, shifted as in sampling."""
     sigma = torch.sigmoid(torch.randn(count, device=device))
     sigma = torch.where(torch.rand(count, device=device) < 0.2, torch.rand(count, device=device), sigma)
@@ -113,7 +112,7 @@ def stage_vae(run: Run, seconds: float) -> None:
     run.start_together(vae.parameters())
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
     ema, batch = Ema(vae, 0.998), max(2, run.batch // 32)  # many small steps restore better than few large ones
-    pool = sample_scenes(2000 * batch if run.device == "cuda" else 4 * batch, TRAIN_SEED + 100 * run.rank)
+    pool = sample_scenes(2000 * batch if run.device.type == "cuda" else 4 * batch, TRAIN_SEED + 100 * run.rank)
     for step in run.steps(seconds, optimizer, "vae"):
         first = step * batch % len(pool)
         pictures = render(pool[first : first + batch], run.sizes.picture, run.device)
@@ -126,10 +125,10 @@ def stage_vae(run: Run, seconds: float) -> None:
         loss = error.abs().mean() + error.square().mean() + 0.5 * edges + 1e-6 * posterior.kl().float().mean()
         run.update(loss, optimizer)
         ema.update(step)
-        run.note("vae loss", loss)
+        run.note("loss", loss)
     ema.store()
 
-    scenes = sample_scenes(256 if run.device == "cuda" else 8, TEST_SEED)
+    scenes = sample_scenes(256 if run.device.type == "cuda" else 8, TEST_SEED)
     with torch.no_grad(), run.autocast():
         pictures = render(scenes, run.sizes.picture, run.device)
         latent = torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in pictures.split(32)]).float()
@@ -142,13 +141,6 @@ def stage_vae(run: Run, seconds: float) -> None:
     if run.rank == 0:
         vae.save_pretrained(run.out / "vae.part")
         (run.out / "vae.part").rename(run.out / "vae")
-
-
-def keep(value: object, path: Path) -> None:
-    """Write a stage's result whole or not at all: a later run takes what it finds for finished."""
-    part = path.with_suffix(".part")
-    torch.save(value, part)
-    part.rename(path)
 
 
 def load_vae(run: Run) -> nn.Module:
@@ -189,7 +181,7 @@ def stage_flow(run: Run, seconds: float, denoiser: Denoiser, data: tuple[Tensor,
         loss = F.mse_loss(predicted, target)
         run.update(loss, optimizer)
         ema.update(step)
-        run.note("flow loss", loss)
+        run.note("loss", loss)
     ema.store()
 
 
@@ -218,7 +210,7 @@ def stage_guidance(run: Run, seconds: float, denoiser: Denoiser, data: tuple[Ten
         loss = F.mse_loss(predicted, target)
         run.update(loss, optimizer)
         ema.update(step)
-        run.note("guidance loss", loss)
+        run.note("loss", loss)
     ema.store()
 
 
@@ -386,7 +378,6 @@ def main(
     """Train the demo model."""
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    device, rank, world = join()
     tiny = preset == "tiny"
     if tiny:
         batch, scenes = 8, 16
@@ -394,20 +385,17 @@ def main(
         out=out,
         sizes=TINY if tiny else Sizes(),
         scenes=scenes,
-        device=device,
         batch=batch,
         compile=compiled,
         max_steps=2 if tiny else None,
-        rank=rank,
-        world=world,
     )
+    torch.manual_seed(run.rank)
     out.mkdir(parents=True, exist_ok=True)
 
     if not (out / "vae").exists():
         stage_vae(run, vae_seconds)
-        if world > 1:
-            dist.barrier()
-    denoiser = Denoiser(run.sizes).to(device)
+        run.accelerator.wait_for_everyone()
+    denoiser = Denoiser(run.sizes).to(run.device)
     run.start_together(denoiser.parameters())
     start = perf_counter()
     data = encode_scenes(run, denoiser)
@@ -415,18 +403,17 @@ def main(
     for name, stage, seconds in (("flow", stage_flow, flow_seconds), ("guidance", stage_guidance, guidance_seconds)):
         kept = out / f"{name}.pt"
         if kept.exists():
-            denoiser.load_state_dict(torch.load(kept, map_location=device))
+            denoiser.load_state_dict(torch.load(kept, map_location=run.device))
         else:
             stage(run, seconds, denoiser, data)
-            if rank == 0:
+            if run.rank == 0:
                 keep(denoiser.state_dict(), kept)
     levels = stage_adapter(run, adapter_seconds, denoiser, data, (4, 8))
-    if world > 1:
-        dist.destroy_process_group()
-    if rank > 0:
+    run.accelerator.end_training()
+    if run.rank > 0:
         return
     save_model(run, denoiser, levels)
-    classifier = SceneClassifier.load().to(device)
+    classifier = SceneClassifier.load().to(run.device)
     best = evaluate(run, denoiser, levels, classifier)
     (out / "model" / "ddit.json").write_text(json.dumps({**EXPORT_DEFAULTS, "guidance": best}, indent=2) + "\n")
 

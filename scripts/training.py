@@ -1,43 +1,134 @@
-"""What the training scripts share: a loop with a time budget, on any number of processes, and averaged weights."""
+"""What the training scripts share: a loop with a budget on any number of processes, averages, logs, whole files."""
 
-import os
+import csv
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
-import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
+
+from ddit.runtime.errors import DditError
+
+REPORT_SECONDS = 10.0
+FIRST_REPORT = 10  # steps; what comes before is compiling and allocating, and left out of the rate
+WARM_UP = 200  # steps
+
+
+@dataclass
+class Progress:
+    """How far training has come, over all its runs."""
+
+    step: int = 0  # that are done
+    seconds: float = 0.0
+
+
+class Log:
+    """A row of numbers a report: a CSV file, and TensorBoard where that is installed."""
+
+    def __init__(self, folder: Path, step: int):
+        """Go on after ``step``; what an interrupted run wrote later than its last checkpoint is dropped."""
+        self._path = folder / "log.csv"
+        self._rows: list[dict[str, Any]] = []
+        if self._path.exists():
+            with self._path.open(encoding="utf-8", newline="") as file:
+                self._rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self._board = None
+        else:
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Add a row."""
+        self._rows.append({"step": step, **{name: f"{value:.6g}" for name, value in values.items()}})
+        with whole(self._path) as part, part.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(self._rows[-1]))
+            writer.writeheader()
+            writer.writerows(self._rows)
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+
+
+def _in_bfloat16() -> Accelerator:
+    """bfloat16 products beside float32 weights; twice as fast on a CPU with AVX-512 BF16 too."""
+    return Accelerator(mixed_precision="bf16")
 
 
 @dataclass(kw_only=True)
 class Training:
     """Where and how training runs."""
 
-    device: str = "cpu"
     batch: int
     compile: bool = False
-    max_steps: int | None = None  # a smoke test's limit, beside the seconds
-    rank: int = 0
-    world: int = 1  # processes that train together, one a GPU
+    max_steps: int | None = None  # a limit beside the seconds
+    accelerator: Accelerator = field(default_factory=_in_bfloat16)
+    log: Log | None = None
 
-    def steps(self, seconds: float, optimizer: torch.optim.Optimizer, what: str) -> Iterator[int]:
-        """Count steps until the time is over; the learning rate warms up, holds, and falls over the last half."""
-        peak = optimizer.param_groups[0]["lr"]
-        start = reported = perf_counter()
-        step, done = 0, 0.0
-        while step != self.max_steps:
-            if step % 10 == 0 and (done := self._from_first((perf_counter() - start) / seconds)) >= 1:
+    def __post_init__(self) -> None:
+        self._losses: dict[str, Tensor] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """This process's device."""
+        return self.accelerator.device
+
+    @property
+    def rank(self) -> int:
+        """This process's number."""
+        return self.accelerator.process_index
+
+    @property
+    def world(self) -> int:
+        """Processes that train together, one a GPU."""
+        return self.accelerator.num_processes
+
+    def steps(
+        self, seconds: float, optimizer: torch.optim.Optimizer, what: str, progress: Progress | None = None
+    ) -> Iterator[int]:
+        """Count steps, from ``progress`` on, until the time or `max_steps` is over.
+
+        The learning rate warms up, holds, and falls over the last half.
+        """
+        progress = progress or Progress()
+        self._losses.clear()
+        peaks = [group["lr"] for group in optimizer.param_groups]
+        warm_up = min(WARM_UP, max(1, self.max_steps // 10)) if self.max_steps else WARM_UP
+        first, before, start = progress.step, progress.seconds, perf_counter()
+        counted, since, reported, share = first, start, start, 0.0
+        while True:
+            progress.seconds = before + perf_counter() - start
+            if (progress.step - first) % 10 == 0:
+                share = self._from_first(progress.seconds / seconds)
+            done = max(share, progress.step / self.max_steps if self.max_steps else 0.0)
+            if done >= 1:
                 break
-            for group in optimizer.param_groups:
-                group["lr"] = peak * min(1.0, (step + 1) / 200) * min(1.0, 2 * (1 - done))
-            yield step
-            step += 1
-            if perf_counter() - reported > 10:
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * min(1.0, (progress.step + 1) / warm_up) * min(1.0, 2 * (1 - done))
+            yield progress.step
+            progress.step += 1
+            if progress.step == first + FIRST_REPORT or perf_counter() - reported > REPORT_SECONDS:
+                self._report(f"{what}: {done:.0%}, step {progress.step}", progress, counted, since)
                 reported = perf_counter()
-                rate = step / (reported - start)
-                self.say(f"{what}: {done:.0%}, step {step}, {rate:.1f} steps/s, {self.losses(what)}")
-        self.say(f"{what}: finished after {step} steps, {self.losses(what)}")
+                if progress.step == first + FIRST_REPORT:
+                    counted, since = progress.step, reported
+        if progress.step > first:
+            self._report(f"{what}: finished after {progress.step} steps", progress, counted, since)
+
+    def _report(self, message: str, progress: Progress, counted: int, since: float) -> None:
+        losses = self.losses()  # waits for the device, so that the rate is that of finished steps
+        rate = (progress.step - counted) / (perf_counter() - since)
+        self.say(", ".join([message, f"{rate:.2f} steps/s", *(f"{name} {loss:.4f}" for name, loss in losses.items())]))
+        if self.log:
+            self.log.write(progress.step, {"seconds": progress.seconds, "steps per second": rate, **losses})
 
     def say(self, message: str) -> None:
         """Print, once for all processes."""
@@ -46,48 +137,43 @@ class Training:
 
     def _from_first(self, value: float) -> float:
         """The first process's value, so that all stop at the same step."""
-        if self.world == 1:
-            return value
-        shared = torch.tensor([value], device=self.device)
-        dist.broadcast(shared, 0)
-        return shared.item()
+        return float(broadcast(torch.tensor([value], device=self.device)).item())
 
     def start_together(self, parameters: Iterable[Tensor]) -> None:
         """Give every process the first one's values."""
-        if self.world > 1:
-            for parameter in parameters:
-                dist.broadcast(parameter.data, 0)
+        for parameter in parameters:
+            broadcast(parameter.data)
 
     def update(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """One optimiser step on the gradient, averaged over the processes and clipped to norm 1."""
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        optimizer.zero_grad()
+        """One optimiser step on a loss."""
         loss.backward()
+        self.step(optimizer)
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """One optimiser step on the gradients, averaged over the processes, every group's clipped to norm 1."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if self.world > 1:
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(flat)
-            parts = (flat / self.world).split([gradient.numel() for gradient in gradients])
-            for gradient, part in zip(gradients, parts, strict=True):
+            mean = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+            for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        for group in optimizer.param_groups:
+            nn.utils.clip_grad_norm_(group["params"], 1.0)
         optimizer.step()
+        optimizer.zero_grad()
 
-    def __post_init__(self) -> None:
-        self._losses: dict[str, Tensor] = {}
-
-    def note(self, what: str, loss: Tensor) -> None:
+    def note(self, name: str, loss: Tensor) -> None:
         """Keep a running mean of a loss on the device; reading it waits for the GPU, so that is left to the report."""
-        old = self._losses.get(what)
-        self._losses[what] = loss.detach() if old is None else old.lerp(loss.detach(), 0.02)
+        old = self._losses.get(name)
+        self._losses[name] = loss.detach() if old is None else old.lerp(loss.detach(), 0.02)
 
-    def losses(self, what: str) -> str:
-        """The running means of a stage."""
-        return ", ".join(f"{n} {v.mean().item():.4f}" for n, v in self._losses.items() if n.startswith(what))
+    def losses(self) -> dict[str, float]:
+        """The running means."""
+        return {name: loss.item() for name, loss in self._losses.items()}
 
-    def autocast(self) -> torch.autocast:
-        """Products in bfloat16, beside float32 weights; twice as fast on a CPU with AVX-512 BF16 too."""
-        return torch.autocast(self.device, torch.bfloat16)
+    def autocast(self) -> Any:
+        """The accelerator's mixed precision."""
+        return self.accelerator.autocast()
 
     def compiled(self, module: nn.Module) -> nn.Module:
         """The module, compiled where that pays."""
@@ -114,14 +200,31 @@ class Ema:
         for parameter, value in zip(self.parameters, self.shadow, strict=True):
             parameter.copy_(value)
 
+    @contextmanager
+    def stored(self) -> Iterator[None]:
+        """The averages in the module for a while."""
+        values = [p.detach().clone() for p in self.parameters]
+        self.store()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(self.parameters, values, strict=True):
+                    parameter.copy_(value)
 
-def join() -> tuple[str, int, int]:
-    """Device, rank and number of processes; joins the others where torchrun started several."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    torch.manual_seed(rank)
-    return device, rank, world
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A sibling to write into that takes the place of ``path`` when all went well: nobody ever sees half a file."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        part.replace(path)
+    except OSError as error:
+        raise DditError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def keep(value: object, path: Path) -> None:
+    """Write a value whole or not at all."""
+    with whole(path) as part:
+        torch.save(value, part)
