@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # The feed-forward layers of FLUX's double blocks (both streams) and single blocks, where DDiT puts its LoRA.
 FLUX_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out")
@@ -141,6 +142,13 @@ class Level(nn.Module):
 
     trunk: Any  # torch types the attributes of a module as Tensor | Module, which fits no call
     config: AdapterConfig | None = None
+    checkpointing: bool = False  # training computes a block's activations again instead of keeping them
+
+    def run_block(self, block: nn.Module, *inputs: Any) -> Any:
+        """One of the trunk's blocks."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """What only this level has, by name; empty at the native level. These are what an adapter trains and stores."""

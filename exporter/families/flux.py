@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel, ModelMixin
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -203,13 +203,12 @@ class FluxModel:
 
     def _transformer(self) -> nn.Module:
         """The transformer with its weights, read independently of the export where that is possible."""
-        folder, dtype = self.source.folder / "transformer", TORCH_DTYPES[self.dtype]
         if self.depth is None:
-            return FluxTransformer2DModel.from_pretrained(folder, torch_dtype=dtype).eval()  # type: ignore[no-any-return]
+            return load_component(FluxTransformer2DModel, self.source.folder / "transformer", self.dtype)
         return _filled(partial(FluxTransformer2DModel.from_config, self.transformer_config), self._transformer_weights)
 
     def _clip_job(self) -> GraphJob:
-        module = ClipEncoder(_load(CLIPTextModel, self.source.folder / "text_encoder", self.dtype))
+        module = ClipEncoder(load_component(CLIPTextModel, self.source.folder / "text_encoder", self.dtype))
         config: Any = module.encoder.config
         ids = _ids("input_ids", "B", config.max_position_embeddings)
         return replace(
@@ -237,7 +236,7 @@ class FluxModel:
 
         def reference() -> nn.Module:
             if self.depth is None:
-                return T5Encoder(_load(T5EncoderModel, folder, self.dtype))
+                return T5Encoder(load_component(T5EncoderModel, folder, self.dtype))
             return T5Encoder(_filled(partial(T5EncoderModel, config), stored))
 
         return GraphJob(
@@ -255,7 +254,7 @@ class FluxModel:
 
     def _vae_job(self) -> GraphJob:
         dtype: Dtype = "fp32" if self.dtype == "fp16" and self.vae_config.get("force_upcast", True) else self.dtype
-        module = VaeDecoder(_load(AutoencoderKL, self.source.folder / "vae", dtype))
+        module = VaeDecoder(load_component(AutoencoderKL, self.source.folder / "vae", dtype))
         scale = self.latent.downscale
         latent = _float("latent", "B", self.latent.channels, "H", "W")
         image = _float("image", "B", self.vae_config["out_channels"], f"H*{scale}", f"W*{scale}")
@@ -302,11 +301,11 @@ def _trunk_name(name: str) -> str:
     return name.removeprefix("trunk.")
 
 
-def _load(cls: Any, folder: Path, dtype: Dtype) -> nn.Module:
-    """A component with its weights, in evaluation mode."""
-    keyword = "torch_dtype" if cls is AutoencoderKL else "dtype"
+def load_component(cls: Any, folder: Path, dtype: Dtype) -> Any:
+    """A component with its weights, in evaluation mode. Raises `ModelError`."""
+    keyword = "torch_dtype" if issubclass(cls, ModelMixin) else "dtype"
     try:
-        return cls.from_pretrained(folder, **{keyword: TORCH_DTYPES[dtype]}).eval()  # type: ignore[no-any-return]
+        return cls.from_pretrained(folder, **{keyword: TORCH_DTYPES[dtype]}).eval()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{folder} cannot be read: {str(error).strip().splitlines()[0]}") from None
 

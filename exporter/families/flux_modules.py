@@ -101,11 +101,11 @@ class FluxLevel(Level):
 
         tokens = self.embed(patchify(latent, self.patch))
         if self.identity is not None:
-            tokens = tokens + self.identity
+            tokens += self.identity  # in place: where training keeps this in float32, the tokens stay what they are
         for block in trunk.transformer_blocks:
-            context, tokens = block(tokens, context, embedding, rotary)
+            context, tokens = self.run_block(block, tokens, context, embedding, rotary)
         for block in trunk.single_transformer_blocks:
-            context, tokens = block(tokens, context, embedding, rotary)
+            context, tokens = self.run_block(block, tokens, context, embedding, rotary)
         tokens = self.head(trunk.norm_out(tokens, embedding))
 
         velocity = unpatchify(tokens, height, width, self.patch)
