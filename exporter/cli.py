@@ -223,15 +223,14 @@ def _profile(name: str) -> Profile:
 
 def _require_libraries() -> None:
     """See that torch and its companions are there, and keep them quiet: this command says itself what it does."""
+    from ddit.exporter.models import quiet_libraries
+
     try:
-        import diffusers.utils.logging
         import torch  # noqa: F401
-        import transformers.utils.logging
+
+        quiet_libraries()
     except ImportError as error:
         raise ModelError(f"exporting needs {error.name}; install it with: pip install 'ddit[export]'") from None
-    for library in (diffusers.utils.logging, transformers.utils.logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Where a pretrained pipeline comes from: the demo model, a local folder, or the hub."""
 
 import json
+import warnings
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -51,6 +52,17 @@ class Source:
         except (OSError, ValueError) as error:
             raise ModelError(f"{path} cannot be read: {error}; is {self.folder} a whole diffusers pipeline?") from None
         return content
+
+
+def quiet_libraries() -> None:
+    """Stop diffusers and transformers from saying what they do: our commands say it themselves."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")  # older versions of diffusers know no other name
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
 
 
 def find_model(name: str, revision: str | None = None) -> Source:

@@ -26,6 +26,7 @@ try:
     from evaluation_store import Settings, Store, describe_machine, make_missing
     from flops import level_flops
     from metrics import METRICS, Frechet, Pictures, Sample, load, why_not
+    from prompts import read_prompts
     from scenes import Scene, render, sample_scene
 except ModuleNotFoundError as error:
     raise SystemExit(f"error: {error.name} is not installed: pip install 'ddit[cpu,evaluate]'") from None
@@ -126,20 +127,12 @@ def read_samples(prompts: str, seeds: int) -> list[Sample]:
     Prompt number i has the seeds i, i + 10,000, …: no two pictures start from the same noise, and a longer list goes on
     from a shorter one.
     """
-    kind, _, count = prompts.partition(":")
+    asked = read_prompts(prompts)
     described: list[tuple[str, Scene | None]]
-    if kind == "scenes":
-        if not count.isdecimal() or not int(count):
-            raise UsageError(f"cannot read {prompts!r}; write scenes:N, as in scenes:100")
-        described = [(scene.caption, scene) for scene in balanced_scenes(int(count), PROMPT_SEED)]
+    if isinstance(asked, int):
+        described = [(scene.caption, scene) for scene in balanced_scenes(asked, PROMPT_SEED)]
     else:
-        try:
-            lines = Path(prompts).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError):
-            raise UsageError(f"{prompts} cannot be read; give a text file with a prompt a line, or scenes:N") from None
-        described = [(line.strip(), None) for line in lines if line.strip()]
-        if not described:
-            raise UsageError(f"{prompts} holds no prompt; write one a line")
+        described = [(prompt, None) for prompt in asked]
     return [
         Sample(number, prompt, number + SEED_STRIDE * again, scene)
         for number, (prompt, scene) in enumerate(described)

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from demo_model import PATCH, TEXT_LENGTH, TINY, Sizes, make_clip, make_scheduler, make_t5, make_transformer, make_vae
 from diffusers import FluxPipeline
+from distillation import Distillation, States, level_tables
 from PIL import Image, ImageDraw
 from scene_classifier import SceneClassifier
 from scenes import Scene, render, sample_scenes
@@ -30,7 +31,6 @@ from training import Ema, Training, keep
 from ddit.exporter.adapter import save_adapter
 from ddit.exporter.families.flux import FluxLevel
 from ddit.exporter.levels import AdapterConfig, Level
-from ddit.runtime.rotary import rotary_tables
 
 SHIFT = 1.6487  # e^0.5: what FLUX's scheduler does to the noise levels at 256 image tokens
 EMPTY_CAPTION_SHARE = 0.1
@@ -214,51 +214,31 @@ def stage_guidance(run: Run, seconds: float, denoiser: Denoiser, data: tuple[Ten
     ema.store()
 
 
-def tables(run: Run, patch: int) -> tuple[Tensor, Tensor]:
-    """A level's rotary tables on the device."""
-    side = run.sizes.picture // 8 // patch
-    cos, sin = rotary_tables(side, side, patch / PATCH, run.sizes.rope)
-    return torch.from_numpy(cos).to(run.device), torch.from_numpy(sin).to(run.device)
-
-
 def stage_adapter(
     run: Run, seconds: float, denoiser: Denoiser, data: tuple[Tensor, Tensor], patches: tuple[int, ...]
 ) -> dict[int, Level]:
-    """Distil coarse levels from the frozen native one: ‖v_coarse − v_native‖² (DDiT, arXiv 2602.16968)."""
+    """Distil coarse levels from the frozen native one."""
     latents, ids = data
     denoiser.requires_grad_(False)
-    native = FluxLevel(denoiser.transformer, PATCH).to(run.device)
-    levels: dict[int, Level] = {p: FluxLevel(denoiser.transformer, p, AdapterConfig()).to(run.device) for p in patches}
-    own = nn.ParameterList([p for level in levels.values() for p in level.own_parameters().values()])
+    distillation = Distillation(run, denoiser.transformer, patches, AdapterConfig(), latents.shape[2:])
     kept = run.out / "adapter.pt"
     if kept.exists():
-        own.load_state_dict(torch.load(kept, map_location=run.device))
-        return levels
-    own.requires_grad_(True)
-    run.start_together(own)
-    optimizer = torch.optim.AdamW(own, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    ema = Ema(own, 0.998)
-    calls = {patch: run.compiled(level) for patch, level in {PATCH: native, **levels}.items()}
-    rotary = {patch: tables(run, patch) for patch in calls}
+        distillation.own.load_state_dict(torch.load(kept, map_location=run.device))
+        return distillation.levels
+    optimizer = torch.optim.AdamW(distillation.groups, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    ema = Ema(distillation.own, 0.998)
     for step in run.steps(seconds, optimizer, "adapter"):
         rows, z, sigma, _ = noisy_batch(run, latents)
         guidance = 1 + 4 * torch.rand(run.batch, device=run.device)
-        with run.autocast():
-            with torch.no_grad():
-                context, pooled = denoiser.encode(ids[rows])
-                target = calls[PATCH](z, sigma, context, pooled, *rotary[PATCH], guidance)
-            losses = {
-                patch: F.mse_loss(calls[patch](z, sigma, context, pooled, *rotary[patch], guidance), target)
-                for patch in patches
-            }
-        run.update(sum(losses.values(), torch.zeros((), device=run.device)), optimizer)
+        with run.autocast(), torch.no_grad():
+            context, pooled = denoiser.encode(ids[rows])
+        distillation.backward(States(z, sigma, guidance, context, pooled))
+        run.step(optimizer)
         ema.update(step)
-        for patch, loss in losses.items():
-            run.note(f"adapter level {patch}, share of the variance", loss / target.var())
     ema.store()
     if run.rank == 0:
-        keep(own.state_dict(), kept)
-    return levels
+        keep(distillation.own.state_dict(), kept)
+    return distillation.levels
 
 
 # ---- results ----
@@ -274,7 +254,8 @@ def sample(run: Run, denoiser: Denoiser, level: nn.Module, patch: int, prompts: 
     steps = 50 if run.max_steps is None else 2
     sigmas = torch.linspace(1, 1 / steps, steps)
     sigmas = torch.cat([SHIFT * sigmas / (1 + (SHIFT - 1) * sigmas), torch.zeros(1)])
-    scale, rotary = torch.full((count,), guidance, device=run.device), tables(run, patch)
+    scale = torch.full((count,), guidance, device=run.device)
+    rotary = level_tables(denoiser.transformer, patch, z.shape[2:])
     for now, after in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
         sigma = torch.full((count,), now, device=run.device)
         with run.autocast():

@@ -24,7 +24,7 @@ WARM_UP = 200  # steps
 class Progress:
     """How far training has come, over all its runs."""
 
-    step: int = 0  # that are done
+    step: int = 0  # that are done, the one under way included
     seconds: float = 0.0
 
 
@@ -74,7 +74,7 @@ class Training:
     log: Log | None = None
 
     def __post_init__(self) -> None:
-        self._losses: dict[str, Tensor] = {}
+        self._losses: dict[str, list[Tensor]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -113,20 +113,25 @@ class Training:
                 break
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * min(1.0, (progress.step + 1) / warm_up) * min(1.0, 2 * (1 - done))
-            yield progress.step
             progress.step += 1
+            yield progress.step - 1
             if progress.step == first + FIRST_REPORT or perf_counter() - reported > REPORT_SECONDS:
-                self._report(f"{what}: {done:.0%}, step {progress.step}", progress, counted, since)
+                self._report(f"{what}: {done:.0%}", progress, counted, since)
                 reported = perf_counter()
                 if progress.step == first + FIRST_REPORT:
                     counted, since = progress.step, reported
-        if progress.step > first:
-            self._report(f"{what}: finished after {progress.step} steps", progress, counted, since)
+        self._report(f"{what}: finished", progress, counted, since)
 
     def _report(self, message: str, progress: Progress, counted: int, since: float) -> None:
-        losses = self.losses()  # waits for the device, so that the rate is that of finished steps
+        """Say and log the mean losses since the last report, and the rate of the steps after ``counted``."""
+        if not self._losses:
+            return
+        # waits for the device, so that the rate is that of finished steps
+        losses = {name: torch.stack(values).mean().item() for name, values in self._losses.items()}
+        self._losses.clear()
         rate = (progress.step - counted) / (perf_counter() - since)
-        self.say(", ".join([message, f"{rate:.2f} steps/s", *(f"{name} {loss:.4f}" for name, loss in losses.items())]))
+        shown = [f"step {progress.step}", f"{rate:.2f} steps/s", *(f"{n} {loss:.4f}" for n, loss in losses.items())]
+        self.say(f"{message}, {', '.join(shown)}")
         if self.log:
             self.log.write(progress.step, {"seconds": progress.seconds, "steps per second": rate, **losses})
 
@@ -163,13 +168,8 @@ class Training:
         optimizer.zero_grad()
 
     def note(self, name: str, loss: Tensor) -> None:
-        """Keep a running mean of a loss on the device; reading it waits for the GPU, so that is left to the report."""
-        old = self._losses.get(name)
-        self._losses[name] = loss.detach() if old is None else old.lerp(loss.detach(), 0.02)
-
-    def losses(self) -> dict[str, float]:
-        """The running means."""
-        return {name: loss.item() for name, loss in self._losses.items()}
+        """Keep a loss for the report, on the device: reading it would wait for the GPU."""
+        self._losses.setdefault(name, []).append(loss.detach())
 
     def autocast(self) -> Any:
         """The accelerator's mixed precision."""

@@ -1,0 +1,95 @@
+"""Distilling coarse levels from the frozen native one: ‖v_coarse − v_native‖² (DDiT, arXiv 2602.16968).
+
+The teacher is the base model at its native patch. Teacher and students share one copy of its weights; what is trained
+are the students' own parameters (`Level.own_parameters`), always in float32.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+from training import Training
+
+from ddit.exporter.families.flux import NATIVE_PATCH, FluxLevel
+from ddit.exporter.levels import AdapterConfig, Level
+from ddit.runtime.rotary import rotary_tables
+
+
+@dataclass(frozen=True)
+class States:
+    """A batch of noisy latents and what the transformer is told of them."""
+
+    latent: Tensor  # (B, C, H, W) float32
+    sigma: Tensor  # (B,) noise levels
+    guidance: Tensor | None  # (B,); None for a model without guidance embedding
+    context: Tensor  # (B, L, Dc)
+    pooled: Tensor  # (B, Dp)
+
+
+def level_tables(transformer: FluxTransformer2DModel, patch: int, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """A level's rotary tables, on the transformer's device, for latents of a height and width."""
+    height, width = (side // patch for side in size)
+    cos, sin = rotary_tables(height, width, patch / NATIVE_PATCH, transformer.config.axes_dims_rope)
+    return torch.from_numpy(cos).to(transformer.device), torch.from_numpy(sin).to(transformer.device)
+
+
+class Distillation:
+    """Coarse levels in training, beside the native level that teaches them."""
+
+    def __init__(
+        self,
+        run: Training,
+        transformer: FluxTransformer2DModel,
+        patches: Sequence[int],
+        config: AdapterConfig,
+        size: Sequence[int],
+        checkpointing: bool = False,
+    ):
+        """``size``: the latent's height and width. ``checkpointing``: recompute activations, to save memory."""
+        transformer.requires_grad_(False)
+        self.run = run
+        self.levels: dict[int, Level] = {patch: FluxLevel(transformer, patch, config) for patch in patches}
+        self.groups = [{"params": list(level.own_parameters().values())} for level in self.levels.values()]
+        self.own = nn.ParameterList([parameter for group in self.groups for parameter in group["params"]])
+        for parameter in self.own:
+            parameter.data = parameter.data.float()
+        run.start_together(self.own)
+
+        self._all = {NATIVE_PATCH: FluxLevel(transformer, NATIVE_PATCH), **self.levels}
+        self._rotary = {patch: level_tables(transformer, patch, size) for patch in self._all}
+        for level in self._all.values():
+            level.checkpointing = checkpointing
+            if run.compile:  # block by block: the blocks are alike, so that few are really compiled
+                level.trunk.compile_repeated_blocks(dynamic=False)
+
+    def _velocity(self, patch: int, states: States) -> Tensor:
+        with self.run.autocast():
+            velocity: Tensor = self._all[patch](
+                states.latent,
+                states.sigma,
+                states.context,
+                states.pooled,
+                *self._rotary[patch],
+                states.guidance,
+            )
+        return velocity
+
+    def backward(self, states: States, share: float = 1.0) -> dict[int, Tensor]:
+        """Add the gradient of every level's error to its own parameters; returns all levels' velocities (B, C, H, W).
+
+        ``share``: of these states in the optimiser's step. The losses noted are shares of the teacher's variance.
+        """
+        with torch.no_grad():
+            target = self._velocity(NATIVE_PATCH, states)
+            variance = target.var()
+        velocities = {NATIVE_PATCH: target}
+        for patch in self.levels:
+            velocity = self._velocity(patch, states)
+            loss = F.mse_loss(velocity, target)
+            (share * loss).backward()  # level by level: the next one's activations take the place of this one's
+            self.run.note(f"level {patch}", loss / variance)
+            velocities[patch] = velocity.detach()
+        return velocities

@@ -1,0 +1,178 @@
+"""Prompts and pictures, encoded once: training needs their embeddings and latents, but not the encoders.
+
+Rows are kept in files of a few hundred, named by a hash of what they were made from: an interrupted run loses one
+file's work, and whatever changes is encoded again.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image, ImageOps
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from training import Training, whole
+
+from ddit.exporter.families.flux import TORCH_DTYPES, FluxModel, load_component
+from ddit.exporter.models import Source
+from ddit.runtime.bundle import Dtype
+from ddit.runtime.errors import DditError, ModelError, UsageError
+
+FILE_ROWS = 256
+CALL_ROWS = 4  # encoded together: pictures of a megapixel take gigabytes in the VAE
+ON_DEVICE = 4 * 2**30  # bytes; larger tables stay in their files, which are memory-mapped
+LONGEST_TEXT = 512  # tokens
+PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
+
+Item = TypeVar("Item")
+Encode = Callable[[Sequence[Item]], dict[str, Tensor]]
+
+
+class Rows:
+    """Rows of named tensors: on the device where they are few, else in their files."""
+
+    def __init__(self, parts: Sequence[Mapping[str, Tensor]], device: torch.device):
+        """``parts``: the rows, in order; all parts but the last have the same number."""
+        self.parts, self.device = parts, device
+        counts = [len(next(iter(part.values()))) for part in parts]
+        self.part_rows, self.count = counts[0], sum(counts)
+        self.on_device = sum(tensor.nbytes for part in parts for tensor in part.values()) <= ON_DEVICE
+        if self.on_device:
+            self.parts = [{name: torch.cat([part[name] for part in parts]).to(device) for name in parts[0]}]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, rows: Tensor) -> dict[str, Tensor]:
+        """The rows of these numbers (B,), stacked, on the device."""
+        if self.on_device:
+            return {name: tensor[rows] for name, tensor in self.parts[0].items()}
+        places = [divmod(row, self.part_rows) for row in rows.tolist()]
+        return {
+            name: torch.stack([self.parts[part][name][row] for part, row in places]).to(self.device)
+            for name in self.parts[0]
+        }
+
+
+def encode_once(
+    run: Training, folder: Path, what: str, identity: str, items: Sequence[Item], load: Callable[[], Encode[Item]]
+) -> Rows:
+    """A row of every item: from the files of ``folder``, or encoded into them; processes share the work.
+
+    Args:
+        what: the files' first word.
+        identity: all else that the rows depend on.
+        items: their ``repr`` tells them apart.
+        load: loads the encoder; called where something is missing, and freed after.
+    """
+    groups = [items[start : start + FILE_ROWS] for start in range(0, len(items), FILE_ROWS)]
+    files = []
+    for group in groups:
+        digest = hashlib.sha256(repr((identity, *group)).encode()).hexdigest()
+        files.append(folder / f"{what}-{digest[:16]}.safetensors")
+    mine = list(zip(groups, files, strict=True))[run.rank :: run.world]
+    missing = [(group, file) for group, file in mine if not file.is_file()]
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        _encode(run, what, missing, load())
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+    run.accelerator.wait_for_everyone()
+    return Rows([load_file(file) for file in files], run.device)
+
+
+@torch.no_grad()
+def _encode(run: Training, what: str, jobs: Sequence[tuple[Sequence[Item], Path]], encode: Encode[Item]) -> None:
+    for number, (group, file) in enumerate(jobs):
+        run.say(f"encoding {what}: file {number + 1} of {len(jobs)}")
+        parts = [encode(group[start : start + CALL_ROWS]) for start in range(0, len(group), CALL_ROWS)]
+        with whole(file) as part:
+            save_file({name: torch.cat([p[name].cpu() for p in parts]).contiguous() for name in parts[0]}, part)
+
+
+def text_encoder(source: Source, dtype: Dtype, length: int, device: torch.device) -> Encode[str]:
+    """Prompts → ``context`` (B, L, Dc) and ``pooled`` (B, Dp), as diffusers' pipeline makes them."""
+    from diffusers import FluxPipeline  # importing it warns of packages that nothing here needs
+
+    try:
+        pipeline: Any = FluxPipeline.from_pretrained(
+            source.folder, transformer=None, vae=None, torch_dtype=TORCH_DTYPES[dtype]
+        ).to(device)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{source.folder} cannot be read: {str(error).strip().splitlines()[0]}") from None
+
+    def encode(prompts: Sequence[str]) -> dict[str, Tensor]:
+        context, pooled, _ = pipeline.encode_prompt(list(prompts), device=device, max_sequence_length=length)
+        return {"context": context, "pooled": pooled}
+
+    return encode
+
+
+def longest_text(flux: FluxModel, random_weights: bool) -> int:
+    """Tokens of a prompt, as `ddit-export` has them."""
+    if random_weights:  # there may be no tokenizer
+        return LONGEST_TEXT
+    config: dict[str, Any] = flux.source.config("tokenizer_2", "tokenizer_config.json")
+    return min(int(config.get("model_max_length", LONGEST_TEXT)), LONGEST_TEXT)
+
+
+def random_text(flux: FluxModel, count: int, length: int, device: torch.device) -> Rows:
+    """Embeddings of no prompt in particular."""
+    config, dtype = flux.transformer_config, TORCH_DTYPES[flux.dtype]
+    context = torch.randn(count, length, config["joint_attention_dim"], dtype=dtype)
+    return Rows([{"context": context, "pooled": torch.randn(count, config["pooled_projection_dim"])}], device)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture's file and its caption."""
+
+    path: Path
+    modified: int
+    caption: str = field(repr=False)
+
+
+def find_pictures(folder: Path) -> list[Picture]:
+    """A folder's pictures with their captions, ``name.txt`` beside ``name.png``. Raises `UsageError`."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder; give one with pictures, as in images:FOLDER")
+    paths = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in PICTURES]
+    if not paths:
+        raise UsageError(f"{folder} holds no pictures ({', '.join(sorted(PICTURES))})")
+    pictures = []
+    for path in paths:
+        try:
+            caption = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            raise UsageError(
+                f"{path} has no caption; write it into {path.with_suffix('.txt').name} beside it"
+            ) from None
+        pictures.append(Picture(path, path.stat().st_mtime_ns, caption))
+    return pictures
+
+
+def picture_encoder(source: Source, height: int, width: int, device: torch.device) -> Encode[Picture]:
+    """Pictures → ``latent`` (B, C, H/8, W/8) float32, scaled as the transformer knows it."""
+    vae = load_component(AutoencoderKL, source.folder / "vae", "fp32").to(device)
+    scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
+
+    def encode(pictures: Sequence[Picture]) -> dict[str, Tensor]:
+        pixels = torch.stack([read_picture(picture.path, height, width) for picture in pictures])
+        return {"latent": (vae.encode(pixels.to(device)).latent_dist.mode() - shift) * scale}
+
+    return encode
+
+
+def read_picture(path: Path, height: int, width: int) -> Tensor:
+    """A picture, resized and cut around its centre: ``(3, height, width)`` in [-1, 1]."""
+    try:
+        with Image.open(path) as image:
+            fitted = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+    except OSError as error:
+        raise DditError(f"{path} is not a picture that can be read: {error}") from None
+    return torch.from_numpy(np.asarray(fitted).copy()).permute(2, 0, 1).float() / 127.5 - 1
