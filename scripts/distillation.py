@@ -13,6 +13,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from training import Training
 
+from ddit.exporter.adapter import Adapter
 from ddit.exporter.families.flux import NATIVE_PATCH, FluxLevel
 from ddit.exporter.levels import AdapterConfig, Level
 from ddit.runtime.rotary import rotary_tables
@@ -46,12 +47,26 @@ class Distillation:
         patches: Sequence[int],
         config: AdapterConfig,
         size: Sequence[int],
+        *,
         checkpointing: bool = False,
+        resize: bool = True,
+        start: Adapter | None = None,
     ):
-        """``size``: the latent's height and width. ``checkpointing``: recompute activations, to save memory."""
+        """``size``: the latent's height and width. ``checkpointing``: recompute activations, to save memory.
+
+        ``resize``: patch embeddings and heads start as resized native ones, not at random. ``start``: the adapter to
+        start from; raises `AdapterError` where it does not fit.
+        """
         transformer.requires_grad_(False)
         self.run = run
-        self.levels: dict[int, Level] = {patch: FluxLevel(transformer, patch, config) for patch in patches}
+        levels = {patch: FluxLevel(transformer, patch, config) for patch in patches}
+        for patch, level in levels.items():
+            if not resize:
+                level.embed.reset_parameters()
+                level.head.reset_parameters()
+            if start is not None:
+                start.apply(level, patch)
+        self.levels: dict[int, Level] = {**levels}
         self.groups = [{"params": list(level.own_parameters().values())} for level in self.levels.values()]
         self.own = nn.ParameterList([parameter for group in self.groups for parameter in group["params"]])
         for parameter in self.own:

@@ -44,6 +44,7 @@ try:
     from trainee import Trainee, train
     from training import Ema, Training, whole
 
+    from ddit.exporter.adapter import load_adapter
     from ddit.exporter.families.flux import NATIVE_PATCH, TORCH_DTYPES, FluxModel, load_component
     from ddit.exporter.levels import AdapterConfig
 except ModuleNotFoundError as error:
@@ -88,6 +89,9 @@ class Settings:
     revision: str | None
     levels: str
     rank: int
+    residual_width: int
+    identity: bool
+    resize: bool
     height: int
     width: int
     text_length: int
@@ -96,6 +100,7 @@ class Settings:
     latents: str
     prompts: str  # a hash
     optimizer: str
+    start: str | None  # an adapter's hash
     random_weights: bool
 
     def claim(self, out: Path) -> None:
@@ -144,7 +149,21 @@ class Settings:
 @click.option(
     "--ema", type=click.FloatRange(0, 1, max_open=True), default=0.999, show_default=True, help="Decay of the average."
 )
-@click.option("--rank", type=click.IntRange(0), default=32, show_default=True, help="Rank of LoRA.")
+@click.option("--rank", type=click.IntRange(0), default=32, show_default=True, help="Rank of LoRA; 0 leaves it out.")
+@click.option(
+    "--residual-width",
+    type=click.IntRange(0),
+    default=AdapterConfig.residual_width,
+    show_default=True,
+    help="Channels inside the residual path; 0 leaves it out.",
+)
+@click.option("--identity/--no-identity", default=True, show_default=True, help="Have the identity vector.")
+@click.option(
+    "--resize/--no-resize", default=True, show_default=True, help="Start patch embedding and head from the native ones."
+)
+@click.option(
+    "--start", type=click.Path(path_type=Path, dir_okay=False), help="Start from this adapter of such levels."
+)
 @click.option(
     "--precision",
     type=click.Choice(["bf16", "fp32"]),
@@ -179,6 +198,10 @@ def main(
     optimizer: str,
     ema: float,
     rank: int,
+    residual_width: int,
+    identity: bool,
+    resize: bool,
+    start: Path | None,
     precision: Literal["bf16", "fp32"],
     gradient_checkpointing: bool,
     compiled: bool,
@@ -199,12 +222,16 @@ def main(
     if guidance and not flux.guidance.embedded:
         raise UsageError("this model takes no guidance scale (it was not distilled for one); leave it out")
     height, width = picture_size(flux, height, width)
+    first = load_adapter(start) if start else None
     captions, pictures = find_captions(prompts, latents, random_weights)
     settings = Settings(
         model=source.info.id,
         revision=source.info.revision,
         levels=",".join(map(str, patches)),
         rank=rank,
+        residual_width=residual_width,
+        identity=identity,
+        resize=resize,
         height=height,
         width=width,
         text_length=text_length or longest_text(flux, random_weights),
@@ -213,6 +240,7 @@ def main(
         latents=latents,
         prompts=sha256(repr((captions, pictures)).encode()).hexdigest()[:16],
         optimizer=optimizer,
+        start=sha256(start.read_bytes()).hexdigest()[:16] if start else None,
         random_weights=random_weights,
     )
     optimizer_class = find_optimizer(optimizer)
@@ -241,9 +269,11 @@ def main(
         run,
         load_transformer(flux, run.device, random_weights),
         patches,
-        AdapterConfig(rank=rank, alpha=float(rank)),
+        AdapterConfig(rank=rank, alpha=float(rank), residual_width=residual_width, identity=identity),
         (height // flux.latent.downscale, width // flux.latent.downscale),
-        gradient_checkpointing,
+        checkpointing=gradient_checkpointing,
+        resize=resize,
+        start=first,
     )
     trainee = Trainee(
         run=run,

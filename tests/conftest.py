@@ -1,12 +1,10 @@
 """Fixtures: a tiny random pipeline, an adapter for it, and the bundle that the command line makes of them."""
 
+import sys
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
-
-from tiny import save_tiny_adapter, save_tiny_pipeline
 
 
 def run(command, *arguments: object) -> Result:
@@ -14,9 +12,19 @@ def run(command, *arguments: object) -> Result:
     return CliRunner(catch_exceptions=False).invoke(command, [str(argument) for argument in arguments])
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """A GPU machine without torch can run the tests marked ``gpu`` on bundles that another machine made."""
+    parser.addoption(
+        "--bundles", type=Path, help="folder of tiny.bundle and opset17.bundle, made if they are not there"
+    )
+
+
 @pytest.fixture(scope="session")
-def shared_folder(tmp_path_factory, worker_id) -> Path:
+def shared_folder(tmp_path_factory, worker_id, pytestconfig) -> Path:
     """A folder that all workers of a parallel run share."""
+    if folder := pytestconfig.getoption("--bundles"):
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
     root = tmp_path_factory.getbasetemp()
     folder = (root if worker_id == "master" else root.parent) / "shared"
     folder.mkdir(exist_ok=True)
@@ -36,19 +44,37 @@ def make_once(path: Path, make) -> Path:
 @pytest.fixture(scope="session")
 def tiny_pipeline(shared_folder) -> Path:
     """A diffusers folder like FLUX.1-dev's."""
-    return make_once(shared_folder / "tiny", save_tiny_pipeline)
+
+    def save(path: Path) -> None:
+        from tiny import save_tiny_pipeline
+
+        save_tiny_pipeline(path)
+
+    return make_once(shared_folder / "tiny", save)
 
 
 @pytest.fixture(scope="session")
 def tiny_schnell(shared_folder) -> Path:
     """A diffusers folder like FLUX.1-schnell's: no guidance, another shift."""
-    return make_once(shared_folder / "tiny-schnell", lambda path: save_tiny_pipeline(path, guidance=False))
+
+    def save(path: Path) -> None:
+        from tiny import save_tiny_pipeline
+
+        save_tiny_pipeline(path, guidance=False)
+
+    return make_once(shared_folder / "tiny-schnell", save)
 
 
 @pytest.fixture(scope="session")
 def tiny_adapter(shared_folder, tiny_pipeline) -> Path:
     """An adapter of random tensors for levels 4 and 8 of the tiny pipeline."""
-    return make_once(shared_folder / "tiny.adapter", lambda path: save_tiny_adapter(path, tiny_pipeline))
+
+    def save(path: Path) -> None:
+        from tiny import save_tiny_adapter
+
+        save_tiny_adapter(path, tiny_pipeline)
+
+    return make_once(shared_folder / "tiny.adapter", save)
 
 
 @pytest.fixture(scope="session")
@@ -80,4 +106,5 @@ def opset17_bundle(shared_folder, tiny_pipeline, tiny_adapter) -> Path:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    torch.manual_seed(0)
+    if torch := sys.modules.get("torch"):  # imported by a test that needs it
+        torch.manual_seed(0)
