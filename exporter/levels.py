@@ -21,6 +21,13 @@ from torch.utils.checkpoint import checkpoint
 FLUX_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out")
 
 
+# Its attention layers, both streams: what LoRA usually adapts, and DDiT leaves alone.
+FLUX_ATTENTION = (
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+)
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
     """What a coarse level adds beside its embedding and head, which it always has."""

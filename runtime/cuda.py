@@ -63,13 +63,11 @@ class Gpu:
         from cuda.bindings import runtime
 
         self._cuda = runtime
-        # kernels of the default stream, another library's, for instance, must not hold up this one's
-        stream = call(runtime.cudaStreamCreateWithFlags, runtime.cudaStreamNonBlocking)
-        self.stream = int(stream)
+        self.stream_owner = Stream(runtime)
+        self.stream = self.stream_owner.handle
         properties = call(runtime.cudaGetDeviceProperties, 0)
         self.name: str = properties.name.decode()
         self.capability = f"{properties.major}.{properties.minor}"
-        weakref.finalize(self, _release, runtime.cudaStreamDestroy, stream)
 
     def free_bytes(self) -> int:
         """Bytes of memory that nobody uses."""
@@ -110,6 +108,16 @@ class Gpu:
         graph.instantiate(call(cuda.cudaStreamEndCapture, self.stream))
 
 
+class Stream:
+    """A CUDA stream. Objects of other libraries that wait for it at their end keep it alive until then."""
+
+    def __init__(self, cuda: Any):
+        # kernels of the default stream, another library's, for instance, must not hold up this one's
+        stream = call(cuda.cudaStreamCreateWithFlags, cuda.cudaStreamNonBlocking)
+        self.handle = int(stream)
+        _release_with(self, cuda.cudaStreamDestroy, stream)
+
+
 class CudaGraph:
     """Queued work that was captured once and is launched as a whole, at the cost of one launch."""
 
@@ -122,7 +130,7 @@ class CudaGraph:
         cuda = self._gpu._cuda
         self._executable = call(cuda.cudaGraphInstantiate, captured, 0)
         call(cuda.cudaGraphDestroy, captured)
-        weakref.finalize(self, _release, cuda.cudaGraphExecDestroy, self._executable)
+        _release_with(self, cuda.cudaGraphExecDestroy, self._executable)
 
     def launch(self) -> None:
         """Queue the work again, on the same addresses."""
@@ -137,7 +145,7 @@ class DeviceMemory:
         cuda = gpu._cuda
         # an allocation of zero bytes is an error, an array without elements is not
         self.address = int(call(cuda.cudaMalloc, max(nbytes, 1)))
-        weakref.finalize(self, _release, cuda.cudaFree, self.address)
+        _release_with(self, cuda.cudaFree, self.address)
 
     def view(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         """A part of it as an array that other libraries take over through DLPack, without a copy; keeps it alive."""
@@ -171,7 +179,7 @@ class DeviceArray:
         address = int(call(cuda.cudaHostAlloc, max(self.nbytes, 1), 0))
         # the view keeps the buffer alive, and the memory is freed with the buffer
         buffer = (ctypes.c_char * self.nbytes).from_address(address)
-        weakref.finalize(buffer, _release, cuda.cudaFreeHost, address)
+        _release_with(buffer, cuda.cudaFreeHost, address)
         values: NDArray[Any] = np.frombuffer(memoryview(buffer), dtype=self.dtype).reshape(self.shape)
         return values
 
@@ -212,6 +220,9 @@ class DeviceArray:
         return self.fetched()
 
 
-def _release(free: Any, handle: Any) -> None:
-    """Free a resource; at the end of the process the driver may be gone already, and then nothing is left to free."""
-    free(handle)
+def _release_with(owner: Any, free: Any, handle: Any) -> None:
+    """Free a resource together with its owner, but not at the end of the process.
+
+    The driver frees everything then, and sessions of ONNX Runtime that still live would wait for a stream that is gone.
+    """
+    weakref.finalize(owner, free, handle).atexit = False

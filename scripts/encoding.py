@@ -24,7 +24,7 @@ from ddit.runtime.bundle import Dtype
 from ddit.runtime.errors import DditError, ModelError, UsageError
 
 FILE_ROWS = 256
-CALL_ROWS = 4  # encoded together: pictures of a megapixel take gigabytes in the VAE
+CALL_ROWS = {"text": 32, "pictures": 4}  # encoded together: pictures of a megapixel take gigabytes in the VAE
 ON_DEVICE = 4 * 2**30  # bytes; larger tables stay in their files, which are memory-mapped
 LONGEST_TEXT = 512  # tokens
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
@@ -65,7 +65,7 @@ def encode_once(
     """A row of every item: from the files of ``folder``, or encoded into them; processes share the work.
 
     Args:
-        what: the files' first word.
+        what: ``text`` or ``pictures``, the files' first word.
         identity: all else that the rows depend on.
         items: their ``repr`` tells them apart.
         load: loads the encoder; called where something is missing, and freed after.
@@ -90,7 +90,8 @@ def encode_once(
 def _encode(run: Training, what: str, jobs: Sequence[tuple[Sequence[Item], Path]], encode: Encode[Item]) -> None:
     for number, (group, file) in enumerate(jobs):
         run.say(f"encoding {what}: file {number + 1} of {len(jobs)}")
-        parts = [encode(group[start : start + CALL_ROWS]) for start in range(0, len(group), CALL_ROWS)]
+        rows = CALL_ROWS[what]
+        parts = [encode(group[start : start + rows]) for start in range(0, len(group), rows)]
         with whole(file) as part:
             save_file({name: torch.cat([p[name].cpu() for p in parts]).contiguous() for name in parts[0]}, part)
 

@@ -46,7 +46,7 @@ try:
 
     from ddit.exporter.adapter import load_adapter
     from ddit.exporter.families.flux import NATIVE_PATCH, TORCH_DTYPES, FluxModel, load_component
-    from ddit.exporter.levels import AdapterConfig
+    from ddit.exporter.levels import FLUX_ATTENTION, FLUX_FEED_FORWARD, AdapterConfig
 except ModuleNotFoundError as error:
     raise SystemExit(f"error: {error.name} is not installed: pip install 'ddit[train]'") from None
 
@@ -54,6 +54,7 @@ SETTINGS, ENCODED = "run.json", "encoded"
 SCENES_SEED = 1  # the demo model's training scenes; the evaluation takes others
 RANDOM_PROMPTS = 16
 MAX_STEPS = 10_000
+LORA = {"feed-forward": FLUX_FEED_FORWARD, "all": (*FLUX_FEED_FORWARD, *FLUX_ATTENTION)}
 RATES = {"adamw": 1e-4, "prodigy": 1.0}
 
 
@@ -89,6 +90,7 @@ class Settings:
     revision: str | None
     levels: str
     rank: int
+    lora: str
     residual_width: int
     identity: bool
     resize: bool
@@ -151,6 +153,13 @@ class Settings:
 )
 @click.option("--rank", type=click.IntRange(0), default=32, show_default=True, help="Rank of LoRA; 0 leaves it out.")
 @click.option(
+    "--lora",
+    type=click.Choice(list(LORA)),
+    default="feed-forward",
+    show_default=True,
+    help="Layers that get LoRA: feed-forward as in the paper, or these and the attention's.",
+)
+@click.option(
     "--residual-width",
     type=click.IntRange(0),
     default=AdapterConfig.residual_width,
@@ -198,6 +207,7 @@ def main(
     optimizer: str,
     ema: float,
     rank: int,
+    lora: str,
     residual_width: int,
     identity: bool,
     resize: bool,
@@ -229,6 +239,7 @@ def main(
         revision=source.info.revision,
         levels=",".join(map(str, patches)),
         rank=rank,
+        lora=lora,
         residual_width=residual_width,
         identity=identity,
         resize=resize,
@@ -269,7 +280,7 @@ def main(
         run,
         load_transformer(flux, run.device, random_weights),
         patches,
-        AdapterConfig(rank=rank, alpha=float(rank), residual_width=residual_width, identity=identity),
+        AdapterConfig(rank, float(rank), LORA[lora], residual_width, identity),
         (height // flux.latent.downscale, width // flux.latent.downscale),
         checkpointing=gradient_checkpointing,
         resize=resize,

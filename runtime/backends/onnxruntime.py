@@ -16,6 +16,7 @@ from ddit.runtime.errors import BackendError, UsageError
 log = logging.getLogger(__name__)
 
 CPU = "CPUExecutionProvider"
+ERRORS = 3  # ONNX Runtime's level of messages
 
 # Weights of the levels, in bytes, up to which the CPU's sessions get copies of their own. On two cores the demo model's
 # coarse steps, which spend their time on reading weights, are a fifth faster then.
@@ -30,6 +31,7 @@ def import_onnxruntime() -> Any:
         raise BackendError(
             "ONNX Runtime is not installed; choose one: pip install 'ddit[cpu]' or pip install 'ddit[cuda]'"
         ) from None
+    onnxruntime.set_default_logger_severity(ERRORS)  # it warns of plug-ins that nobody asked for
     return onnxruntime
 
 
@@ -64,7 +66,7 @@ def session_options(threads: int | None = None, *, prepack: bool = False) -> Any
     memory-mapped from the bundle's files, and the levels of a bundle share one copy of the trunk.
     """
     options = import_onnxruntime().SessionOptions()
-    options.log_severity_level = 3  # errors only: warnings about the graph are no concern of who runs it
+    options.log_severity_level = ERRORS  # warnings about the graph are no concern of who runs it
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     if threads:

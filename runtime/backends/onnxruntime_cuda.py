@@ -117,7 +117,9 @@ class CudaBackend(DeviceBackend):
             provider["enable_cuda_graph"] = "1"
         with engine_errors(f"load {info.file}"):
             path = self.bundle.file(info.file)
-            return import_onnxruntime().InferenceSession(path, options, providers=[(PROVIDER, provider)])
+            session = import_onnxruntime().InferenceSession(path, options, providers=[(PROVIDER, provider)])
+        session.stream = self.gpu.stream_owner  # it waits for the stream at its end
+        return session
 
     def _on_gpu(self, file: str) -> dict[str, Any]:
         """A weight file's tensors on the GPU, uploaded once and kept for every session that asks."""
