@@ -161,10 +161,11 @@ class EngineBuilder:
         """What went wrong and what to change, from TensorRT's own words."""
         said = " ".join(errors) or str(cause or "no reason given")
         where = f"TensorRT could not build {graph}"
-        if node := re.search(r"any implementation for node ([^\s.]+)", said):
+        # nodes that were fused have a long name: {ForeignNode[first...last]}
+        if node := re.search(r"any implementation for node (\{.*?\]\}|\S+?)\.\)?(?!\S)", said):
             return BackendError(
-                f"{where}: it has no kernel for node {node[1]}; try a higher --optimization-level, more --workspace, "
-                "or a profile with smaller sizes"
+                f"{where}: it has no kernel for node {node[1]}; try another --optimization-level, more --workspace, a "
+                "profile with smaller sizes, or a newer TensorRT"
             )
         if re.search(r"out ?of ?memory|MEM_ALLOC_FAILED|insufficient memory", said, re.IGNORECASE):
             return BackendError(

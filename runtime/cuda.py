@@ -109,7 +109,7 @@ class Gpu:
 
 
 class Stream:
-    """A CUDA stream. Objects of other libraries that wait for it at their end keep it alive until then."""
+    """A CUDA stream. Whoever has objects that wait for it at their end holds it until then."""
 
     def __init__(self, cuda: Any):
         # kernels of the default stream, another library's, for instance, must not hold up this one's
@@ -221,8 +221,5 @@ class DeviceArray:
 
 
 def _release_with(owner: Any, free: Any, handle: Any) -> None:
-    """Free a resource together with its owner, but not at the end of the process.
-
-    The driver frees everything then, and sessions of ONNX Runtime that still live would wait for a stream that is gone.
-    """
+    """Free a resource together with its owner, but not at the end of the process: the driver frees everything then."""
     weakref.finalize(owner, free, handle).atexit = False

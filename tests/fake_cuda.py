@@ -37,6 +37,7 @@ class FakeCuda:
         self.captured: list[Callable[[], None]] | None = None
         self.launches = 0
         self.synchronizations = 0
+        self.events: list[str] = []
 
     def install(self, monkeypatch) -> "FakeCuda":
         """Put this GPU in the place of cuda-python."""
@@ -162,6 +163,7 @@ class FakeCuda:
         return Status.cudaSuccess, 77
 
     def cudaStreamDestroy(self, stream):  # noqa: N802
+        self.events.append("the stream was destroyed")
         return (Status.cudaSuccess,)
 
     def cudaStreamSynchronize(self, stream):  # noqa: N802

@@ -5,7 +5,9 @@ The weights of the levels lie on the GPU once: every session is given the same b
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from numpy.typing import DTypeLike, NDArray
 from ddit.runtime.backends.device import Bound, DeviceBackend, DeviceEngine
 from ddit.runtime.backends.onnxruntime import check_provider, engine_errors, import_onnxruntime, session_options
 from ddit.runtime.bundle import Bundle, GraphInfo, TensorSpec
-from ddit.runtime.cuda import DeviceArray, DeviceMemory
+from ddit.runtime.cuda import DeviceArray, DeviceMemory, Stream
 from ddit.runtime.errors import BackendError
 
 log = logging.getLogger(__name__)
@@ -27,29 +29,53 @@ NUMPY_TYPES = {"float32": np.float32, "int64": np.int64}
 ALIGNMENT = 256  # of every weight, as cudaMalloc aligns: kernels read several numbers at once
 NO_GRAPH = "-1"
 _graph_ids = count(1)
+_numbers = count()
+
+
+class Sessions:
+    """All of ONNX Runtime's objects that use the stream. They must go before it: bindings, then sessions, then weights.
+
+    The garbage collector keeps to no order, and a session that waits for a destroyed stream takes the process with it.
+    So nothing else refers to these objects, and the end of the backend closes them.
+    """
+
+    def __init__(self, stream: Stream):
+        self.opened: dict[str, Any] = {}  # sessions by graph
+        self.weights: dict[str, dict[str, Any]] = {}  # a file's tensors, by name, for all sessions
+        self.runs: dict[int, Callable[[], None]] = {}  # a session with its binding
+        self._stream: Stream | None = stream
+
+    def close(self) -> None:
+        """Let go of everything, in order."""
+        self.runs.clear()
+        self.opened.clear()
+        self.weights.clear()
+        self._stream = None
 
 
 class CudaBound(Bound):
     """A session and its binding to buffers."""
 
-    def __init__(self, session: Any, binding: Any, options: Any, name: str):
-        self._session = session
-        self._binding = binding
-        self._options = options
-        self._name = name
+    def __init__(self, sessions: Sessions, run: Callable[[], None], file: str):
+        self._sessions = sessions
+        self._number = next(_numbers)
+        self._file = file
+        sessions.runs[self._number] = run
+        weakref.finalize(self, sessions.runs.pop, self._number, None).atexit = False
 
     def enqueue(self) -> None:
         """Queue one run; with a graph id, ONNX Runtime captures the first runs and replays them afterwards."""
-        with engine_errors(f"run {self._name}"):
-            self._session.run_with_iobinding(self._binding, self._options)
+        with engine_errors(f"run {self._file}"):
+            self._sessions.runs[self._number]()
 
 
 class CudaEngine(DeviceEngine):
     """A session on the GPU."""
 
-    def __init__(self, backend: "CudaBackend", info: GraphInfo, session: Any, *, replays: bool):
+    def __init__(self, backend: "CudaBackend", info: GraphInfo, sessions: Sessions, graph: str, *, replays: bool):
         super().__init__(backend, info)
-        self._session = session
+        self._sessions = sessions
+        self._graph = graph
         self._replays = replays
 
     def dtype(self, spec: TensorSpec) -> DTypeLike:
@@ -58,9 +84,9 @@ class CudaEngine(DeviceEngine):
 
     def bind(self, arrays: Mapping[str, DeviceArray], *, replayed: bool) -> Bound:
         """Bind inputs and outputs by address. Every binding has a CUDA graph of its own, where graphs are used."""
-        ort = import_onnxruntime()
+        ort, session = import_onnxruntime(), self._sessions.opened[self._graph]
         with engine_errors(f"bind {self.info.file}"):
-            binding = self._session.io_binding()
+            binding = session.io_binding()
             for specs, bind in ((self.info.inputs, binding.bind_input), (self.info.outputs, binding.bind_output)):
                 for spec in specs:
                     array = arrays[spec.name]
@@ -70,7 +96,8 @@ class CudaEngine(DeviceEngine):
             options.add_run_config_entry("disable_synchronize_execution_providers", "1")
             if self._replays:
                 options.add_run_config_entry("gpu_graph_id", str(next(_graph_ids)) if replayed else NO_GRAPH)
-        return CudaBound(self._session, binding, options, self.info.file)
+        run = partial(session.run_with_iobinding, binding, options)
+        return CudaBound(self._sessions, run, self.info.file)
 
 
 class CudaBackend(DeviceBackend):
@@ -86,7 +113,8 @@ class CudaBackend(DeviceBackend):
         super().__init__(bundle)
         manifest = bundle.manifest
         self._levels = {level.graph for level in manifest.levels}
-        self._weights: dict[str, dict[str, Any]] = {}
+        self._sessions = Sessions(self.gpu.stream_owner)
+        weakref.finalize(self, self._sessions.close)
         files = {name for graph in manifest.graphs.values() for name in graph.weights}
         needed, free = sum(manifest.files[name].size for name in files), self.gpu.free_bytes()
         if needed > free:
@@ -96,16 +124,21 @@ class CudaBackend(DeviceBackend):
             )
 
     def _open(self, graph: str) -> DeviceEngine:
-        info = self.bundle.graph(graph)
+        info, opened = self.bundle.graph(graph), self._sessions.opened
         log.info("opening %s with %s", info.file, PROVIDER)
-        if graph not in self._levels:
-            return CudaEngine(self, info, self._session(info, {}, replays=False), replays=False)
-        weights = {name: value for file in info.weights for name, value in self._on_gpu(file).items()}
+        replays = graph in self._levels
+        weights = (
+            {name: value for file in info.weights for name, value in self._on_gpu(file).items()} if replays else {}
+        )
         try:
-            return CudaEngine(self, info, self._session(info, weights, replays=True), replays=True)
-        except BackendError as error:  # a part of the graph has to run on the host
-            log.info("%s runs without CUDA graphs: %s", info.file, error)
-            return CudaEngine(self, info, self._session(info, weights, replays=False), replays=False)
+            opened[graph] = self._session(info, weights, replays=replays)
+        except BackendError as error:
+            if not replays:
+                raise
+            log.info("%s runs without CUDA graphs: %s", info.file, error)  # a part of the graph has to run on the host
+            replays = False
+            opened[graph] = self._session(info, weights, replays=replays)
+        return CudaEngine(self, info, self._sessions, graph, replays=replays)
 
     def _session(self, info: GraphInfo, weights: Mapping[str, Any], *, replays: bool) -> Any:
         """A session on our stream that uses ``weights``, on the GPU already, instead of loading its own."""
@@ -117,15 +150,14 @@ class CudaBackend(DeviceBackend):
             provider["enable_cuda_graph"] = "1"
         with engine_errors(f"load {info.file}"):
             path = self.bundle.file(info.file)
-            session = import_onnxruntime().InferenceSession(path, options, providers=[(PROVIDER, provider)])
-        session.stream = self.gpu.stream_owner  # it waits for the stream at its end
-        return session
+            return import_onnxruntime().InferenceSession(path, options, providers=[(PROVIDER, provider)])
 
     def _on_gpu(self, file: str) -> dict[str, Any]:
         """A weight file's tensors on the GPU, uploaded once and kept for every session that asks."""
-        if file not in self._weights:
-            self._weights[file] = self._upload(self.bundle.file(file))
-        return self._weights[file]
+        weights = self._sessions.weights
+        if file not in weights:
+            weights[file] = self._upload(self.bundle.file(file))
+        return weights[file]
 
     def _upload(self, path: Path) -> dict[str, Any]:
         content = np.memmap(path, mode="r")

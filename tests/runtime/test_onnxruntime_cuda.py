@@ -1,5 +1,7 @@
 """ONNX Runtime's CUDA backend without a GPU: its sessions run on the CPU, in the order of the fake GPU's stream."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +28,7 @@ class Session:
         if ort.refuses_graphs and "enable_cuda_graph" in settings:
             raise RuntimeError("a node of this graph runs on the CPU")
         self.ort = ort
+        weakref.finalize(self, ort.cuda.events.append, "a session ended")
         self.session = onnxruntime.InferenceSession(path, options)
         self.replays = "enable_cuda_graph" in settings
 
@@ -97,6 +100,18 @@ def test_levels_share_one_copy_of_the_trunk(machine, tiny_bundle):
     entries = onnxruntime_cuda.safetensors_entries(np.memmap(tiny_bundle / "transformer.safetensors", mode="r"))
     trunk = sum(nbytes for *_, nbytes in entries)
     assert sum(len(block) >= trunk for block in machine.cuda.memory.values()) == 1
+
+
+def test_sessions_end_before_the_stream_that_they_wait_for(machine, tiny_bundle):
+    pipeline = Pipeline.open(tiny_bundle, backend="cuda")
+    pipeline("red", schedule=Fixed((2, 4, 8)), **SIZE)
+    loop = {"pipeline": pipeline}
+    loop["itself"] = loop  # what an exception's traceback can do: the garbage collector takes it apart in any order
+    del pipeline, loop
+    gc.collect()
+    *sessions, last = machine.cuda.events
+    assert sessions == ["a session ended"] * 7
+    assert last == "the stream was destroyed"
 
 
 def test_too_little_memory_is_said_before_anything_is_loaded(machine, tiny_bundle):
