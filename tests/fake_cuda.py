@@ -7,6 +7,7 @@ import ctypes
 import sys
 from collections.abc import Callable
 from enum import Enum
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -48,6 +49,7 @@ class FakeCuda:
         core.Buffer = SimpleNamespace(from_handle=self.buffer)
         utils.StridedMemoryView = SimpleNamespace(from_buffer=self.strided_view)
         for module in (package, bindings, bindings.runtime, bindings.driver, core, utils):
+            module.__spec__ = ModuleSpec(module.__name__, None, origin=__file__)  # torch asks for it
             monkeypatch.setitem(sys.modules, module.__name__, module)
         return self
 

@@ -7,6 +7,7 @@ ONNX file that they were built from, and an execution context runs it with ONNX 
 import json
 import sys
 from enum import IntEnum
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
@@ -29,6 +30,7 @@ class FakeTensorRT(ModuleType):
 
     def __init__(self, version: str, cuda: FakeCuda):
         super().__init__("tensorrt")
+        self.__spec__ = ModuleSpec("tensorrt", None, origin=__file__)  # torch asks for it
         self.__version__ = version
         self.cuda = cuda
         self.api = {name: set(members) for name, members in json.loads((DATA / f"{version}.json").read_text()).items()}

@@ -267,8 +267,8 @@ def test_too_little_memory_is_said_before_anything_is_loaded(built):
     [
         ("Could not find any implementation for node /blocks.0/attn.", "has no kernel for node /blocks.0/attn; try"),
         (  # TensorRT 8.6.0 on an H200
-            "10: [optimizer.cpp::computeCosts::3873] Error Code 10: Internal Error (Could not find any implementation for "
-            "node {ForeignNode[(Unnamed Layer* 299) [Constant] + (Unnamed Layer* 301) [Shuffle]...node_cat_24]}.)",
+            "10: [optimizer.cpp::computeCosts::3873] Error Code 10: Internal Error (Could not find any implementation "
+            "for node {ForeignNode[(Unnamed Layer* 299) [Constant] + (Unnamed Layer* 301) [Shuffle]...node_cat_24]}.)",
             r"has no kernel for node \{ForeignNode\[\(Unnamed Layer\* 299\) .*node_cat_24\]\}; try",
         ),
         ("Error Code 2: OutOfMemory (no further information)", "out of memory with .* GB free on Fake GPU"),
