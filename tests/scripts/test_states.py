@@ -1,0 +1,95 @@
+"""Where training states come from: the sampler's own trajectories, and pictures with noise."""
+
+import numpy as np
+import pytest
+import torch
+from encoding import Rows
+from states import POOL_LEAST, Draws, Noised, Trajectories, sigma_table
+
+from ddit.runtime.bundle import Bundle
+from ddit.runtime.sampler import sigmas
+
+LATENT = (4, 8, 8)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def sampler(tiny_bundle):
+    return Bundle.open(tiny_bundle).manifest.sampler
+
+
+def text(count: int) -> Rows:
+    return Rows([{"context": torch.arange(count)[:, None, None].float(), "pooled": torch.zeros(count, 2)}], CPU)
+
+
+def trajectories(sampler, *, batch: int = POOL_LEAST, steps=(3, 3), guidance=(2.0, 2.0), **options) -> Trajectories:
+    return Trajectories(
+        text(5), sampler, batch=batch, latent=LATENT, steps=steps, guidance=guidance, draws=Draws(0, CPU), **options
+    )
+
+
+def test_noise_levels_are_the_sampler_s(sampler):
+    table = sigma_table(sampler, 6, LATENT[1:])
+    for steps in range(1, 7):
+        np.testing.assert_array_equal(table[steps, : steps + 1], sigmas(sampler, steps, 16))
+        assert not table[steps, steps + 1 :].any()
+
+
+def test_the_teacher_leads_an_euler_step(sampler):
+    pool = trajectories(sampler, batch=8)
+    states = pool.draw()
+    rows = pool.drawn
+    before, length = pool.latent[rows].clone(), pool.length[rows].clone()
+    velocity = torch.randn(8, *LATENT)
+    pool.advance({2: velocity, 4: velocity + 100})
+    assert torch.equal(states.sigma, pool.sigmas[length, 0])
+    change = pool.sigmas[length, 1] - pool.sigmas[length, 0]
+    going_on = length > 1
+    expected = before + change[:, None, None, None] * velocity
+    torch.testing.assert_close(pool.latent[rows][going_on], expected[going_on])
+    assert (pool.step[rows] == going_on.long()).all()
+
+
+def test_a_finished_trajectory_makes_place_for_a_new_one(sampler):
+    pool = trajectories(sampler, batch=8)
+    for _ in range(200):
+        pool.advance({2: torch.zeros_like(pool.draw().latent)})
+        assert (pool.step < pool.length).all()
+    assert (pool.length == 3).all()  # those of random length at the start are gone
+    assert set(pool.step.tolist()) == {0, 1, 2}  # all noise levels at once
+    assert pool.latent.std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_any_level_leads_on_policy(sampler):
+    pool = trajectories(sampler, on_policy=True)
+    pool.length.fill_(3)
+    states = pool.draw()
+    before, sigma = states.latent.clone(), pool.sigmas[3]
+    pool.advance({2: torch.full_like(before, 0.0), 4: torch.full_like(before, 1.0), 8: torch.full_like(before, 2.0)})
+    moved = (pool.latent[pool.drawn] - before).mean((1, 2, 3)) / (sigma[1] - sigma[0])
+    assert set(moved.round().int().tolist()) == {0, 1, 2}
+
+
+def test_a_pool_can_be_kept(sampler):
+    first, again = trajectories(sampler, batch=8, steps=(2, 9)), trajectories(sampler, batch=8, steps=(2, 9))
+    for _ in range(5):
+        first.advance({2: torch.ones_like(first.draw().latent)})
+    again.load_state_dict(first.state_dict())
+    for _ in range(3):
+        one, other = first.draw(), again.draw()
+        assert torch.equal(one.latent, other.latent)
+        assert torch.equal(one.context, other.context)
+        for pool in (first, again):
+            pool.advance({2: torch.ones_like(one.latent)})
+
+
+def test_pictures_get_the_noise_of_their_noise_level(sampler):
+    latents = Rows([{"latent": torch.full((5, *LATENT), 3.0)}], CPU)
+    options = {"batch": 4000, "latent": LATENT, "steps": (4, 4), "guidance": None, "draws": Draws(0, CPU)}
+    states = Noised(text(5), latents, sampler, **options).draw()
+    assert states.guidance is None
+    assert set(states.sigma.tolist()) == set(sigmas(sampler, 4, 16)[:-1].tolist())
+    for sigma in states.sigma.unique().tolist():
+        chosen = states.latent[states.sigma == sigma]
+        assert chosen.mean().item() == pytest.approx(3 * (1 - sigma), abs=0.03)
+        assert chosen.std().item() == pytest.approx(sigma, abs=0.03)
