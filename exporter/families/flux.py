@@ -204,7 +204,9 @@ class FluxModel:
     def _transformer(self) -> nn.Module:
         """The transformer with its weights, read independently of the export where that is possible."""
         if self.depth is None:
-            return load_component(FluxTransformer2DModel, self.source.folder / "transformer", self.dtype)
+            folder = self.source.folder / "transformer"
+            transformer: nn.Module = load_component(FluxTransformer2DModel, folder, self.dtype)
+            return transformer
         return _filled(partial(FluxTransformer2DModel.from_config, self.transformer_config), self._transformer_weights)
 
     def _clip_job(self) -> GraphJob:
