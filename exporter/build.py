@@ -99,6 +99,9 @@ def _level_info(model: FluxModel, patch: int) -> LevelInfo:
 def _schedule(model: FluxModel) -> ScheduleInfo:
     defaults = model.source.defaults
     given = {name: value for name in ScheduleInfo.model_fields if (value := getattr(defaults, name)) is not None}
+    known = given["reference"][0].statistic if "reference" in given else {}
+    if known and not {patch for patch in model.levels if patch != NATIVE_PATCH} <= known.keys():
+        del given["reference"], given["tau"]  # it says nothing of these levels
     return PAPER.model_copy(update=given)
 
 

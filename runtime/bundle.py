@@ -145,14 +145,22 @@ class GuidanceInfo(_Model):
     default: float
 
 
+class ReferencePoint(_Model):
+    """The statistics of smooth pictures at one noise level (`ddit.runtime.reference`)."""
+
+    sigma: float = Field(ge=0, le=1)
+    statistic: dict[int, float] = Field(description="by coarse patch, divided by the cube of the step's length in σ")
+
+
 class ScheduleInfo(_Model):
     """Defaults of the dynamic schedule (`ddit.runtime.schedule.Dynamic`)."""
 
-    tau: float = Field(gt=0)
+    tau: float = Field(gt=0, description="relative to the reference where there is one, else absolute")
     rho: float = Field(gt=0, lt=1)
     warmup: int = Field(ge=3)
     hold: int = Field(default=3, ge=1)
     coarsest: int | None = Field(default=None, description="the largest patch to use; null: all")
+    reference: tuple[ReferencePoint, ...] = Field(default=(), description="what τ is relative to, by falling σ")
 
 
 class Costs(_Model):

@@ -1,8 +1,9 @@
 """Find the dynamic schedule's τ for a model, a step count and a size, from pictures of a list of prompts.
 
 τ has no meaning of its own: the third difference depends on the model, on how many steps there are (it grows with the
-cube of their length) and on how the noise levels are shifted. So it is found by trying: runs of every prompt at one τ
-give its speed-up and likeness to the native pictures, and a bisection of log τ finds the one that was asked for.
+cube of their length) and on how the noise levels are shifted. So the native runs of the prompts give what it is
+relative to (`ddit.runtime.reference`), and τ is found by trying: runs of every prompt at one τ give its speed-up and
+likeness to the native pictures, and a bisection of log τ finds the one that was asked for.
 """
 
 import random
@@ -15,11 +16,12 @@ from statistics import mean
 import numpy as np
 from numpy.typing import NDArray
 
-from ddit.runtime.bundle import Calibration, CurvePoint
+from ddit.runtime.bundle import Calibration, CurvePoint, ReferencePoint
 from ddit.runtime.errors import UsageError
 from ddit.runtime.pipeline import Pipeline, Result
 from ddit.runtime.plots import figure
-from ddit.runtime.schedule import Dynamic, Native
+from ddit.runtime.reference import measure_reference, reference_at
+from ddit.runtime.schedule import Dynamic
 from ddit.runtime.trace import Trace
 
 ITERATIONS = 8  # halve the bracket, some four orders of magnitude wide, to a few per cent
@@ -106,25 +108,35 @@ class Calibrator:
         self.pipeline = pipeline
         self.options = {"steps": steps, "height": height, "width": width}
         self.schedule = schedule
+        self.reference: tuple[ReferencePoint, ...] = ()
         self.costs = pipeline.measure_costs(height, width)
         self._native: dict[str, Result] = {}
 
     def native(self, prompt: str, seed: int) -> Result:
         """The prompt's native picture, made once."""
         if prompt not in self._native:
-            native = Native(self.schedule.native)
+            native = replace(self.schedule, coarse=())  # not Native: its trace shows the statistics of this ρ
             self._native[prompt] = self.pipeline(prompt, seed=seed, schedule=native, **self.options)  # type: ignore[arg-type]
         return self._native[prompt]
 
+    def find_reference(self, prompts: Sequence[tuple[int, str]]) -> None:
+        """Make τ relative to the smooth ones of these prompts."""
+        steps, height, width = (self.options[name] for name in ("steps", "height", "width"))
+        sigmas = self.pipeline.sigmas(steps, height, width)
+        runs = [[record.statistic for record in self.native(text, seed).trace.steps] for seed, text in prompts]
+        self.reference = measure_reference(runs, sigmas)
+        self.schedule = replace(self.schedule, reference=reference_at(self.reference, sigmas))
+
     def bracket(self, prompts: Sequence[tuple[int, str]]) -> tuple[float, float]:
         """Values of τ that make everything native, and everything coarse that can be."""
-        statistics = [
-            value
+        one = replace(self.schedule, tau=1.0)
+        taus = [
+            value / one.threshold(patch, record.step)
             for seed, prompt in prompts
             for record in self.native(prompt, seed).trace.steps
-            for value in record.statistic.values()
+            for patch, value in record.statistic.items()
         ]
-        return min(statistics) / 2, max(statistics) * 2
+        return min(taus) / 2, max(taus) * 2
 
     def try_tau(self, tau: float, prompts: Sequence[tuple[int, str]]) -> Point:
         """Every prompt at a τ."""
@@ -145,8 +157,12 @@ class Calibrator:
         return sum(self.costs.levels[level] for level in trace.levels)
 
 
-def search(calibrator: Calibrator, prompts: Sequence[str], target: Target, report: Report) -> Search:
+def search(
+    calibrator: Calibrator, prompts: Sequence[str], target: Target, report: Report, *, relative: bool = True
+) -> Search:
     """Find τ on half of the prompts, drawn at random, and try it on the rest; a prompt's number is its seed.
+
+    ``relative``: to smooth pictures; otherwise τ is absolute, as in the paper.
 
     Raises `UsageError` where what is asked for cannot be reached, with what can.
     """
@@ -157,6 +173,8 @@ def search(calibrator: Calibrator, prompts: Sequence[str], target: Target, repor
     fitted, held_out = numbered[::2], numbered[1::2]
     result = Search()
     report(f"making {len(fitted)} native pictures")
+    if relative:
+        calibrator.find_reference(fitted)
     low, high = calibrator.bracket(fitted)
 
     fastest = _tried(result, calibrator, high, fitted, report)
@@ -206,6 +224,7 @@ def calibration(calibrator: Calibrator, found: Search, best: Point) -> Calibrati
         warmup=schedule.warmup,
         hold=schedule.hold,
         coarsest=max(schedule.coarse),
+        reference=calibrator.reference,
         speedup=held_out.speedup,
         similarity=held_out.similarity,
         prompts=len(best.samples) + len(held_out.samples),

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ddit.runtime.bundle import Bundle, Manifest
+from ddit.runtime.bundle import Bundle, Manifest, ScheduleInfo
 from ddit.runtime.console import DditGroup, say, set_up_logging
 from ddit.runtime.errors import BundleError, DditError, UsageError
 from ddit.runtime.pipeline import Pipeline
@@ -64,7 +64,7 @@ def main(verbose: int) -> None:
     "--schedule",
     default="dynamic",
     show_default=True,
-    help="native, fixed:8x10,4x20,2x20 or dynamic[:tau=…,rho=…,warmup=…,hold=…].",
+    help="native, fixed:8x10,4x20,2x20 or dynamic[:tau=…,rho=…,warmup=…,hold=…,coarsest=…,absolute=…].",
 )
 @click.option(
     "--budget", type=Seconds(), help="Seconds for the picture, as in 1.5s or 800ms; chooses the schedule itself."
@@ -174,12 +174,12 @@ def inspect(bundle: Path, as_json: bool) -> None:
     dynamic = manifest.schedule
     console.print(
         f"sampling: {manifest.sampler.steps} steps, guidance {guidance}; "
-        f"dynamic schedule τ {dynamic.tau:g}, ρ {dynamic.rho:g}, warm-up {dynamic.warmup}, hold {dynamic.hold}, "
+        f"dynamic schedule {_tau(dynamic)}, ρ {dynamic.rho:g}, warm-up {dynamic.warmup}, hold {dynamic.hold}, "
         f"coarsest {dynamic.coarsest or max(manifest.patches)}"
     )
     for one in manifest.calibrations:
         console.print(
-            f"calibrated for {one.steps} steps at {one.height}×{one.width}: τ {one.tau:.4g}, ρ {one.rho:g}, warm-up "
+            f"calibrated for {one.steps} steps at {one.height}×{one.width}: {_tau(one)}, ρ {one.rho:g}, warm-up "
             f"{one.warmup}, hold {one.hold}; {one.speedup:.2f}× on {one.backend}, SSIM {one.similarity:.3f} "
             f"({one.prompts} prompts)"
         )
@@ -345,6 +345,7 @@ def bench(
     show_default=True,
     help="The schedule whose τ is wanted, as in dynamic:rho=0.8,coarsest=4.",
 )
+@click.option("--absolute", is_flag=True, help="An absolute τ, as in the paper, not one relative to smooth pictures.")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw the curve (.png, .svg, .pdf).")
 @click.option("--dry-run", is_flag=True, help="Leave the bundle as it is.")
 @BACKEND
@@ -359,6 +360,7 @@ def calibrate(
     height: int | None,
     width: int | None,
     schedule: str,
+    absolute: bool,
     plot_file: Path | None,
     dry_run: bool,
     backend: str | None,
@@ -392,9 +394,10 @@ def calibrate(
     wanted = pipeline.schedule(schedule, **size)
     if not isinstance(wanted, Dynamic):
         raise UsageError(f"{schedule} has no τ; only dynamic schedules are calibrated")
-    calibrator = calibration.Calibrator(pipeline, wanted, **size)
+    calibrator = calibration.Calibrator(pipeline, dataclasses.replace(wanted, reference=None), **size)
     target = calibration.Target(speedup=None if quality else speedup or 2.0, similarity=quality)
-    found = calibration.search(calibrator, [line.strip() for line in lines if line.strip()], target, say)
+    texts = [line.strip() for line in lines if line.strip()]
+    found = calibration.search(calibrator, texts, target, say, relative=not absolute)
     best = found.best(target)
     kept = calibration.calibration(calibrator, found, best)
     if not dry_run:
@@ -410,7 +413,11 @@ def calibrate(
         table.add_row(name, str(len(point.samples)), f"{point.speedup:.2f}×", *calibration.spread(point))
     Console().print(table)
     where = "not kept (--dry-run)" if dry_run else f"kept in {bundle / 'bundle.json'}"
-    say(f"τ = {kept.tau:.4g} for {kept.steps} steps at {kept.height}×{kept.width}, {where}")
+    say(f"{_tau(kept)} for {kept.steps} steps at {kept.height}×{kept.width}, {where}")
+
+
+def _tau(info: ScheduleInfo) -> str:
+    return f"τ {info.tau:.4g}{' × that of smooth pictures' if info.reference else ''}"
 
 
 def _progress() -> Progress:

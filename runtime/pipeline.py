@@ -16,6 +16,7 @@ from ddit.runtime.budget import Budgeted, plan
 from ddit.runtime.bundle import Bundle, Costs
 from ddit.runtime.complexity import Complexity
 from ddit.runtime.errors import UsageError
+from ddit.runtime.reference import reference_at
 from ddit.runtime.rotary import rotary_tables
 from ddit.runtime.sampler import noise, sigmas
 from ddit.runtime.schedule import DIFFERENCE_ORDER, Dynamic, Fixed, Schedule, describe, parse_schedule, statistic
@@ -178,15 +179,20 @@ class Pipeline:
         """A schedule from its written form, with the bundle's calibration for the steps and size, or its defaults."""
         manifest = self.bundle.manifest
         optimum = manifest.profile.entry[0]
-        info = manifest.dynamic(
-            steps=steps or manifest.sampler.steps,
-            height=height or optimum.height.optimum,
-            width=width or optimum.width.optimum,
-        )
+        steps = steps or manifest.sampler.steps
+        height, width = height or optimum.height.optimum, width or optimum.width.optimum
+        info = manifest.dynamic(steps=steps, height=height, width=width)
         coarsest = info.coarsest or max(manifest.patches)
         coarse = tuple(patch for patch in manifest.patches if manifest.native < patch <= coarsest)
-        default = Dynamic(manifest.native, coarse, info.tau, info.rho, info.warmup, info.hold)
+        reference = reference_at(info.reference, self.sigmas(steps, height, width)) if info.reference else None
+        default = Dynamic(manifest.native, coarse, info.tau, info.rho, info.warmup, info.hold, reference)
         return parse_schedule(text, patches=manifest.patches, native=manifest.native, default=default)
+
+    def sigmas(self, steps: int, height: int, width: int) -> FloatArray:
+        """The noise levels of a run at a size in pixels, one more than there are steps; the last is 0."""
+        manifest = self.bundle.manifest
+        unit = manifest.latent.downscale * manifest.native
+        return sigmas(manifest.sampler, steps, (height // unit) * (width // unit))
 
     def measure_costs(self, height: int, width: int, repeat: int = 7) -> Costs:
         """Time a few steps of all levels in turn, after one of each that warms up."""
@@ -251,8 +257,7 @@ class Pipeline:
         """Run the steps. The state is float32: in half precision third differences drown in rounding (METHOD, τ)."""
         manifest = self.bundle.manifest
         batch, _, height, width = latent.shape
-        native_tokens = (height // manifest.native) * (width // manifest.native)
-        sigma = sigmas(manifest.sampler, steps, native_tokens)
+        sigma = self.sigmas(steps, height * manifest.latent.downscale, width * manifest.latent.downscale)
         wanted = schedule.wanted if isinstance(schedule, Budgeted) else schedule
         rho = wanted.rho if isinstance(wanted, Dynamic) else manifest.schedule.rho
         known: list[dict[int, FloatArray]] = [{} for _ in range(batch)]

@@ -41,7 +41,15 @@ def plot_schedule(trace: Trace, path: Path) -> None:
             [r.step for r in known], [r.statistic[patch] for r in known], marker=".", label=f"σ of level {patch}"
         )
     if "tau" in trace.schedule:
-        lower.axhline(trace.schedule["tau"], color="grey", linestyle="--", label="τ")
+        tau, reference = trace.schedule["tau"], trace.schedule["reference"]
+        if reference:
+            styles = ("--", ":", "-.")
+            for number, (patch, smooth) in enumerate(reference.items()):
+                limit = tau * np.asarray(smooth)
+                style = styles[number % len(styles)]
+                lower.plot(numbers, limit, color="grey", linestyle=style, label=f"τ of level {patch}")
+        else:
+            lower.axhline(tau, color="grey", linestyle="--", label="τ")
     lower.set_yscale("log")
     lower.set_xlabel("step")
     lower.set_ylabel("third difference")

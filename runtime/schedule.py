@@ -7,6 +7,7 @@ step graph measured after the step before. `parse_schedule` makes one from the w
     fixed:8x10,4x20,2x20            ten steps at level 8, then twenty at 4, then twenty at 2
     dynamic                         by content (DDiT), with the bundle's defaults
     dynamic:tau=0.002,rho=0.4       the same with settings of one's own: tau, rho, warmup, hold, coarsest
+    dynamic:absolute=1,tau=0.001    τ as the paper has it, not relative to smooth pictures
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from ddit.runtime.errors import UsageError
 FloatArray = NDArray[np.float32]
 
 DIFFERENCE_ORDER = 3  # third differences need three finished steps
-FORMS = "native, fixed:8x10,4x20,2x20 or dynamic[:tau=0.001,rho=0.4,warmup=3,hold=3,coarsest=8]"
+FORMS = "native, fixed:8x10,4x20,2x20 or dynamic[:tau=0.001,rho=0.4,warmup=3,hold=3,coarsest=8,absolute=0]"
 
 
 class Schedule(Protocol):
@@ -66,7 +67,9 @@ class Dynamic:
 
     The next step runs at the largest patch p whose statistic σ_p, the ``rho`` quantile over the patches of the
     deviation inside them, lies under ``tau``; else at the native patch. The first ``warmup`` steps are native.
-    ``tau`` belongs to a model, a step count and a sigma shift: it is calibrated, never assumed.
+    ``tau`` belongs to a model, a step count and a sigma shift: it is calibrated, never assumed. With a ``reference``,
+    the statistic of smooth pictures by patch and step (`ddit.runtime.reference`), it is a multiple of that: how much
+    more detail than in a smooth picture a coarse step may meet.
 
     A level keeps running for ``hold`` steps. Levels disagree a little about the velocity, so a switch is itself a jump
     that three differences carry on: decided from those, coarse steps would forbid each other (docs/method.md). After
@@ -80,6 +83,7 @@ class Dynamic:
     rho: float
     warmup: int
     hold: int = DIFFERENCE_ORDER
+    reference: Mapping[int, Sequence[float]] | None = None
 
     def level(self, past: Sequence[int], deviations: Mapping[int, FloatArray]) -> int:
         """The largest patch under the threshold."""
@@ -87,8 +91,13 @@ class Dynamic:
             return self.native
         if any(patch != past[-1] for patch in past[-self.hold :]):
             return past[-1]
-        smooth = [patch for patch in self.coarse if statistic(deviations[patch], self.rho) < self.tau]
+        after = len(past) - 1
+        smooth = [p for p in self.coarse if statistic(deviations[p], self.rho) < self.threshold(p, after)]
         return max(smooth, default=self.native)
+
+    def threshold(self, patch: int, step: int) -> float:
+        """What the statistic after a step must lie under."""
+        return self.tau * (self.reference[patch][step] if self.reference else 1.0)
 
 
 def statistic(deviation: FloatArray, rho: float) -> float:
@@ -124,7 +133,7 @@ def _fixed_levels(text: str, patches: Sequence[int]) -> tuple[int, ...]:
 
 
 def _with_settings(default: Dynamic, text: str, patches: Sequence[int]) -> Dynamic:
-    readers = {"tau": float, "rho": float, "warmup": int, "hold": int, "coarsest": int}
+    readers = {"tau": float, "rho": float, "warmup": int, "hold": int, "coarsest": int, "absolute": int}
     settings: dict[str, float] = {}
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
@@ -134,6 +143,12 @@ def _with_settings(default: Dynamic, text: str, patches: Sequence[int]) -> Dynam
             raise UsageError(f"cannot read {part!r} in the schedule; write {FORMS}") from None
     if coarsest := settings.pop("coarsest", None):
         default = replace(default, coarse=tuple(patch for patch in patches if default.native < patch <= coarsest))
+    if settings.pop("absolute", 0) and default.reference:
+        if "tau" not in settings:
+            raise UsageError(
+                "an absolute tau must be given, as in dynamic:absolute=1,tau=0.001: the bundle's is relative"
+            )
+        default = replace(default, reference=None)
     schedule = replace(default, **settings)  # type: ignore[arg-type]
     if not schedule.tau > 0:
         raise UsageError(f"tau must be above 0, not {schedule.tau:g}")
@@ -154,7 +169,7 @@ def write_schedule(schedule: Schedule) -> str:
     if isinstance(schedule, Dynamic):
         coarsest = max(schedule.coarse, default=schedule.native)
         rule = f"rho={schedule.rho:g},warmup={schedule.warmup},hold={schedule.hold},coarsest={coarsest}"
-        return f"dynamic:tau={schedule.tau:.4g},{rule}"
+        return f"dynamic:tau={schedule.tau:.4g},{rule}{'' if schedule.reference else ',absolute=1'}"
     return type(schedule).__name__.lower()
 
 

@@ -1,7 +1,7 @@
 """Compare patch schedules with the native one: quality, compute, time. docs/evaluate.md tells how to read the report.
 
     python scripts/evaluate.py demo.bundle --prompts scenes:100 --out runs/evaluation \\
-        --schedule native --schedule dynamic --schedule dynamic:tau=0.02 --schedule fixed:8x10,4x20,2x20
+        --schedule native --schedule dynamic --schedule dynamic:tau=2 --schedule fixed:8x10,4x20,2x20
 
 Pictures that are already under --out are not made again: a run that was interrupted goes on where it stopped, and
 another schedule, prompt or metric costs only what it adds.

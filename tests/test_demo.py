@@ -94,4 +94,4 @@ def test_the_schedule_follows_the_content(pipeline):
         levels = [level for seed, prompt in enumerate(prompts) for level in pipeline(prompt, seed=seed).trace.levels]
         return sum(level > 2 for level in levels) / len(levels)
 
-    assert coarse_share("plain", "gradient", "plain") > coarse_share("striped", "checkered", "dotted") + 0.03
+    assert coarse_share("plain", "gradient", "plain") > coarse_share("striped", "checkered", "dotted") + 0.1

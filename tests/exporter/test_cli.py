@@ -230,3 +230,16 @@ def test_exporting_twice_gives_the_same_files(tiny_bundle, tiny_pipeline, tiny_a
     first, second = Bundle.open(tiny_bundle).manifest, Bundle.open(out).manifest
     different = {name for name in first.files if first.files[name].sha256 != second.files[name].sha256}
     assert different <= {"parity.safetensors"}
+
+
+@pytest.mark.parametrize(("levels", "kept"), [("2,4", True), ("2,8", False)])
+def test_a_model_s_own_schedule_lands_in_the_bundle(only_the_step_graph, tiny_pipeline, tmp_path, levels, kept):
+    """Its reference too, unless it says nothing of a level: a τ that is relative to it would mean something else."""
+    reference = [{"sigma": 0.9, "statistic": {"4": 2.0}}, {"sigma": 0.1, "statistic": {"4": 1.0}}]
+    model = shutil.copytree(tiny_pipeline, tmp_path / "model")
+    (model / "ddit.json").write_text(json.dumps({"tau": 3.0, "warmup": 8, "reference": reference}))
+    result = run(main, "flux", "--model", model, *FAST[2:], "--levels", levels, "--out", tmp_path / "a.bundle")
+    assert result.exit_code == 0, result.stderr
+    schedule = json.loads((tmp_path / "a.bundle" / "bundle.json").read_text())["schedule"]
+    assert (schedule["tau"], len(schedule["reference"])) == ((3.0, 2) if kept else (0.001, 0))
+    assert schedule["warmup"] == 8

@@ -81,7 +81,10 @@ def test_coarse_steps_first_keep_to_the_time_where_that_can_be(allowed, steps):
         assert sum(COSTS.levels[level] for level in levels) <= allowed + 1e-6
 
 
-@pytest.mark.parametrize("text", ["native", "fixed:8x3,4x1,8x2", "dynamic:tau=0.02,rho=0.3,warmup=4,hold=1,coarsest=4"])
+@pytest.mark.parametrize(
+    "text",
+    ["native", "fixed:8x3,4x1,8x2", "dynamic:tau=0.02,rho=0.3,warmup=4,hold=1,coarsest=4,absolute=1"],
+)
 def test_a_schedule_is_written_as_it_is_read(text):
     assert write_schedule(parse_schedule(text, patches=(2, 4, 8), native=2, default=DEFAULT)) == text
 

@@ -13,6 +13,7 @@ from ddit.runtime import Bundle, Pipeline
 from ddit.runtime.bundle import Costs
 from ddit.runtime.calibrate import ssim
 from ddit.runtime.cli import main as ddit_run
+from ddit.runtime.plots import plot_schedule
 
 PROMPTS = ["a red circle", "a blue square", "a green star", "a red star", "a blue circle", "a green square"]
 SIZE = ("--steps", 12, "--height", 128, "--width", 64)
@@ -49,6 +50,9 @@ def test_the_speed_up_asked_for_is_found_and_kept(bundle):
     pipeline = Pipeline.open(bundle, backend="cpu")
     same = pipeline("a red circle", steps=12, height=128, width=64)
     assert same.trace.schedule["tau"] == kept.tau
+    assert {len(curve) for curve in same.trace.schedule["reference"].values()} == {12}
+    assert json.loads(same.trace.to_json())["schedule"]["text"].startswith("dynamic:tau=")
+    plot_schedule(same.trace, bundle.parent / "schedule.png")
     other = pipeline("a red circle", steps=11, height=128, width=64)
     assert other.trace.schedule["tau"] == manifest.schedule.tau
     assert "calibrated for 12 steps at 128×64" in run(ddit_run, "inspect", bundle).stdout
@@ -63,6 +67,23 @@ def test_a_quality_is_kept_and_a_later_calibration_replaces_the_first(bundle):
     assert np.mean([sample["similarity"] for sample in chosen["samples"]]) >= 0.9
     (kept,) = Bundle.open(bundle).manifest.calibrations
     assert kept.tau == report["tau"]
+
+
+def test_an_absolute_tau_has_no_reference(bundle):
+    assert calibrate(bundle, "--speedup", "1.4", "--absolute").exit_code == 0
+    (kept,) = Bundle.open(bundle).manifest.calibrations
+    assert kept.reference == ()
+    schedule = Pipeline.open(bundle, backend="cpu").schedule("dynamic", steps=12, height=128, width=64)
+    assert schedule.reference is None
+
+
+def test_smooth_pictures_are_those_of_the_prompts(bundle):
+    assert calibrate(bundle, "--speedup", "1.4").exit_code == 0
+    (kept,) = Bundle.open(bundle).manifest.calibrations
+    assert len(kept.reference) == 10  # of twelve steps, two have no third difference yet
+    assert all(set(point.statistic) == {4, 8} for point in kept.reference)
+    schedule = Pipeline.open(bundle, backend="cpu").schedule("dynamic", steps=12, height=128, width=64)
+    assert schedule.threshold(4, 11) == pytest.approx(kept.tau * schedule.reference[4][11])
 
 
 def test_a_dry_run_keeps_nothing(bundle):
