@@ -2,8 +2,8 @@
 
 The plan comes from measured milliseconds per level. Where native steps fit, all are native. Otherwise the dynamic
 schedule runs with the smallest calibrated τ that is fast enough; without a calibration, as many native steps as fit
-come last, after coarse ones (FlexiDiT, arXiv 2502.20126: coarse steps do the least harm early). Whatever the plan, a
-step that would leave too little time for the rest runs coarser.
+come first, and the coarsest ones after them: what a picture shows is decided early (docs/fidelity.md). Whatever the
+plan, a step that would leave too little time for the rest runs coarser.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -59,13 +59,12 @@ def plan(seconds: float, costs: Costs, steps: int, *, default: Dynamic, curve: S
     for point in curve:
         if MARGIN * steps * sum(share * costs.levels[patch] for patch, share in point.shares.items()) <= allowed:
             return replace(default, tau=point.tau)
-    return Fixed(coarse_first(allowed, costs.levels, steps, default.native))
+    return Fixed(native_first(allowed, costs.levels, steps, default.native))
 
 
-def coarse_first(allowed: float, milliseconds: Mapping[int, float], steps: int, native: int) -> tuple[int, ...]:
-    """Steps of the finest coarse level that fits into ``allowed`` milliseconds, then as many native ones as fit too."""
-    coarse = sorted(patch for patch in milliseconds if patch != native)
-    patch = next((patch for patch in coarse if steps * milliseconds[patch] <= allowed), coarse[-1])
-    spare, price = allowed - steps * milliseconds[patch], milliseconds[native] - milliseconds[patch]
+def native_first(allowed: float, milliseconds: Mapping[int, float], steps: int, native: int) -> tuple[int, ...]:
+    """As many native steps as fit into ``allowed`` milliseconds, then steps of the fastest level."""
+    fastest = min(milliseconds, key=milliseconds.__getitem__)
+    spare, price = allowed - steps * milliseconds[fastest], milliseconds[native] - milliseconds[fastest]
     count = max(0, min(steps, int(spare / price))) if price > 0 else 0
-    return (patch,) * (steps - count) + (native,) * count
+    return (native,) * count + (fastest,) * (steps - count)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from conftest import run
 from ddit.runtime import Pipeline
-from ddit.runtime.budget import Budgeted, coarse_first, plan
+from ddit.runtime.budget import Budgeted, native_first, plan
 from ddit.runtime.bundle import Costs, CurvePoint
 from ddit.runtime.cli import main as ddit_run
 from ddit.runtime.errors import UsageError
@@ -61,10 +61,9 @@ def test_the_smallest_tau_that_is_fast_enough():
     assert plan(1.6, COSTS, 50, default=DEFAULT, curve=curve) == Dynamic(2, (4, 8), 0.2, 0.4, 3)
 
 
-def test_without_a_calibration_native_steps_come_last():
+def test_without_a_calibration_native_steps_come_first():
     schedule = plan(1.2, COSTS, 50, default=DEFAULT)
-    assert schedule == Fixed((4,) * 40 + (2,) * 10)
-    assert write_schedule(schedule) == "fixed:4x40,2x10"
+    assert write_schedule(schedule) == "fixed:2x16,8x34"
 
 
 def test_what_cannot_be_done_is_said_with_what_can():
@@ -73,10 +72,10 @@ def test_what_cannot_be_done_is_said_with_what_can():
 
 
 @given(st.floats(0, 3000), st.integers(1, 60))
-def test_coarse_steps_first_keep_to_the_time_where_that_can_be(allowed, steps):
-    levels = coarse_first(allowed, COSTS.levels, steps, native=2)
+def test_native_steps_first_keep_to_the_time_where_that_can_be(allowed, steps):
+    levels = native_first(allowed, COSTS.levels, steps, native=2)
     assert len(levels) == steps
-    assert sorted(levels, reverse=True) == list(levels)
+    assert sorted(levels) == list(levels)
     if steps * COSTS.levels[8] <= allowed:
         assert sum(COSTS.levels[level] for level in levels) <= allowed + 1e-6
 
