@@ -1,6 +1,7 @@
 """Fixtures: a tiny random pipeline, an adapter for it, and the bundle that the command line makes of them."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,11 @@ def opset17_bundle(shared_folder, tiny_pipeline, tiny_adapter) -> Path:
 def _seeded() -> None:
     if torch := sys.modules.get("torch"):  # imported by a test that needs it
         torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _accelerate_starts_anew() -> Iterator[None]:
+    """A process trains in one precision only; here many trainings share a process."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
