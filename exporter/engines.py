@@ -45,10 +45,11 @@ class EngineBuilder:
     def __init__(self, options: BuilderOptions, timing_cache: Path | None, report: Report, progress: Progress):
         self.trt = compat.import_tensorrt()
         try:
+            import onnx_ir  # noqa: F401
             import polygraphy  # noqa: F401
-        except ImportError:
+        except ImportError as error:
             raise BackendError(
-                "building engines needs Polygraphy; install it with: pip install 'ddit[tensorrt]'"
+                f"building engines needs {error.name}; install it with: pip install 'ddit[tensorrt]'"
             ) from None
         self.gpu = Gpu()  # asks the driver first: TensorRT crashes without a GPU
         self.target = this_target(self.trt, self.gpu)
@@ -77,7 +78,8 @@ class EngineBuilder:
                 return Built(plan, False)
             self.report(f"{graph}: building")
             start = perf_counter()
-            serialized, scratch = self._serialize(bundle, profile, graph)
+            with store.merged_weights(key) as merged:
+                serialized, scratch = self._serialize(bundle, profile, graph, merged)
             info = PlanInfo(
                 graph=graph,
                 content=content,
@@ -92,18 +94,25 @@ class EngineBuilder:
             )
             return Built(store.put(info, serialized), True)
 
-    def _serialize(self, bundle: Bundle, profile: Profile, graph: str) -> tuple[memoryview, int]:
-        """A plan's bytes, and the scratch memory that its contexts need."""
+    def _serialize(self, bundle: Bundle, profile: Profile, graph: str, merged: str) -> tuple[memoryview, int]:
+        """A plan's bytes, and the scratch memory that its contexts need; ``merged`` is a file for merged weights."""
+        import onnx_ir as ir
         from polygraphy.backend.trt import engine_bytes_from_network
         from polygraphy.exception import PolygraphyException
         from polygraphy.logger import G_LOGGER
+
+        from ddit.exporter.merge import merge_lora
 
         trt, info = self.trt, bundle.graph(graph)
         logger = compat.make_logger(trt)
         builder = trt.Builder(logger)
         network = builder.create_network(compat.network_flags(trt))
         parser = trt.OnnxParser(network, logger)
-        if not parser.parse_from_file(str(bundle.file(info.file))):
+        file = bundle.file(info.file)
+        model = ir.load(file)
+        merge_lora(model, bundle.path, merged)
+        # the path is only for the weights' files, which lie beside it
+        if not parser.parse(ir.to_proto(model).SerializeToString(), str(file)):
             raise BackendError(f"TensorRT {self.target.tensorrt} cannot read {graph}: {parser_error(parser)}; {OPSETS}")
         compat.let_attention_decompose(trt, network)
         with self.progress(graph) as report, G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):

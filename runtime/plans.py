@@ -179,6 +179,18 @@ class PlanStore:
         except OSError as error:
             raise BackendError(f"{self.folder} cannot be written: {error.strerror or error}") from None
 
+    @contextmanager
+    def merged_weights(self, key: str) -> Iterator[str]:
+        """A file's name, relative to the bundle, for weights that only the building needs; gone with the block.
+
+        Call it with the key's lock held.
+        """
+        file = self.folder / f".{key}.weights"
+        try:
+            yield f"{FOLDER}/{file.name}"
+        finally:
+            file.unlink(missing_ok=True)
+
     def put(self, info: PlanInfo, content: bytes | memoryview) -> Plan:
         """Write a plan, which appears all at once. Call it with the key's lock held."""
         partial, final = self.folder / f".{info.key}.partial", self.folder / info.key

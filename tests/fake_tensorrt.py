@@ -1,11 +1,12 @@
 """TensorRT without a GPU, in the API of one real release: a name that the release has not is an AttributeError here.
 
-``tests/data/tensorrt`` lists every class, attribute and enum value of four releases' Python bindings. Plans name the
-ONNX file that they were built from, and an execution context runs it with ONNX Runtime on the fake GPU's memory.
+``tests/data/tensorrt`` lists every class, attribute and enum value of four releases' Python bindings. Plans hold the
+ONNX model that they were built from, and an execution context runs it with ONNX Runtime on the fake GPU's memory.
 """
 
 import json
 import sys
+from base64 import b64decode, b64encode
 from enum import IntEnum
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -13,8 +14,10 @@ from types import ModuleType
 
 import numpy as np
 import onnx
+import onnxruntime
+from onnx.external_data_helper import load_external_data_for_model
 
-from ddit.runtime.backends.onnxruntime import open_session
+from ddit.runtime.backends.onnxruntime import session_options
 from fake_cuda import FakeCuda
 
 DATA = Path(__file__).parent / "data" / "tensorrt"
@@ -106,7 +109,7 @@ class AttentionInput(Api):
 
 class Network(Api):
     def __init__(self):
-        self._path, self._inputs, self._layers = None, [], []
+        self._name, self._model, self._inputs, self._layers = None, None, [], []
 
     num_inputs = property(lambda self: len(self._inputs))
     num_layers = property(lambda self: len(self._layers))
@@ -144,14 +147,15 @@ class Parser(Api):
     def get_error(self, index):
         return self._errors[index]
 
-    def parse_from_file(self, path):
+    def parse(self, content, path):
         trt = self.trt
-        model = onnx.load(path, load_external_data=False)
+        model = onnx.load_from_string(content)
+        load_external_data_for_model(model, str(Path(path).parent))
         opset = next(entry.version for entry in model.opset_import if entry.domain == "")
         if opset > NEWEST_OPSET[trt.__version__]:
             self._errors.append(trt.ParserError(f"opset {opset} is not supported"))
             return False
-        self._network._path = path
+        self._network._name, self._network._model = Path(path).stem, model
         for value in model.graph.input:
             shape = tuple(dim.dim_value or -1 for dim in value.type.tensor_type.shape.dim)
             self._network._inputs.append(trt.ITensor(value.name, shape))
@@ -272,7 +276,8 @@ class Builder(Api):
             monitor.phase_finish("Building")
         trt.builds += 1
         config._cache._content += b"timed;"
-        plan = {"path": network._path, "profiles": config._profiles, "version": trt.__version__}
+        model = b64encode(network._model.SerializeToString()).decode()
+        plan = {"name": network._name, "model": model, "profiles": config._profiles, "version": trt.__version__}
         return HostMemory(json.dumps(plan).encode())
 
 
@@ -294,13 +299,14 @@ class Runtime(Api):
 class Engine(Api):
     def __init__(self, plan):
         self._plan = plan
-        self._name = Path(plan["path"]).stem
-        model = onnx.load(plan["path"], load_external_data=False)
+        self._name = plan["name"]
+        content = b64decode(plan["model"])
+        model = onnx.load_from_string(content)
         self._types = {
             value.name: self._type(TYPES[value.type.tensor_type.elem_type])
             for value in (*model.graph.input, *model.graph.output)
         }
-        self._session = open_session(Path(plan["path"]))
+        self._session = onnxruntime.InferenceSession(content, session_options(), providers=["CPUExecutionProvider"])
 
     device_memory_size = device_memory_size_v2 = property(lambda self: SCRATCH.get(self._name, 512))
 

@@ -3,11 +3,13 @@
 import json
 import re
 import shutil
+from base64 import b64decode
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 
 import numpy as np
+import onnx
 import pytest
 
 from conftest import run
@@ -84,9 +86,18 @@ def test_engines_are_built_once_and_make_the_same_picture(machine):
     levels = Fixed((2, 4) * 3)
     expected = Pipeline.open(machine.bundle, backend="cpu")("a red circle", seed=3, schedule=levels, **SIZE)
     actual = Pipeline.open(machine.bundle, backend="tensorrt")("a red circle", seed=3, schedule=levels, **SIZE)
-    np.testing.assert_array_equal(actual.latent, expected.latent)
-    np.testing.assert_array_equal(np.asarray(actual.image), np.asarray(expected.image))
-    assert [step.statistic for step in actual.trace.steps] == [step.statistic for step in expected.trace.steps]
+    # nearly: the engines' weights have the LoRA merged into them
+    np.testing.assert_allclose(actual.latent, expected.latent, atol=1e-5)
+    assert np.abs(np.asarray(actual.image, int) - np.asarray(expected.image)).max() <= 1
+    for one, other in zip(actual.trace.steps, expected.trace.steps, strict=True):
+        assert one.statistic == pytest.approx(other.statistic, rel=1e-4)
+
+
+def test_lora_is_merged_into_an_engine_s_weights(built):
+    plans = {plan["name"]: plan for plan in (json.loads(path.read_text()) for path in built.plans())}
+    names = {tensor.name for tensor in onnx.load_from_string(b64decode(plans["level-4"]["model"])).graph.initializer}
+    assert "merged.0" in names
+    assert not [name for name in names if "lora" in name]
 
 
 def test_8_6_gets_half_precision_by_flag_and_the_others_by_type(machine):
@@ -143,8 +154,8 @@ def test_profiles_become_optimization_profiles(one_machine, tmp_path):
         """
     )
     assert one_machine.build("--profile", profile).exit_code == 0
-    shapes = {Path(json.loads(path.read_text())["path"]).stem: json.loads(path.read_text())["profiles"]
-              for path in one_machine.plans()}  # fmt: skip
+    plans = [json.loads(path.read_text()) for path in one_machine.plans()]
+    shapes = {plan["name"]: plan["profiles"] for plan in plans}
     assert shapes["level-4"][0]["latent"] == [[1, 4, 16, 8], [1, 4, 16, 16], [1, 4, 16, 24]]
     assert shapes["level-4"][1]["rope_cos"][0] == [8, 8, 16]
     assert shapes["vae_decoder"][1]["latent"] == [[1, 4, 32, 32], [2, 4, 32, 32], [4, 4, 32, 32]]
@@ -168,7 +179,7 @@ class Coin:
     """Levels as if tossed, from the digits of what was measured: soon every sample goes its own way."""
 
     def level(self, past, deviations):
-        return 4 if deviations and int(1e7 * deviations[4].mean()) % 2 else 2
+        return 4 if deviations and int(1e3 * deviations[4].mean()) % 2 else 2
 
 
 def test_samples_that_part_ways_are_the_same_as_on_the_cpu(built):
@@ -180,7 +191,7 @@ def test_samples_that_part_ways_are_the_same_as_on_the_cpu(built):
     assert len({tuple(one) for one in levels}) == 3, "the schedules must differ for this test to say something"
     assert [result.trace.levels for result in actual] == levels
     for one, other in zip(actual, expected, strict=True):
-        np.testing.assert_array_equal(one.latent, other.latent)
+        np.testing.assert_allclose(one.latent, other.latent, atol=1e-5)
 
 
 def test_a_switch_moves_nothing_and_steps_are_replayed(built):
@@ -291,8 +302,10 @@ def test_a_killed_builder_leaves_a_store_that_works(one_machine):
     shutil.rmtree(store.folder / key)
     (store.folder / f".{key}.partial").mkdir()  # killed while writing
     (store.folder / f".{key}.partial" / "engine.plan").write_bytes(b"half")
+    (store.folder / f".{key}.weights").write_bytes(b"half")  # killed while building
     assert one_machine.build().exit_code == 0
     assert not list(store.folder.glob(".*.partial"))
+    assert not list(store.folder.glob(".*.weights"))
     Pipeline.open(one_machine.bundle, backend="tensorrt")("red", steps=4)
 
 
