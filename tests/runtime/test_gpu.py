@@ -18,14 +18,14 @@ from ddit.runtime.verify import verify_graphs
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(why_no_gpu() is not None, reason=f"no GPU: {why_no_gpu()}")]
 
 
-@pytest.fixture(params=["tensorrt", "cuda"])
-def bundle(request, tiny_bundle, opset17_bundle, tmp_path) -> tuple[Bundle, str]:
+@pytest.fixture(scope="module", params=["tensorrt", "cuda"])
+def bundle(request, tiny_bundle, opset17_bundle, tmp_path_factory) -> tuple[Bundle, str]:
     """A bundle that is ready for a backend, and the backend's name."""
     backend = request.param
     if backend == "tensorrt":
         if importlib.util.find_spec("tensorrt") is None:
             pytest.skip("TensorRT is not installed")
-        path = shutil.copytree(opset17_bundle, tmp_path / "a.bundle")
+        path = shutil.copytree(opset17_bundle, tmp_path_factory.mktemp("engines") / "a.bundle")
         result = run(export, "engines", path)
         assert result.exit_code == 0, result.stderr
         return Bundle.open(path), backend
