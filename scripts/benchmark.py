@@ -49,13 +49,13 @@ def main(
     shapes = [read_size(size) for size in sizes]
     reference, measured = Pipeline.open(path, backend="cpu"), Pipeline.open(path, backend=backend)
     height, width = shapes[0]
-    opening = [*first_runs(measured, height, width)]  # before anything else has opened an engine
+    opened = [*openings(measured, height, width)]  # before anything else has opened an engine
     parts = [
         f"# {measured.backend}\n\n" + "\n".join(f"* {line}" for line in facts(measured)),
         section("Agreement with the CPU", agreement(reference, measured, shapes)),
         section("Pictures", pictures(reference, measured, shapes, steps, schedule)),
         section(f"Steps at {height}×{width}", timings(measured, height, width, repeat)),
-        section("Memory", memory(measured, opening)),
+        section("Memory", memory(measured, opened)),
     ]
     report = "\n\n".join(parts) + "\n"
     click.echo(report)
@@ -202,23 +202,28 @@ def random_start(bundle: Bundle, height: int, width: int) -> Start:
 # ---- memory ----
 
 
-def first_runs(pipeline: Pipeline, height: int, width: int) -> Iterator[list[str]]:
-    """What every level's first run adds to the GPU's memory, a row each, coarse levels after the native one."""
+def openings(pipeline: Pipeline, height: int, width: int) -> Iterator[list[str]]:
+    """What every level adds to the GPU's memory when it is opened, and by its first run; the native one comes first.
+
+    ONNX Runtime has the weights on the GPU when a session is open, TensorRT loads a plan for the first run.
+    """
     manifest, backend = pipeline.bundle.manifest, pipeline.backend
     sizes = manifest.sizes(height=height, width=width, text=manifest.tokenizers["t5"].length)
-    before = backend.memory_used()
+    used = [backend.memory_used()]
     for patch in manifest.patches:
         graph = manifest.level(patch).graph
-        backend.engine(graph).run(random_inputs(pipeline.bundle.graph(graph), sizes))
-        after = backend.memory_used()
-        if before is not None and after is not None:
-            yield [f"added by the first run of level {patch}", f"{(after - before) / 1e6:,.1f}"]
-        before = after
+        engine = backend.engine(graph)
+        used.append(backend.memory_used())
+        engine.run(random_inputs(pipeline.bundle.graph(graph), sizes))
+        used.append(backend.memory_used())
+        for what, before, after in zip(("opening", "the first run of"), used[-3:-1], used[-2:], strict=True):
+            if before is not None and after is not None:
+                yield [f"added by {what} level {patch}", f"{(after - before) / 1e6:,.1f}"]
 
 
-def memory(pipeline: Pipeline, opening: Table) -> Table:
+def memory(pipeline: Pipeline, opened: Table) -> Table:
     """What the backend holds on the GPU, and what sharing saves."""
-    table = [["", "MB"], *opening]
+    table = [["", "MB"], *opened]
     used = pipeline.backend.memory_used()
     table.append(["held on the GPU after all of this", "–" if used is None else f"{used / 1e6:,.0f}"])
     manifest = pipeline.bundle.manifest
