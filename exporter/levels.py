@@ -86,7 +86,7 @@ class LoRALinear(nn.Linear):
     """A shared linear layer with a low-rank side branch (LoRA, arXiv 2106.09685): ``x Wᵀ + b + α/r · (x Aᵀ) Bᵀ``.
 
     ``weight`` and ``bias`` are the base layer's own tensors; ``lora_A`` and ``lora_B`` are named as peft names them.
-    The branch is never merged, so that levels go on sharing one copy of the base weights.
+    The branch is not merged, so that levels go on sharing one copy of the base weights.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float):
