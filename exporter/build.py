@@ -28,6 +28,7 @@ from ddit.runtime.plans import PlanStore
 
 # The paper's values (arXiv 2602.16968, section 4.1). τ belongs to a model and a step count, so these are a start only.
 PAPER = ScheduleInfo(tau=0.001, rho=0.4, warmup=3)
+CARRY = 0.2  # of detail (docs/method.md), which the paper does not have; 0.15 to 0.3 is alike on the demo model
 MADE_WITH = ("ddit", "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
@@ -76,6 +77,7 @@ def export_bundle(model: FluxModel, out: Path, *, profile: Profile, opset: int, 
             sampler=sampler,
             rotary=model.rotary,
             guidance=model.guidance,
+            carry=CARRY if model.source.defaults.carry is None else model.source.defaults.carry,
             schedule=_schedule(model),
             parity=tuple(parity),
             files={path.name: file_info(path) for path in sorted(folder.iterdir())},

@@ -28,6 +28,7 @@ class ExportDefaults(BaseModel):
     profile: str | None = None
     adapter: str | None = None  # file in the same folder
     guidance: float | None = None
+    carry: float | None = None
     steps: int | None = None
     tau: float | None = None
     rho: float | None = None

@@ -228,6 +228,7 @@ class Manifest(_Model):
     sampler: SamplerInfo
     rotary: RotaryInfo
     guidance: GuidanceInfo
+    carry: float = Field(ge=0, le=1, description="share of the last native step's detail that coarse steps take over")
     schedule: ScheduleInfo
     calibrations: tuple[Calibration, ...] = ()
     parity: tuple[ParityResult, ...]

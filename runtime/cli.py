@@ -72,6 +72,9 @@ def main(verbose: int) -> None:
 @click.option("--height", type=int, help="Pixels.  [default: the profile's optimum]")
 @click.option("--width", type=int, help="Pixels.  [default: the profile's optimum]")
 @click.option("--guidance", type=float, help="Guidance scale.  [default: the bundle's]")
+@click.option(
+    "--carry", type=float, help="Share of native detail that coarse steps take over.  [default: the bundle's]"
+)
 @click.option("--text-length", type=click.IntRange(1), help="Tokens of the prompt.  [default: the bundle's]")
 @click.option("--out", type=click.Path(path_type=Path), default="out.png", show_default=True, help="Picture to write.")
 @click.option("--trace", "trace_file", type=click.Path(path_type=Path), help="Write what every step did as JSON.")
@@ -92,6 +95,7 @@ def generate(
     height: int | None,
     width: int | None,
     guidance: float | None,
+    carry: float | None,
     text_length: int | None,
     out: Path,
     trace_file: Path | None,
@@ -126,6 +130,7 @@ def generate(
             height=height,
             width=width,
             guidance=guidance,
+            carry=carry,
             text_length=text_length,
             on_step=on_step,
         )

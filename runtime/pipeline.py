@@ -79,6 +79,7 @@ class Pipeline:
         width: int | None = None,
         guidance: float | None = None,
         text_length: int | None = None,
+        carry: float | None = None,
         budget: float | None = None,
         on_step: OnStep | None = None,
     ) -> Result:
@@ -92,6 +93,7 @@ class Pipeline:
             width=width,
             guidance=guidance,
             text_length=text_length,
+            carry=carry,
             budget=budget,
             on_step=on_step,
         )[0]
@@ -107,6 +109,7 @@ class Pipeline:
         width: int | None = None,
         guidance: float | None = None,
         text_length: int | None = None,
+        carry: float | None = None,
         budget: float | None = None,
         on_step: OnStep | None = None,
     ) -> list[Result]:
@@ -120,6 +123,8 @@ class Pipeline:
             height, width: pixels; the profile's optimum when None.
             guidance: guidance scale, for models that were distilled for it; the bundle's default when None.
             text_length: tokens of the prompt, padding included; the bundle's default when None.
+            carry: share of the last native step's detail that coarse steps take over, 0 to 1 (docs/method.md); the
+                bundle's default when None.
             budget: seconds from one prompt to its picture, instead of a schedule; see `ddit.runtime.budget`. The first
                 call at a size measures the levels beforehand, unless a calibration on this backend has.
             on_step: called after every step with its number, the number of steps, and the samples' levels.
@@ -139,6 +144,9 @@ class Pipeline:
         sizes = manifest.sizes(height=height, width=width, text=text_length, batch=len(prompts))
         self.backend.check(height=height, width=width, text=text_length, batch=len(prompts))
         guidance = self._guidance(guidance)
+        carry = manifest.carry if carry is None else carry
+        if not 0 <= carry <= 1:
+            raise UsageError(f"carry must lie between 0 and 1, not {carry:g}")
         if isinstance(schedule, str):
             schedule = self.schedule(schedule, steps=steps, height=height, width=width)
         steps = self._steps(steps, schedule)
@@ -151,7 +159,7 @@ class Pipeline:
             schedule = plan(budget, costs, steps, default=schedule, curve=known.curve if known else ())
 
         traces = [
-            Trace(prompt, seed, height, width, guidance, self.backend.name, describe(schedule))
+            Trace(prompt, seed, height, width, guidance, carry, self.backend.name, describe(schedule))
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         start = perf_counter()
@@ -163,7 +171,7 @@ class Pipeline:
         conditions = {"context": context, "pooled": pooled}
         if manifest.guidance.embedded:
             conditions["guidance"] = np.full(len(prompts), guidance, dtype=np.float32)
-        latent = self._denoise(latent, conditions, steps, schedule, traces, on_step)
+        latent = self._denoise(latent, conditions, carry, steps, schedule, traces, on_step)
         denoised = perf_counter()
         pictures = self.backend.engine("vae_decoder").run({"latent": latent})["image"]
         for trace in traces:
@@ -249,6 +257,7 @@ class Pipeline:
         self,
         latent: FloatArray,
         conditions: dict[str, FloatArray],
+        carry: float,
         steps: int,
         schedule: Schedule,
         traces: list[Trace],
@@ -265,7 +274,7 @@ class Pipeline:
         for trace in traces:
             trace.complexity = None if finest is None else Complexity(finest)
 
-        start = Start(latent, conditions, sigma, lambda patch: self._rotary(patch, height, width))
+        start = Start(latent, conditions, sigma, lambda patch: self._rotary(patch, height, width), carry)
         with self.backend.denoiser(start) as denoiser:
             for step in range(steps):
                 groups: defaultdict[int, list[int]] = defaultdict(list)

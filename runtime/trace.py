@@ -29,6 +29,7 @@ class Trace:
     height: int
     width: int
     guidance: float
+    carry: float  # share of the last native step's detail that coarse steps took over
     backend: str
     schedule: dict[str, Any]
     steps: list[StepRecord] = field(default_factory=list)

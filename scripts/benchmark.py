@@ -196,7 +196,8 @@ def random_start(bundle: Bundle, height: int, width: int) -> Start:
         return rotary_tables(*grid, patch / manifest.native, rotary.axes_dims, rotary.theta)
 
     conditions = {name: inputs[name] for name in ("context", "pooled", "guidance") if name in inputs}
-    return Start(inputs["latent"], conditions, np.linspace(1, 0.9, 51, dtype=np.float32), tables)  # type: ignore[arg-type]
+    sigmas = np.linspace(1, 0.9, 51, dtype=np.float32)
+    return Start(inputs["latent"], conditions, sigmas, tables, manifest.carry)  # type: ignore[arg-type]
 
 
 # ---- memory ----

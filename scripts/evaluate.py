@@ -63,6 +63,9 @@ SEED_STRIDE = 10_000
 @click.option("--height", type=int, help="Pixels.  [default: the profile's optimum]")
 @click.option("--width", type=int, help="Pixels.  [default: the profile's optimum]")
 @click.option("--guidance", type=float, help="Guidance scale.  [default: the bundle's]")
+@click.option(
+    "--carry", type=float, help="Share of native detail that coarse steps take over.  [default: the bundle's]"
+)
 @click.option("--backend", default="cpu", show_default=True, help="cpu, cuda, or an ONNX Runtime execution provider.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of one graph.  [default: all cores]")
 def main(
@@ -77,6 +80,7 @@ def main(
     height: int | None,
     width: int | None,
     guidance: float | None,
+    carry: float | None,
     backend: str,
     threads: int | None,
 ) -> None:
@@ -100,6 +104,7 @@ def main(
         height=height or optimum.height.optimum,
         width=width or optimum.width.optimum,
         guidance=manifest.guidance.default if guidance is None else guidance,
+        carry=manifest.carry if carry is None else carry,
         machine=describe_machine(backend),
     )
     flops = level_flops(pipeline.bundle, height=settings.height, width=settings.width)

@@ -253,7 +253,7 @@ def markdown(
     run = [
         f"bundle: {facts.bundle} (bundle.json {settings.bundle[:12]})",
         f"pictures: {prompts} prompts ({facts.prompts}), {facts.seeds} of each under every schedule; {steps} steps, "
-        f"{settings.height}×{settings.width} pixels, guidance {settings.guidance:g}",
+        f"{settings.height}×{settings.width} pixels, guidance {settings.guidance:g}, carry {settings.carry:g}",
         f"machine: {settings.machine}; backend {settings.backend}, threads {settings.threads or 'all'}",
         "versions: " + ", ".join([f"Python {python_version()}", *(f"{n} {v}" for n, v in versions().items())]),
         f"command: `{shlex.join(['python', *sys.argv])}`",

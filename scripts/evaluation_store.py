@@ -43,6 +43,7 @@ class Settings:
     height: int
     width: int
     guidance: float
+    carry: float
     machine: str
 
 
@@ -177,7 +178,12 @@ def make_missing(
     say(f"{total - todo} of {total} pictures are there already, {todo} to make")
     if not jobs:
         return
-    options = {"height": settings.height, "width": settings.width, "guidance": settings.guidance}
+    options = {
+        "height": settings.height,
+        "width": settings.width,
+        "guidance": settings.guidance,
+        "carry": settings.carry,
+    }
     patches = pipeline.bundle.manifest.patches
     for batch in sorted({len(some) for _, some in jobs}):  # the first run at a size is slow
         pipeline.batch(["warm up"] * batch, seeds=[0] * batch, schedule=Fixed(patches), **options)  # type: ignore[arg-type]

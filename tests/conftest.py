@@ -25,7 +25,7 @@ def shared_folder(tmp_path_factory, worker_id, pytestconfig) -> Path:
     """A folder that all workers of a parallel run share."""
     if folder := pytestconfig.getoption("--bundles"):
         folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        return folder.resolve()  # some tests change the working directory
     root = tmp_path_factory.getbasetemp()
     folder = (root if worker_id == "master" else root.parent) / "shared"
     folder.mkdir(exist_ok=True)

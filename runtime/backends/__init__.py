@@ -18,7 +18,7 @@ from threading import Lock
 import numpy as np
 from numpy.typing import NDArray
 
-from ddit.runtime.bundle import Bundle
+from ddit.runtime.bundle import Bundle, Manifest
 from ddit.runtime.cuda import why_no_gpu
 from ddit.runtime.errors import DditError
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 FloatArray = NDArray[np.float32]
 Array = FloatArray | NDArray[np.int64]
 
-STATE = ("latent", "difference1", "difference2")  # the step graph gives each back as next_…
+STATE = ("latent", "difference1", "difference2", "clean")  # the step graph gives each back as next_…
 DEVIATION = "deviation_"  # its other outputs: deviation_4 for patch 4
 
 
@@ -47,10 +47,36 @@ class Start:
     conditions: Mapping[str, FloatArray]  # the level graphs' inputs that stay the same: context, pooled, guidance
     sigmas: FloatArray  # noise levels (steps + 1), the last is 0
     rotary: Callable[[int], tuple[FloatArray, FloatArray]]  # tables of cosines and sines by patch
+    carry: float  # share of the last native step's detail that coarse steps take over
+
+
+class Detail:
+    """What a run's steps carry on of the native level's detail: two inputs of the step graph."""
+
+    def __init__(self, manifest: Manifest, carry: float):
+        self._native = manifest.native
+        self._coarse = [patch for patch in manifest.patches if patch != manifest.native]
+        self._carry = carry
+        self._known: set[int] = set()
+
+    def share(self, patch: int, members: Sequence[int]) -> float:
+        """The share for a step of some samples; none before each of them has had a native step."""
+        if patch == self._native:
+            self._known.update(members)
+            return 0.0
+        return self._carry if self._known.issuperset(members) else 0.0
+
+    def inputs(self, patch: int, share: float, batch: int) -> dict[str, FloatArray]:
+        """``refresh`` (B) and, with coarse levels, ``carry`` (B, coarse patches) after a step at a level."""
+        inputs = {"refresh": np.full(batch, patch == self._native, dtype=np.float32)}
+        if self._coarse:
+            row = [share if patch == coarse else 0.0 for coarse in self._coarse]
+            inputs["carry"] = np.tile(np.asarray(row, dtype=np.float32), (batch, 1))
+        return inputs
 
 
 class Denoiser(ABC):
-    """A run's state: latents and differences of its samples. Belongs to one thread."""
+    """A run's state: latents, differences and the kept estimate of its samples. Belongs to one thread."""
 
     @abstractmethod
     def step(self, number: int, patch: int, members: Sequence[int]) -> dict[int, FloatArray]:
@@ -110,6 +136,7 @@ class HostDenoiser(Denoiser):
     def __init__(self, backend: Backend, start: Start):
         self._backend = backend
         self._start = start
+        self._detail = Detail(backend.bundle.manifest, start.carry)
         self._state = {name: np.zeros_like(start.latent) for name in STATE} | {"latent": start.latent.copy()}
 
     def step(self, number: int, patch: int, members: Sequence[int]) -> dict[int, FloatArray]:
@@ -118,17 +145,21 @@ class HostDenoiser(Denoiser):
         cos, sin = start.rotary(patch)
         sigma, after = start.sigmas[number : number + 2]
         now = {name: value[rows] for name, value in self._state.items()}
+        timestep = np.full(len(rows), sigma, dtype=np.float32)
         velocity = self._backend.level(patch).run(
             {
                 "latent": now["latent"],
-                "timestep": np.full(len(rows), sigma, dtype=np.float32),
+                "timestep": timestep,
                 "rope_cos": cos,
                 "rope_sin": sin,
                 **{name: value[rows] for name, value in start.conditions.items()},
             }
         )["velocity"]
         dt = np.full(len(rows), after - sigma, dtype=np.float32)
-        outputs = self._backend.engine("step").run({**now, "velocity": velocity, "dt": dt})
+        detail = self._detail.inputs(patch, self._detail.share(patch, rows), len(rows))
+        outputs = self._backend.engine("step").run(
+            {**now, **detail, "velocity": velocity, "timestep": timestep, "dt": dt}
+        )
         for name, value in self._state.items():
             value[rows] = outputs[f"next_{name}"]
         return deviations(outputs)

@@ -5,17 +5,29 @@ addresses once, so that a switch of level moves no data; the host sees the devia
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import RLock
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from ddit.runtime.backends import DEVIATION, STATE, Array, Backend, Denoiser, Engine, FloatArray, Start, deviations
+from ddit.runtime.backends import (
+    DEVIATION,
+    STATE,
+    Array,
+    Backend,
+    Denoiser,
+    Detail,
+    Engine,
+    FloatArray,
+    Start,
+    deviations,
+)
 from ddit.runtime.bundle import Bundle, GraphInfo, TensorSpec, infer_sizes
 from ddit.runtime.cuda import CudaGraph, DeviceArray, Gpu
 
+CONSTANTS = ("rope_cos", "rope_sin", "refresh", "carry")  # inputs that depend on nothing but the level
 KEPT_WORKSPACES = 4  # of runs that are over; the next run of the same size starts with bound engines
 KEPT_SHAPES = 2  # of an engine that is fed from the host
 
@@ -139,19 +151,24 @@ class Workspace:
         manifest = backend.bundle.manifest
         level = manifest.graphs[manifest.level(manifest.native).graph]
         step = manifest.graphs["step"]
-        # the levels' tensors differ in nothing but the rotary tables' shapes
+        # the levels' tensors differ in nothing but those that every `Step` brings
         specs = {spec.name: spec for graph in (level, step) for spec in (*graph.inputs, *graph.outputs)}
         self.arrays = {
-            name: backend.gpu.array(spec.resolve(sizes)) for name, spec in specs.items() if not name.startswith("rope_")
+            name: backend.gpu.array(spec.resolve(sizes)) for name, spec in specs.items() if name not in CONSTANTS
         }
         self.deviations = {name: array for name, array in self.arrays.items() if name.startswith(DEVIATION)}
-        self._steps: dict[int, Step] = {}
+        self._steps: dict[tuple[int, float], Step] = {}
 
-    def run(self, patch: int, rotary: tuple[FloatArray, FloatArray]) -> dict[int, FloatArray]:
-        """One denoising step of the whole batch at a level; returns the deviations by patch."""
-        if patch not in self._steps:
-            self._steps[patch] = Step(self, patch, rotary)
-        self._steps[patch].enqueue()
+    def run(self, patch: int, share: float, constants: Callable[[], Mapping[str, FloatArray]]) -> dict[int, FloatArray]:
+        """One denoising step of the whole batch at a level; returns the deviations by patch.
+
+        ``share`` is that of the carried detail; ``constants`` gives `CONSTANTS`.
+        """
+        if (patch, share) not in self._steps:
+            for other in [key for key in self._steps if key[0] == patch and 0 < key[1] != share]:
+                del self._steps[other]  # a share that a run before was given
+            self._steps[patch, share] = Step(self, patch, constants())
+        self._steps[patch, share].enqueue()
         self.backend.gpu.synchronize()
         return deviations({name: array.fetched() for name, array in self.deviations.items()})
 
@@ -159,11 +176,10 @@ class Workspace:
 class Step:
     """A level's engine and the step graph, bound to a workspace; replayed as one CUDA graph where that pays."""
 
-    def __init__(self, workspace: Workspace, patch: int, rotary: tuple[FloatArray, FloatArray]):
+    def __init__(self, workspace: Workspace, patch: int, constants: Mapping[str, FloatArray]):
         backend = workspace.backend
         manifest = backend.bundle.manifest
-        cos, sin = (backend.gpu.upload(table) for table in rotary)
-        self._arrays = {**workspace.arrays, "rope_cos": cos, "rope_sin": sin}
+        self._arrays = workspace.arrays | {name: backend.gpu.upload(values) for name, values in constants.items()}
         self._fetched = list(workspace.deviations.values())
         self._gpu = backend.gpu
         tokens = workspace.sizes["H"] * workspace.sizes["W"] // patch**2
@@ -207,6 +223,7 @@ class DeviceDenoiser(Denoiser):
     def __init__(self, backend: DeviceBackend, start: Start):
         self._backend = backend
         self._rotary = start.rotary
+        self._detail = Detail(backend.bundle.manifest, start.carry)
         self._rows = (*STATE, *start.conditions)
         batch, _, height, width = start.latent.shape
         self._sizes = {"B": batch, "H": height, "W": width, "L": start.conditions["context"].shape[1]}
@@ -238,12 +255,17 @@ class DeviceDenoiser(Denoiser):
                 for name in self._rows:
                     for row, member in enumerate(members):
                         workspace.arrays[name].copy_row(row, self._home.arrays[name], member)
-            found = workspace.run(patch, self._rotary(patch))
+            share = self._detail.share(patch, members)
+            found = workspace.run(patch, share, lambda: self._constants(patch, share, len(members)))
             if not whole:
                 for name in STATE:
                     for row, member in enumerate(members):
                         self._home.arrays[name].copy_row(member, workspace.arrays[name], row)
             return found
+
+    def _constants(self, patch: int, share: float, batch: int) -> dict[str, FloatArray]:
+        cos, sin = self._rotary(patch)
+        return {"rope_cos": cos, "rope_sin": sin, **self._detail.inputs(patch, share, batch)}
 
     def latent(self) -> FloatArray:
         """The samples' latents."""

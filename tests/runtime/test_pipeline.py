@@ -13,6 +13,7 @@ from ddit.exporter.cli import main as export
 from ddit.runtime import Pipeline
 from ddit.runtime.errors import UsageError
 from ddit.runtime.sampler import noise
+from ddit.runtime.schedule import Fixed
 
 SIZE = {"height": 128, "width": 64}
 
@@ -121,3 +122,19 @@ def test_text_length_is_free(pipeline):
     assert np.isfinite(result.latent).all()
     with pytest.raises(UsageError, match="outside the bundle's profile"):
         pipeline("a red circle", steps=3, text_length=8, **SIZE)
+
+
+def test_detail_is_carried_from_native_steps_into_coarse_ones(pipeline):
+    def latent(carry: float | None, *levels: int) -> np.ndarray:
+        return pipeline("a red circle", seed=3, schedule=Fixed(levels), carry=carry, **SIZE).latent
+
+    np.testing.assert_array_equal(latent(1.0, 2, 2, 2), latent(0.0, 2, 2, 2))
+    np.testing.assert_array_equal(latent(1.0, 4, 4, 4), latent(0.0, 4, 4, 4), "there is nothing to carry yet")
+    plain, carried = latent(0.0, 2, 4, 4), latent(1.0, 2, 4, 4)
+    assert not np.array_equal(plain, carried)
+    np.testing.assert_array_equal(latent(None, 2, 4, 4), latent(pipeline.bundle.manifest.carry, 2, 4, 4))
+
+
+def test_carry_is_a_share(pipeline):
+    with pytest.raises(UsageError, match=r"carry must lie between 0 and 1, not 1\.5"):
+        pipeline("a red circle", carry=1.5, **SIZE)

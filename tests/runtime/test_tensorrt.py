@@ -207,6 +207,19 @@ def test_a_switch_moves_nothing_and_steps_are_replayed(built):
     assert built.cuda.synchronizations - waits <= 20 + 20
 
 
+def test_another_share_of_carried_detail_takes_no_more_memory(built):
+    pipeline = Pipeline.open(built.bundle, backend="tensorrt")
+    schedule = Fixed((4, 2, 4, 4))  # nothing to carry at first, then the share
+    results, used = {}, set()
+    for carry in (0.1, 0.2, 0.1, 0.3):
+        results[carry] = pipeline("red", schedule=schedule, carry=carry, **SIZE).latent
+        used.add(built.cuda.used)
+    assert len(used) == 1
+    cpu = Pipeline.open(built.bundle, backend="cpu")
+    for carry, latent in results.items():
+        np.testing.assert_allclose(latent, cpu("red", schedule=schedule, carry=carry, **SIZE).latent, atol=1e-5)
+
+
 def test_scratch_memory_is_the_largest_engine_s(built):
     before = built.cuda.used
     backend = Pipeline.open(built.bundle, backend="tensorrt").backend

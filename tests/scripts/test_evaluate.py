@@ -200,7 +200,7 @@ def test_a_longer_list_of_scenes_goes_on_from_a_shorter_one():
 def test_pictures_that_ran_together_share_the_time():
     def result(*levels: int) -> Result:
         steps = [StepRecord(i, 1.0, level, 10.0 * level, {}) for i, level in enumerate(levels)]
-        return Result(Image.new("RGB", (1, 1)), Trace("", 0, 1, 1, 0.0, "cpu", {}, steps), None)
+        return Result(Image.new("RGB", (1, 1)), Trace("", 0, 1, 1, 0.0, 0.0, "cpu", {}, steps), None)
 
     assert evaluation_store.shares([result(2, 2), result(2, 4), result(2, 4)]) == pytest.approx(
         [20 / 3 + 20, 20 / 3 + 20, 20 / 3 + 20]
