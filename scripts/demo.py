@@ -18,7 +18,7 @@ PROMPTS = {
     "simple": "a large red circle on a plain background",
     "busy": "a blue cross on a striped background",
 }
-SCHEDULES = ("native", "dynamic", "dynamic:coarsest=8")  # the last one goes coarser than the model's default
+SCHEDULES = ("native", "dynamic", "dynamic:coarsest=4")
 
 
 @click.command()
