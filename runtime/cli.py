@@ -178,7 +178,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
     guidance = f"default {manifest.guidance.default:g}" if manifest.guidance.embedded else "none"
     dynamic = manifest.schedule
     console.print(
-        f"sampling: {manifest.sampler.steps} steps, guidance {guidance}; "
+        f"sampling: {manifest.sampler.steps} steps, guidance {guidance}, carry {manifest.carry:g}; "
         f"dynamic schedule {_tau(dynamic)}, ρ {dynamic.rho:g}, warm-up {dynamic.warmup}, hold {dynamic.hold}, "
         f"coarsest {dynamic.coarsest or max(manifest.patches)}"
     )
