@@ -202,6 +202,13 @@ class Pipeline:
         unit = manifest.latent.downscale * manifest.native
         return sigmas(manifest.sampler, steps, (height // unit) * (width // unit))
 
+    def _smooth(self, patch: int | None, steps: int, height: int, width: int, sigma: FloatArray) -> Sequence[float]:
+        """What a coarse level's statistic is in smooth pictures after every step; 1 where the bundle does not know."""
+        scale = self.bundle.manifest.latent.downscale
+        info = self.bundle.manifest.dynamic(steps=steps, height=height * scale, width=width * scale)
+        known = reference_at(info.reference, sigma) if info.reference else {}
+        return known.get(patch, [1.0] * steps) if patch else []
+
     def measure_costs(self, height: int, width: int, repeat: int = 7) -> Costs:
         """Time a few steps of all levels in turn, after one of each that warms up."""
         patches = self.bundle.manifest.patches
@@ -271,6 +278,7 @@ class Pipeline:
         rho = wanted.rho if isinstance(wanted, Dynamic) else manifest.schedule.rho
         known: list[dict[int, FloatArray]] = [{} for _ in range(batch)]
         finest = min((patch for patch in manifest.patches if patch != manifest.native), default=None)
+        smooth = self._smooth(finest, steps, height, width, sigma)
         for trace in traces:
             trace.complexity = None if finest is None else Complexity(finest)
 
@@ -287,8 +295,10 @@ class Pipeline:
                     for row, sample in enumerate(members):
                         if step + 1 >= DIFFERENCE_ORDER:
                             known[sample] = {coarse: values[row] for coarse, values in deviations.items()}
-                            if complexity := traces[sample].complexity:
-                                complexity.add(step, known[sample][complexity.patch])
+                            latest = {*traces[sample].levels[1 - DIFFERENCE_ORDER :], patch}
+                            # across a switch the difference shows how levels disagree, not what the picture does
+                            if (complexity := traces[sample].complexity) and len(latest) == 1:
+                                complexity.add(step, known[sample][complexity.patch] / smooth[step])
                         measured = {coarse: statistic(values, rho) for coarse, values in known[sample].items()}
                         record = StepRecord(step, float(sigma[step]), patch, milliseconds, measured)
                         traces[sample].steps.append(record)

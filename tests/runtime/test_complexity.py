@@ -6,8 +6,10 @@ import numpy as np
 from PIL import Image
 
 from conftest import run
+from ddit.runtime import Pipeline
 from ddit.runtime.cli import main as ddit_run
 from ddit.runtime.complexity import Complexity
+from ddit.runtime.schedule import Fixed
 
 
 def test_where_and_when():
@@ -35,6 +37,20 @@ def test_the_map_lies_over_the_picture_and_its_numbers_in_the_trace(tiny_bundle,
     assert np.shape(complexity["where"]) == np.shape(complexity["when"]) == (2, 4)
     assert abs(np.mean(complexity["where"]) - 1) < 0.01
     assert 2 <= np.min(complexity["when"]) <= np.max(complexity["when"]) <= 5
+
+
+def test_what_a_switch_of_level_does_is_not_detail(tiny_bundle, monkeypatch):
+    added = {}
+    monkeypatch.setattr(Complexity, "add", lambda self, step, deviation: added.update({step: deviation}))
+    pipeline, size = Pipeline.open(tiny_bundle, backend="cpu"), {"height": 64, "width": 128}
+    pipeline("red", schedule=Fixed((2, 2, 2, 4, 4, 4, 4)), **size)
+    assert list(added) == [2, 5, 6], "only steps whose third difference spans one level"
+
+    monkeypatch.setattr(Pipeline, "_smooth", lambda *arguments: [2.0] * 7)  # as if smooth pictures had two everywhere
+    absolute = added.copy()
+    pipeline("red", schedule=Fixed((2, 2, 2, 4, 4, 4, 4)), **size)
+    for step, deviation in absolute.items():
+        np.testing.assert_array_equal(added[step], deviation / 2)
 
 
 def test_a_map_of_an_unknown_type_is_refused_before_the_work(tiny_bundle, tmp_path):
