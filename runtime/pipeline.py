@@ -2,7 +2,7 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -192,7 +192,7 @@ class Pipeline:
         info = manifest.dynamic(steps=steps, height=height, width=width)
         coarsest = info.coarsest or max(manifest.patches)
         coarse = tuple(patch for patch in manifest.patches if manifest.native < patch <= coarsest)
-        reference = reference_at(info.reference, self.sigmas(steps, height, width)) if info.reference else None
+        reference = self._reference(steps, height, width)
         default = Dynamic(manifest.native, coarse, info.tau, info.rho, info.warmup, info.hold, reference)
         return parse_schedule(text, patches=manifest.patches, native=manifest.native, default=default)
 
@@ -202,11 +202,14 @@ class Pipeline:
         unit = manifest.latent.downscale * manifest.native
         return sigmas(manifest.sampler, steps, (height // unit) * (width // unit))
 
-    def _smooth(self, patch: int | None, steps: int, height: int, width: int, sigma: FloatArray) -> Sequence[float]:
+    def _reference(self, steps: int, height: int, width: int) -> Mapping[int, Sequence[float]] | None:
+        """The statistics of smooth pictures after every step, by coarse patch; None where the bundle has none."""
+        points = self.bundle.manifest.dynamic(steps=steps, height=height, width=width).reference
+        return reference_at(points, self.sigmas(steps, height, width)) if points else None
+
+    def _smooth(self, patch: int | None, steps: int, height: int, width: int) -> Sequence[float]:
         """What a coarse level's statistic is in smooth pictures after every step; 1 where the bundle does not know."""
-        scale = self.bundle.manifest.latent.downscale
-        info = self.bundle.manifest.dynamic(steps=steps, height=height * scale, width=width * scale)
-        known = reference_at(info.reference, sigma) if info.reference else {}
+        known = self._reference(steps, height, width) or {}
         return known.get(patch, [1.0] * steps) if patch else []
 
     def measure_costs(self, height: int, width: int, repeat: int = 7) -> Costs:
@@ -278,7 +281,8 @@ class Pipeline:
         rho = wanted.rho if isinstance(wanted, Dynamic) else manifest.schedule.rho
         known: list[dict[int, FloatArray]] = [{} for _ in range(batch)]
         finest = min((patch for patch in manifest.patches if patch != manifest.native), default=None)
-        smooth = self._smooth(finest, steps, height, width, sigma)
+        scale = manifest.latent.downscale
+        smooth = self._smooth(finest, steps, height * scale, width * scale)
         for trace in traces:
             trace.complexity = None if finest is None else Complexity(finest)
 

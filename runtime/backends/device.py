@@ -27,7 +27,7 @@ from ddit.runtime.backends import (
 from ddit.runtime.bundle import Bundle, GraphInfo, TensorSpec, infer_sizes
 from ddit.runtime.cuda import CudaGraph, DeviceArray, Gpu
 
-CONSTANTS = ("rope_cos", "rope_sin", "refresh", "carry")  # inputs that depend on nothing but the level
+CONSTANTS = ("rope_cos", "rope_sin", "refresh", "carry")  # inputs that depend on the level and the carried share only
 KEPT_WORKSPACES = 4  # of runs that are over; the next run of the same size starts with bound engines
 KEPT_SHAPES = 2  # of an engine that is fed from the host
 
