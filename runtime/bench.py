@@ -5,7 +5,7 @@ import resource
 import statistics
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.pool import Pool
 from pathlib import Path
@@ -88,6 +88,13 @@ def _process() -> Iterator[Pool]:
 
 
 def peak_memory_mb() -> float:
-    """The most memory that this process has held so far, in MB (10⁶ bytes)."""
+    """The most memory that this process has held so far, in MB (10⁶ bytes).
+
+    On Linux `getrusage` is not enough: its maximum survives `exec`, so a child starts with what its parent held.
+    """
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e6
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

@@ -18,11 +18,12 @@ from ddit.runtime.backends import onnxruntime, open_backend
 from ddit.runtime.cli import main as ddit_run
 
 EXPORT = """
-import resource, sys, time
+import sys, time
 from ddit.exporter.cli import main
+from ddit.runtime.bench import peak_memory_mb
 start = time.perf_counter()
 main(["flux", "--model", "demo", "--levels", "2,4,8", "--out", sys.argv[1]], standalone_mode=False)
-print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+print(time.perf_counter() - start, peak_memory_mb() / 1e3)
 """
 
 

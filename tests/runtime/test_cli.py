@@ -1,12 +1,15 @@
 """ddit-run from the outside: what a user types, sees and gets."""
 
 import json
+import subprocess
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from conftest import run
+from ddit.runtime.bench import peak_memory_mb
 from ddit.runtime.cli import main
 
 
@@ -95,3 +98,11 @@ def test_bench_reports_every_level(tiny_bundle):
     report = json.loads(result.stdout)
     assert [(one["level"], one["image_tokens"]) for one in report] == [(2, 32), (4, 8), (8, 2)]
     assert all(one["milliseconds"] > 0 and one["peak_memory_mb"] > 10 for one in report)
+
+
+def test_peak_memory_is_not_the_parents():
+    held = np.ones(50_000_000)  # 400 MB, all of it touched
+    code = "from ddit.runtime.bench import peak_memory_mb; print(peak_memory_mb())"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert held.nbytes / 1e6 < peak_memory_mb()
+    assert float(child.stdout) < held.nbytes / 1e6
