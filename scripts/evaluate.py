@@ -40,7 +40,9 @@ SEED_STRIDE = 10_000
 
 @click.command(cls=DditCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--prompts", required=True, help="A file with a prompt a line, or scenes:N for N of the demo's scenes.")
+@click.option(
+    "--prompts", required=True, help="A file with a prompt a line, or scenes:N or scenes:START-STOP, the demo's."
+)
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Pictures of every prompt.")
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps.  [default: the bundle's]")
 @click.option(
@@ -133,14 +135,15 @@ def read_samples(prompts: str, seeds: int) -> list[Sample]:
     from a shorter one.
     """
     asked = read_prompts(prompts)
-    described: list[tuple[str, Scene | None]]
-    if isinstance(asked, int):
-        described = [(scene.caption, scene) for scene in balanced_scenes(asked, PROMPT_SEED)]
+    described: list[tuple[int, str, Scene | None]]
+    if isinstance(asked, range):
+        scenes = balanced_scenes(asked.stop, PROMPT_SEED)
+        described = [(number, scenes[number].caption, scenes[number]) for number in asked]
     else:
-        described = [(prompt, None) for prompt in asked]
+        described = [(number, prompt, None) for number, prompt in enumerate(asked)]
     return [
         Sample(number, prompt, number + SEED_STRIDE * again, scene)
-        for number, (prompt, scene) in enumerate(described)
+        for number, prompt, scene in described
         for again in range(seeds)
     ]
 

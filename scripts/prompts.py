@@ -1,17 +1,24 @@
-"""How the commands are told their prompts: a text file, or so many of the demo's scenes."""
+"""How the commands are told their prompts: a text file, or some of the demo's scenes."""
 
+import re
 from pathlib import Path
 
 from ddit.runtime.errors import UsageError
 
 
-def read_prompts(text: str) -> int | list[str]:
-    """The number N of ``scenes:N``, or the lines of a file. Raises `UsageError`."""
-    kind, _, count = text.partition(":")
+def read_prompts(text: str) -> range | list[str]:
+    """The numbers of the scenes of ``scenes:N`` or ``scenes:START-STOP``, or the lines of a file.
+
+    Scenes are a fixed sequence, so that numbers from 500 up are prompts on which nothing that looked at ``scenes:500``
+    was chosen; ``START-STOP`` leaves STOP out, as a slice does. Raises `UsageError`.
+    """
+    kind, _, numbers = text.partition(":")
     if kind == "scenes":
-        if not count.isdecimal() or not int(count):
-            raise UsageError(f"cannot read {text!r}; write scenes:N, as in scenes:100")
-        return int(count)
+        match = re.fullmatch(r"(?:(\d+)-)?(\d+)", numbers, re.ASCII)
+        asked = range(int(match[1] or 0), int(match[2])) if match else range(0)
+        if not asked:
+            raise UsageError(f"cannot read {text!r}; write scenes:N or scenes:START-STOP, as in scenes:200-700")
+        return asked
     try:
         lines = Path(text).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):

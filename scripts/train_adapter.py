@@ -127,7 +127,7 @@ class Settings:
 @click.option("--model", default=FLUX_DEV, show_default=True, help="Hub id, local diffusers folder, or 'demo'.")
 @click.option("--revision", help="Branch, tag or commit of the model on the hub.")
 @click.option("--levels", type=Levels(), help="Patch sizes to train, as in 4,8.  [default: the model's, or 4]")
-@click.option("--prompts", help="A file with a prompt a line, or scenes:N for N of the demo's scenes.")
+@click.option("--prompts", help="A file with a prompt a line, or scenes:N or scenes:START-STOP, the demo's.")
 @click.option(
     "--latents",
     default="teacher",
@@ -330,8 +330,8 @@ def find_captions(prompts: str | None, latents: str, random_weights: bool) -> tu
     if not prompts:
         raise UsageError("--prompts is missing; give a text file with a prompt a line, or scenes:N")
     asked = read_prompts(prompts)
-    if isinstance(asked, int):
-        return [scene.caption for scene in sample_scenes(asked, SCENES_SEED)], []
+    if isinstance(asked, range):
+        return [scene.caption for scene in sample_scenes(asked.stop, SCENES_SEED)[asked.start :]], []
     return asked, []
 
 

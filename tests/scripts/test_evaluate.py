@@ -174,6 +174,7 @@ def test_missing_weights_end_before_anything_is_made(tiny_bundle, tmp_path, monk
     ("arguments", "words"),
     [
         (("--prompts", "scenes:none"), "write scenes:N"),
+        (("--prompts", "scenes:7-7"), "write scenes:N"),
         (("--prompts", "no-such-file"), "no-such-file cannot be read"),
         (("--prompts", "scenes:2", "--schedule", "sometimes"), "unknown schedule"),
         (("--prompts", "scenes:2", "--steps", 4, "--schedule", "fixed:2x3"), "has 3 steps, not 4"),
@@ -195,6 +196,7 @@ def test_a_longer_list_of_scenes_goes_on_from_a_shorter_one():
     assert [scene.plain for scene in scenes] == [True, False] * 6
     assert evaluate.balanced_scenes(7, 5) == scenes[:7]
     assert evaluate.read_samples("scenes:12", 1)[:4] == evaluate.read_samples("scenes:4", 1)
+    assert evaluate.read_samples("scenes:12", 2)[8:] == evaluate.read_samples("scenes:4-12", 2)
 
 
 def test_pictures_that_ran_together_share_the_time():
