@@ -15,7 +15,7 @@ from statistics import median
 import numpy as np
 from evaluation_store import Record, Settings, Store, write_whole
 from matplotlib.figure import Figure
-from metrics import CONFIDENCE, PSNR_CAP, RESAMPLES, Estimate, Metric, Sample, estimate
+from metrics import CONFIDENCE, PSNR_CAP, RESAMPLES, Estimate, Metric, Sample, estimate, estimate_ratio
 from PIL import Image, ImageDraw
 
 PACKAGES = ("ddit", "onnxruntime", "torch", "numpy", "scipy", "scikit-image", "torchmetrics", "transformers")
@@ -81,7 +81,7 @@ def computed(measured: Measured, flops: Mapping[int, float]) -> list[float]:
 def summarize(
     one: Measured, native: Measured, samples: Sequence[Sample], metrics: Sequence[Metric], facts: Facts
 ) -> Row:
-    """A schedule's row: means over prompts, medians for speed, each with its interval where it has one."""
+    """A schedule's row: means over prompts, totals for speed-ups, each with its interval where it has one."""
     seeds = facts.seeds
     shares = coarse_shares(one, facts.native)
     row: Row = {"schedule": one.schedule, "pictures": len(samples), "coarse_share": estimate(shares, seeds)}
@@ -89,11 +89,10 @@ def summarize(
         chosen = [s for s, sample in zip(shares, samples, strict=True) if sample.scene and sample.scene.plain == plain]
         if chosen:
             row[f"coarse_share_{name}"] = estimate(chosen, seeds)
-    compute = np.divide(computed(native, facts.flops), computed(one, facts.flops))
-    wall = np.divide([r.milliseconds for r in native.records], [r.milliseconds for r in one.records])
-    row["compute_speedup"] = estimate(compute, seeds, np.median)
-    row["wall_speedup"] = estimate(wall, seeds, np.median)
-    row["milliseconds"] = median(record.milliseconds for record in one.records)
+    row["compute_speedup"] = estimate_ratio(computed(native, facts.flops), computed(one, facts.flops), seeds)
+    native_times, times = ([record.milliseconds for record in which.records] for which in (native, one))
+    row["wall_speedup"] = estimate_ratio(native_times, times, seeds)
+    row["milliseconds"] = median(times)
     for metric in metrics:
         if metric.name in one.values:
             values = one.values[metric.name]
@@ -223,13 +222,13 @@ def markdown(
     notes = [
         f"Intervals are {CONFIDENCE:.0%} percentile bootstrap intervals over the prompts ({RESAMPLES} resamples).",
         "*coarse steps* is the mean share of steps above the native level.",
-        "*compute* is the median over the prompts of native's operations over the schedule's, in the transformer: "
+        "*compute* is native's operations over the schedule's, all pictures together, in the transformer: "
         f"matrix products, convolutions and attention, counted in the graphs; a step at {levels} "
         + "("
         + ", ".join(f"{native / value:.2f}×" for value in facts.flops.values())
         + ").",
-        "*wall clock* is the median of native's milliseconds over the schedule's for the same prompt, all steps "
-        "together, without text encoders and decoder; *ms* is the schedule's median.",
+        "*wall clock* is native's milliseconds over the schedule's, all pictures together, without text encoders and "
+        "decoder; *ms* is the schedule's median.",
     ]
     if settings.batch > 1:
         notes.append(f"Pictures were made {settings.batch} at a time; milliseconds are a picture's share of its batch.")

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from ddit.runtime.errors import DditError, UsageError
 
 Pictures = NDArray[np.uint8]
+FloatArray = NDArray[np.float64]
 Statistic = Callable[..., Any]
 
 # Two 8-bit pictures of a million pixels that differ by one in one place lie at 113 dB; at 100 dB nobody sees anything.
@@ -366,22 +367,40 @@ class Estimate:
     high: float
 
 
-def estimate(values: ArrayLike, seeds: int, statistic: Statistic = np.mean) -> Estimate:
-    """A statistic over prompts, with the percentile bootstrap's 95 % interval (Efron 1979; 2,000 resamples).
+def estimate(values: ArrayLike, seeds: int) -> Estimate:
+    """The mean over prompts, with the percentile bootstrap's 95 % interval (Efron 1979; 2,000 resamples).
 
     ``values`` holds the ``seeds`` pictures of every prompt one after another. They are averaged first: pictures of one
     prompt are alike, so resampling them singly would make the interval too narrow.
     """
-    prompts = np.asarray(values, dtype=np.float64).reshape(-1, seeds).mean(axis=1)
-    if len(prompts) < 2:
-        return Estimate(float(statistic(prompts)), float("nan"), float("nan"))
+    return _bootstrap(np.mean, _by_prompt(values, seeds))
+
+
+def estimate_ratio(numerators: ArrayLike, denominators: ArrayLike, seeds: int) -> Estimate:
+    """One total over another, prompts resampled in pairs; the rest as for `estimate`."""
+    return _bootstrap(_ratio, _by_prompt(numerators, seeds), _by_prompt(denominators, seeds))
+
+
+def _ratio(numerators: FloatArray, denominators: FloatArray, axis: int = -1) -> FloatArray:
+    return np.sum(numerators, axis=axis) / np.sum(denominators, axis=axis)
+
+
+def _by_prompt(values: ArrayLike, seeds: int) -> FloatArray:
+    return np.asarray(values, dtype=np.float64).reshape(-1, seeds).mean(axis=1)
+
+
+def _bootstrap(statistic: Statistic, *samples: FloatArray) -> Estimate:
+    value = float(statistic(*samples))
+    if len(samples[0]) < 2:
+        return Estimate(value, float("nan"), float("nan"))
     interval = bootstrap(
-        (prompts,),
+        samples,
         statistic,
+        paired=True,
         confidence_level=CONFIDENCE,
         n_resamples=RESAMPLES,
         method="percentile",  # unlike BCa it is defined where all values are equal
         vectorized=True,
         rng=0,
     ).confidence_interval
-    return Estimate(float(statistic(prompts)), float(interval.low), float(interval.high))
+    return Estimate(value, float(interval.low), float(interval.high))

@@ -6,7 +6,7 @@ import metrics
 import numpy as np
 import pytest
 import torch
-from metrics import METRICS, Estimate, Frechet, Sample, estimate, psnr, ssim, why_not
+from metrics import METRICS, Estimate, Frechet, Sample, estimate, estimate_ratio, psnr, ssim, why_not
 from scenes import render, sample_scenes
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
@@ -174,4 +174,10 @@ def test_seeds_of_a_prompt_are_averaged_before_resampling():
 
 
 def test_equal_values_have_an_interval_without_width():
-    assert estimate([2.0, 2.0, 2.0], 1, np.median) == Estimate(2.0, 2.0, 2.0)
+    assert estimate([2.0, 2.0, 2.0], 1) == Estimate(2.0, 2.0, 2.0)
+
+
+def test_a_ratio_is_one_of_totals_with_prompts_in_pairs():
+    assert estimate_ratio([4.0, 4.0], [1.0, 3.0], 1).value == 2.0  # the mean of the ratios would be 2.67
+    assert estimate_ratio([2.0, 8.0, 4.0], [1.0, 4.0, 2.0], 1) == Estimate(2.0, 2.0, 2.0)  # each prompt has the same
+    assert estimate_ratio([4.0, 4.0, 8.0, 8.0], [1.0, 3.0, 4.0, 4.0], 2).low == pytest.approx(2.0)
