@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from ddit.profiles import Profile
 from ddit.runtime.errors import BundleError, UsageError
+from ddit.runtime.files import whole
 
 FORMAT_VERSION = 1
 MANIFEST = "bundle.json"
@@ -316,18 +317,13 @@ class Bundle:
     def calibrate(self, calibration: Calibration) -> None:
         """Keep a calibration in ``bundle.json``, in the place of an older one for the same steps and size.
 
-        The file is replaced as a whole. Raises `BundleError` where it cannot be written.
+        The file is replaced as a whole. Raises `DditError` where it cannot be written.
         """
         key = (calibration.steps, calibration.height, calibration.width)
         others = (one for one in self.manifest.calibrations if (one.steps, one.height, one.width) != key)
         manifest = self.manifest.model_copy(update={"calibrations": (*others, calibration)})
-        partial = self.path / f".{MANIFEST}.partial"
-        try:
-            partial.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-            partial.replace(self.path / MANIFEST)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise BundleError(f"{self.path / MANIFEST} cannot be written: {error.strerror or error}") from None
+        with whole(self.path / MANIFEST) as part:
+            part.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
         self.manifest = manifest
 
     def verify_files(self) -> Iterator[str]:

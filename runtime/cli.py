@@ -3,10 +3,9 @@
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Set
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any
 
 import click
 from PIL import Image
@@ -14,11 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ddit.runtime.bundle import Bundle, Manifest, ScheduleInfo
+from ddit.runtime.bundle import Bundle
 from ddit.runtime.console import DditGroup, say, set_up_logging
-from ddit.runtime.errors import BundleError, DditError, UsageError
+from ddit.runtime.errors import BundleError, UsageError
+from ddit.runtime.files import whole
+from ddit.runtime.inspection import show, tau_of
 from ddit.runtime.pipeline import Pipeline
-from ddit.runtime.plans import Plan, PlanStore
+from ddit.runtime.plans import PlanStore
 from ddit.runtime.plots import plot_complexity, plot_schedule, plot_types
 from ddit.runtime.schedule import Dynamic
 from ddit.runtime.trace import Trace
@@ -134,15 +135,19 @@ def generate(
             text_length=text_length,
             on_step=on_step,
         )
-    _write(out, lambda path: result.image.save(path))
+    with whole(out) as part:
+        result.image.save(part)
     if trace_file:
-        _write(trace_file, lambda path: path.write_text(result.trace.to_json() + "\n", encoding="utf-8"))
+        with whole(trace_file) as part:
+            part.write_text(result.trace.to_json() + "\n", encoding="utf-8")
     if plot_file:
-        _write(plot_file, lambda path: plot_schedule(result.trace, path))
+        with whole(plot_file) as part:
+            plot_schedule(result.trace, part)
     if map_file:
         complexity = result.trace.complexity
         assert complexity is not None
-        _write(map_file, lambda path: plot_complexity(result.image, complexity, path))
+        with whole(map_file) as part:
+            plot_complexity(result.image, complexity, part)
     if as_json:
         click.echo(json.dumps({"out": str(out), "seed": seed, **result.trace.summary()}))
     else:
@@ -169,73 +174,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
         infos = [{"key": plan.info.key, **plan.info.model_dump(mode="json")} for plan in plans]
         click.echo(json.dumps({**manifest.model_dump(mode="json"), "plans": infos}, indent=2))
         return
-    console = Console()
-    revision = f"@{manifest.model.revision[:12]}" if manifest.model.revision else ""
-    total = sum(info.size for info in manifest.files.values())
-    console.print(f"[bold]{bundle}[/bold]: {manifest.family}, {manifest.model.id}{revision}, {manifest.dtype}, "
-                  f"opset {manifest.opset}, {total / 1e6:,.0f} MB")  # fmt: skip
-    console.print(f"profile {manifest.profile.name}: {manifest.profile}")
-    guidance = f"default {manifest.guidance.default:g}" if manifest.guidance.embedded else "none"
-    dynamic = manifest.schedule
-    console.print(
-        f"sampling: {manifest.sampler.steps} steps, guidance {guidance}, carry {manifest.carry:g}; "
-        f"dynamic schedule {_tau(dynamic)}, ρ {dynamic.rho:g}, warm-up {dynamic.warmup}, hold {dynamic.hold}, "
-        f"coarsest {dynamic.coarsest or max(manifest.patches)}"
-    )
-    for one in manifest.calibrations:
-        console.print(
-            f"calibrated for {one.steps} steps at {one.height}×{one.width}: {_tau(one)}, ρ {one.rho:g}, warm-up "
-            f"{one.warmup}, hold {one.hold}; {one.speedup:.2f}× on {one.backend}, SSIM {one.similarity:.3f} "
-            f"({one.prompts} prompts)"
-        )
-    console.print(_levels_table(manifest))
-    console.print(_graphs_table(manifest))
-    if plans:
-        console.print(_plans_table(plans))
-    console.print("made with " + ", ".join(f"{name} {version}" for name, version in manifest.made_with.items()))
-
-
-def _levels_table(manifest: Manifest) -> Table:
-    table = Table("level", "state", "graph", "own weights", title="Levels", title_justify="left")
-    for level in sorted(manifest.levels, key=lambda level: level.patch):
-        native = level.patch == manifest.native
-        state = "native" if native else ("trained" if level.trained else "[red]untrained[/red]")
-        if level.adapter_sha256:
-            state += f" (adapter {level.adapter_sha256[:12]})"
-        own = manifest.files.get(f"level-{level.patch}.safetensors")
-        table.add_row(str(level.patch), state, level.graph, f"{own.size / 1e6:.1f} MB" if own else "none")
-    return table
-
-
-def _graphs_table(manifest: Manifest) -> Table:
-    table = Table("graph", "dtype", "inputs", "outputs", "file", "parity", title="Graphs", title_justify="left")
-    for name, graph in manifest.graphs.items():
-        results = [result for result in manifest.parity if result.graph == name]
-        worst = max((result.error for result in results), default=float("nan"))
-        note = "" if all(result.checked == "full" for result in results) else " (reduced)"
-        table.add_row(
-            name,
-            graph.dtype,
-            "\n".join(_signature(spec.name, spec.shape) for spec in graph.inputs),
-            "\n".join(_signature(spec.name, spec.shape) for spec in graph.outputs),
-            f"{manifest.files[graph.file].size / 1e3:.0f} kB",
-            f"{worst:.1e}{note}",
-        )
-    return table
-
-
-def _plans_table(plans: Sequence[Plan]) -> Table:
-    table = Table(
-        "graph", "key", "built for", "profile", "size", "built", title="TensorRT engines", title_justify="left"
-    )
-    for info in sorted((plan.info for plan in plans), key=lambda info: info.graph):
-        size = f"{info.size / 1e6:,.0f} MB"
-        table.add_row(info.graph, info.key, str(info.target), info.profile.name, size, info.built)
-    return table
-
-
-def _signature(name: str, shape: tuple[int | str, ...]) -> str:
-    return f"{name} ({', '.join(map(str, shape))})"
+    show(bundle, manifest, plans)
 
 
 @main.command()
@@ -408,7 +347,8 @@ def calibrate(
     if not dry_run:
         pipeline.bundle.calibrate(kept)
     if plot_file:
-        _write(plot_file, lambda path: calibration.plot(found, best, path))
+        with whole(plot_file) as part:
+            calibration.plot(found, best, part)
     if as_json:
         click.echo(json.dumps({**kept.model_dump(exclude={"curve"}), **dataclasses.asdict(found)}, indent=2))
         return
@@ -418,11 +358,7 @@ def calibrate(
         table.add_row(name, str(len(point.samples)), f"{point.speedup:.2f}×", *calibration.spread(point))
     Console().print(table)
     where = "not kept (--dry-run)" if dry_run else f"kept in {bundle / 'bundle.json'}"
-    say(f"{_tau(kept)} for {kept.steps} steps at {kept.height}×{kept.width}, {where}")
-
-
-def _tau(info: ScheduleInfo) -> str:
-    return f"τ {info.tau:.4g}{' × that of smooth pictures' if info.reference else ''}"
+    say(f"{tau_of(kept)} for {kept.steps} steps at {kept.height}×{kept.width}, {where}")
 
 
 def _progress() -> Progress:
@@ -444,18 +380,6 @@ def _check_writable(path: Path) -> None:
             pass
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}") from None
-
-
-def _write(path: Path, save: Callable[[Path], Any]) -> None:
-    """Write a file through a temporary sibling, so that an interrupted command leaves no half of it."""
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        save(partial)
-        partial.replace(path)
-    except OSError as error:
-        raise DditError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

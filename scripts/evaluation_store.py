@@ -27,6 +27,7 @@ from rich.progress import track
 from ddit.runtime import Pipeline, Result
 from ddit.runtime.console import say
 from ddit.runtime.errors import DditError, UsageError
+from ddit.runtime.files import whole
 from ddit.runtime.schedule import Fixed
 
 READ_AT_ONCE = 25
@@ -59,14 +60,13 @@ class Record:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file through a temporary sibling, so that an interrupted run leaves no half of it."""
-    partial = path.with_name(f".{path.name}.partial")
+    """Write a file whole or not at all, with the folders above it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(path)
     except OSError as error:
-        raise DditError(f"{path} cannot be written: {error.strerror or error}") from None
+        raise DditError(f"{path.parent} cannot be made: {error.strerror or error}") from None
+    with whole(path) as part:
+        part.write_bytes(content)
 
 
 def describe_machine(backend: str) -> str:

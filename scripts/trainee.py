@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from distillation import Distillation
 from states import StateSource
-from training import Ema, Log, Progress, Training, keep, whole
+from training import Ema, Log, Progress, Training, keep
 
 from ddit.exporter.adapter import save_adapter
 from ddit.runtime.errors import DditError
+from ddit.runtime.files import whole
 
 
 @dataclass

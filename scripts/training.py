@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from ddit.runtime.errors import DditError
+from ddit.runtime.files import whole
 
 REPORT_SECONDS = 10.0
 FIRST_REPORT = 10  # steps; what comes before is compiling and allocating, and left out of the rate
@@ -211,17 +211,6 @@ class Ema:
             with torch.no_grad():
                 for parameter, value in zip(self.parameters, values, strict=True):
                     parameter.copy_(value)
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A sibling to write into that takes the place of ``path`` when all went well: nobody ever sees half a file."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        yield part
-        part.replace(path)
-    except OSError as error:
-        raise DditError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def keep(value: object, path: Path) -> None:
