@@ -24,7 +24,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter file that has been read: its levels' configurations and their tensors, memory-mapped."""
+    """What an adapter file holds: its levels' configurations and their tensors, memory-mapped where they were read."""
 
     path: Path
     base_model: str
@@ -62,6 +62,17 @@ class Adapter:
             with torch.no_grad():
                 parameter.copy_(found[name])
 
+    def save(self) -> None:
+        """Write the file."""
+        metadata = {
+            "format": FORMAT,
+            "format_version": str(FORMAT_VERSION),
+            "family": self.family,
+            "base_model": self.base_model,
+            "levels": json.dumps({str(patch): asdict(config) for patch, config in self.configs.items()}),
+        }
+        save_file(dict(self.tensors), self.path, metadata=metadata)
+
 
 def save_adapter(
     path: Path | str,
@@ -77,14 +88,8 @@ def save_adapter(
         for patch, level in levels.items()
         for name, parameter in level.own_parameters().items()
     }
-    metadata = {
-        "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
-        "family": family,
-        "base_model": base_model,
-        "levels": json.dumps({str(patch): asdict(level.config) for patch, level in levels.items() if level.config}),
-    }
-    save_file(tensors, path, metadata=metadata)
+    configs = {patch: level.config for patch, level in levels.items() if level.config}
+    Adapter(Path(path), base_model, family, configs, tensors).save()
 
 
 def load_adapter(path: Path | str) -> Adapter:
