@@ -8,7 +8,6 @@ another schedule, prompt or metric costs only what it adds.
 """
 
 import hashlib
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,13 @@ try:
     from evaluation_store import Settings, Store, describe_machine, make_missing
     from flops import level_flops
     from metrics import METRICS, Frechet, Pictures, Sample, load, why_not
-    from prompts import read_prompts
-    from scenes import Scene, render, sample_scene
+    from prompts import PROMPT_SEED, read_prompts
+    from scenes import BACKGROUNDS, Scene, balanced_scenes, render
 except ModuleNotFoundError as error:
     raise SystemExit(f"error: {error.name} is not installed: pip install 'ddit[cpu,evaluate]'") from None
 
 NATIVE = "native"
-# scenes that neither the demo model nor the classifier has been trained, chosen or tested on
-PROMPT_SEED, DATA_SEED = 1000, 1001
+DATA_SEED = 1001  # scenes that neither the demo model nor the classifier has been trained, chosen or tested on
 DATA_SCENES = 2000  # the reference of Fréchet distances
 SEED_STRIDE = 10_000
 
@@ -43,6 +41,7 @@ SEED_STRIDE = 10_000
 @click.option(
     "--prompts", required=True, help="A file with a prompt a line, or scenes:N or scenes:START-STOP, the demo's."
 )
+@click.option("--background", type=click.Choice(BACKGROUNDS), help="Only scenes with this background.")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Pictures of every prompt.")
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps.  [default: the bundle's]")
 @click.option(
@@ -73,6 +72,7 @@ SEED_STRIDE = 10_000
 def main(
     bundle: Path,
     prompts: str,
+    background: str | None,
     seeds: int,
     steps: int | None,
     schedules: tuple[str, ...],
@@ -89,7 +89,7 @@ def main(
     """Compare schedules with the native one, picture by picture: the same prompts, seeds and steps."""
     set_up_logging(0)
     # before the work, not after it: whatever would keep the results from being what was asked for
-    samples = read_samples(prompts, seeds)
+    samples = read_samples(prompts, seeds, background)
     functions, skipped = load_metrics(names, samples)
     metrics = [METRICS[name] for name in functions]
     pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
@@ -116,7 +116,7 @@ def main(
     measured, floors = measure(store, schedules, samples, functions)
     facts = Facts(
         bundle=describe_bundle(pipeline.bundle),
-        prompts=prompts,
+        prompts=prompts if background is None else f"{prompts}, {background} ones",
         seeds=seeds,
         settings=settings,
         flops=flops,
@@ -128,17 +128,22 @@ def main(
     say(f"results.csv, pictures.csv, report.md, plot.png and grid.png are in {out}/")
 
 
-def read_samples(prompts: str, seeds: int) -> list[Sample]:
+def read_samples(prompts: str, seeds: int, background: str | None = None) -> list[Sample]:
     """Every prompt with its seeds, the seeds of a prompt one after another. Raises `UsageError`.
 
     Prompt number i has the seeds i, i + 10,000, …: no two pictures start from the same noise, and a longer list goes on
-    from a shorter one.
+    from a shorter one. With a ``background``, only the scenes that have it are taken, with their numbers.
     """
     asked = read_prompts(prompts)
     described: list[tuple[int, str, Scene | None]]
     if isinstance(asked, range):
         scenes = balanced_scenes(asked.stop, PROMPT_SEED)
-        described = [(number, scenes[number].caption, scenes[number]) for number in asked]
+        chosen = [number for number in asked if background in (None, scenes[number].background)]
+        if not chosen:
+            raise UsageError(f"none of {prompts} has a {background} background; take more scenes")
+        described = [(number, scenes[number].caption, scenes[number]) for number in chosen]
+    elif background:
+        raise UsageError("--background chooses among scenes; give --prompts scenes:N or leave it out")
     else:
         described = [(number, prompt, None) for number, prompt in enumerate(asked)]
     return [
@@ -146,17 +151,6 @@ def read_samples(prompts: str, seeds: int) -> list[Sample]:
         for number, prompt, scene in described
         for again in range(seeds)
     ]
-
-
-def balanced_scenes(count: int, seed: int) -> list[Scene]:
-    """Random scenes, plain and busy backgrounds in turn; a larger number goes on from a smaller one."""
-    rng = random.Random(seed)
-    chosen: list[Scene] = []
-    while len(chosen) < count:
-        scene = sample_scene(rng)
-        if scene.plain == (len(chosen) % 2 == 0):
-            chosen.append(scene)
-    return chosen
 
 
 def load_metrics(names: Sequence[str], samples: Sequence[Sample]) -> tuple[dict[str, Any], list[str]]:

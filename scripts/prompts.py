@@ -1,9 +1,19 @@
-"""How the commands are told their prompts: a text file, or some of the demo's scenes."""
+"""How the commands are told their prompts: a text file, or some of the demo's scenes.
+
+    python scripts/prompts.py scenes:1000-1040 > prompts.txt
+
+writes those that `evaluate.py` takes to a file, for `ddit-run calibrate`.
+"""
 
 import re
 from pathlib import Path
 
+import click
+
+from ddit.runtime.console import DditCommand
 from ddit.runtime.errors import UsageError
+
+PROMPT_SEED = 1000  # scenes that neither the demo model nor the classifier has been trained, chosen or tested on
 
 
 def read_prompts(text: str) -> range | list[str]:
@@ -27,3 +37,20 @@ def read_prompts(text: str) -> range | list[str]:
     if not prompts:
         raise UsageError(f"{text} holds no prompt; write one a line")
     return prompts
+
+
+@click.command(cls=DditCommand, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("prompts")
+def main(prompts: str) -> None:
+    """Print prompts, one a line: scenes:N, scenes:START-STOP, or a file's."""
+    from scenes import balanced_scenes  # needs torch
+
+    asked = read_prompts(prompts)
+    if isinstance(asked, range):
+        asked = [scene.caption for scene in balanced_scenes(asked.stop, PROMPT_SEED)[asked.start :]]
+    for prompt in asked:
+        click.echo(prompt)
+
+
+if __name__ == "__main__":
+    main()

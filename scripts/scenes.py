@@ -147,6 +147,17 @@ def _background_colours(rng: random.Random) -> tuple[tuple[float, float, float],
 
 
 @torch.no_grad()
+def balanced_scenes(count: int, seed: int) -> list[Scene]:
+    """Random scenes, plain and busy backgrounds in turn; a larger number goes on from a smaller one."""
+    rng = random.Random(seed)
+    chosen: list[Scene] = []
+    while len(chosen) < count:
+        scene = sample_scene(rng)
+        if scene.plain == (len(chosen) % 2 == 0):
+            chosen.append(scene)
+    return chosen
+
+
 def render(scenes: Sequence[Scene], size: int = SIZE, device: torch.device | str = "cpu") -> Tensor:
     """Draw scenes: ``(B, 3, size, size)`` float32 in [-1, 1]."""
     axis = (torch.arange(size, device=device) + 0.5) / size

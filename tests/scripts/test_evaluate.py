@@ -7,8 +7,10 @@ from pathlib import Path
 import evaluate
 import evaluation_store
 import metrics
+import prompts
 import pytest
 from PIL import Image
+from scenes import balanced_scenes
 
 from conftest import run
 from ddit.runtime import Pipeline, Result
@@ -175,6 +177,8 @@ def test_missing_weights_end_before_anything_is_made(tiny_bundle, tmp_path, monk
     [
         (("--prompts", "scenes:none"), "write scenes:N"),
         (("--prompts", "scenes:7-7"), "write scenes:N"),
+        (("--prompts", "scenes:1", "--background", "dotted"), "none of scenes:1 has a dotted background"),
+        (("--prompts", __file__, "--background", "dotted"), "--background chooses among scenes"),
         (("--prompts", "no-such-file"), "no-such-file cannot be read"),
         (("--prompts", "scenes:2", "--schedule", "sometimes"), "unknown schedule"),
         (("--prompts", "scenes:2", "--steps", 4, "--schedule", "fixed:2x3"), "has 3 steps, not 4"),
@@ -192,11 +196,15 @@ def test_bad_requests_end_in_one_line(tiny_bundle, tmp_path, arguments, words):
 
 
 def test_a_longer_list_of_scenes_goes_on_from_a_shorter_one():
-    scenes = evaluate.balanced_scenes(12, 5)
+    scenes = balanced_scenes(12, 5)
     assert [scene.plain for scene in scenes] == [True, False] * 6
-    assert evaluate.balanced_scenes(7, 5) == scenes[:7]
+    assert balanced_scenes(7, 5) == scenes[:7]
     assert evaluate.read_samples("scenes:12", 1)[:4] == evaluate.read_samples("scenes:4", 1)
     assert evaluate.read_samples("scenes:12", 2)[8:] == evaluate.read_samples("scenes:4-12", 2)
+    printed = run(prompts.main, "scenes:4-12").stdout.splitlines()
+    assert printed == [one.prompt for one in evaluate.read_samples("scenes:4-12", 1)]
+    dotted = evaluate.read_samples("scenes:40", 1, "dotted")
+    assert dotted == [one for one in evaluate.read_samples("scenes:40", 1) if one.scene.background == "dotted"] != []
 
 
 def test_pictures_that_ran_together_share_the_time():
