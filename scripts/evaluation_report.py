@@ -13,9 +13,10 @@ from platform import python_version
 from statistics import median
 
 import numpy as np
+from bootstrap import CONFIDENCE, RESAMPLES, Estimate, estimate, estimate_ratio
 from evaluation_store import Record, Settings, Store, write_whole
 from matplotlib.figure import Figure
-from metrics import CONFIDENCE, PSNR_CAP, RESAMPLES, Estimate, Metric, Sample, estimate, estimate_ratio
+from metrics import PSNR_CAP, Metric, Sample
 from PIL import Image, ImageDraw
 
 PACKAGES = ("ddit", "onnxruntime", "torch", "numpy", "scipy", "scikit-image", "torchmetrics", "transformers")

@@ -1,4 +1,4 @@
-"""What `evaluate.py` measures in pictures, and how sure a mean over prompts is.
+"""What `evaluate.py` measures in pictures.
 
 There are three kinds of metric, by what they look at:
 
@@ -19,25 +19,20 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scene_classifier import SceneClassifier
 from scenes import Scene
-from scipy.stats import bootstrap
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 
 from ddit.runtime.errors import DditError, UsageError
 
 Pictures = NDArray[np.uint8]
-FloatArray = NDArray[np.float64]
-Statistic = Callable[..., Any]
 
 # Two 8-bit pictures of a million pixels that differ by one in one place lie at 113 dB; at 100 dB nobody sees anything.
 # A cap keeps the mean finite where a schedule leaves a picture as it was.
 PSNR_CAP = 100.0
 CLIP_MODEL = "openai/clip-vit-large-patch14"
-CONFIDENCE = 0.95
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -353,54 +348,3 @@ def load(metric: Metric) -> Any:
     except Exception as error:
         what = (str(error) or type(error).__name__).strip().split("\n")[0]
         raise DditError(f"{metric.name} cannot be loaded: {what}") from error
-
-
-# ---- how sure ----
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value with its confidence interval; NaN where one prompt is all there is."""
-
-    value: float
-    low: float
-    high: float
-
-
-def estimate(values: ArrayLike, seeds: int) -> Estimate:
-    """The mean over prompts, with the percentile bootstrap's 95 % interval (Efron 1979; 2,000 resamples).
-
-    ``values`` holds the ``seeds`` pictures of every prompt one after another. They are averaged first: pictures of one
-    prompt are alike, so resampling them singly would make the interval too narrow.
-    """
-    return _bootstrap(np.mean, _by_prompt(values, seeds))
-
-
-def estimate_ratio(numerators: ArrayLike, denominators: ArrayLike, seeds: int) -> Estimate:
-    """One total over another, prompts resampled in pairs; the rest as for `estimate`."""
-    return _bootstrap(_ratio, _by_prompt(numerators, seeds), _by_prompt(denominators, seeds))
-
-
-def _ratio(numerators: FloatArray, denominators: FloatArray, axis: int = -1) -> FloatArray:
-    return np.sum(numerators, axis=axis) / np.sum(denominators, axis=axis)
-
-
-def _by_prompt(values: ArrayLike, seeds: int) -> FloatArray:
-    return np.asarray(values, dtype=np.float64).reshape(-1, seeds).mean(axis=1)
-
-
-def _bootstrap(statistic: Statistic, *samples: FloatArray) -> Estimate:
-    value = float(statistic(*samples))
-    if len(samples[0]) < 2:
-        return Estimate(value, float("nan"), float("nan"))
-    interval = bootstrap(
-        samples,
-        statistic,
-        paired=True,
-        confidence_level=CONFIDENCE,
-        n_resamples=RESAMPLES,
-        method="percentile",  # unlike BCa it is defined where all values are equal
-        vectorized=True,
-        rng=0,
-    ).confidence_interval
-    return Estimate(value, float(interval.low), float(interval.high))
