@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ddit.exporter.levels import AdapterConfig, Level
@@ -71,7 +71,8 @@ class Adapter:
             "base_model": self.base_model,
             "levels": json.dumps({str(patch): asdict(config) for patch, config in self.configs.items()}),
         }
-        save_file(dict(self.tensors), self.path, metadata=metadata)
+        # not save_file, whose files nobody but their owner may read
+        self.path.write_bytes(save(dict(self.tensors), metadata=metadata))
 
 
 def save_adapter(

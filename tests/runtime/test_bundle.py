@@ -142,3 +142,8 @@ def test_symbolic_shapes():
 def test_reading_a_manifest_needs_no_files_beyond_it(tmp_path):
     with pytest.raises(BundleError, match="does not exist"):
         Bundle.open(tmp_path / "nothing")
+
+
+def test_who_may_read_the_manifest_may_read_every_file(tiny_bundle, tiny_adapter):
+    modes = {path.name: path.stat().st_mode for path in (*tiny_bundle.iterdir(), tiny_adapter) if path.is_file()}
+    assert set(modes.values()) == {modes["bundle.json"]}
