@@ -90,6 +90,17 @@ def sample_scenes(count: int, seed: int) -> list[Scene]:
     return [sample_scene(rng) for _ in range(count)]
 
 
+def balanced_scenes(count: int, seed: int) -> list[Scene]:
+    """Random scenes, plain and busy backgrounds in turn; a larger number goes on from a smaller one."""
+    rng = random.Random(seed)
+    chosen: list[Scene] = []
+    while len(chosen) < count:
+        scene = sample_scene(rng)
+        if scene.plain == (len(chosen) % 2 == 0):
+            chosen.append(scene)
+    return chosen
+
+
 def sample_scene(rng: random.Random) -> Scene:
     """One random scene: one thing (half of them), two of different kinds, or two or three of the same kind."""
     background = rng.choice(BACKGROUNDS)
@@ -147,17 +158,6 @@ def _background_colours(rng: random.Random) -> tuple[tuple[float, float, float],
 
 
 @torch.no_grad()
-def balanced_scenes(count: int, seed: int) -> list[Scene]:
-    """Random scenes, plain and busy backgrounds in turn; a larger number goes on from a smaller one."""
-    rng = random.Random(seed)
-    chosen: list[Scene] = []
-    while len(chosen) < count:
-        scene = sample_scene(rng)
-        if scene.plain == (len(chosen) % 2 == 0):
-            chosen.append(scene)
-    return chosen
-
-
 def render(scenes: Sequence[Scene], size: int = SIZE, device: torch.device | str = "cpu") -> Tensor:
     """Draw scenes: ``(B, 3, size, size)`` float32 in [-1, 1]."""
     axis = (torch.arange(size, device=device) + 0.5) / size
