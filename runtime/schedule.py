@@ -87,13 +87,15 @@ class Dynamic:
 
     def level(self, past: Sequence[int], deviations: Mapping[int, FloatArray]) -> int:
         """The largest patch under the threshold."""
-        if len(past) < self.warmup:
-            return self.native
-        if any(patch != past[-1] for patch in past[-self.hold :]):
-            return past[-1]
+        if not self.decides(past):
+            return past[-1] if len(past) >= self.warmup else self.native
         after = len(past) - 1
         smooth = [p for p in self.coarse if statistic(deviations[p], self.rho) < self.threshold(p, after)]
         return max(smooth, default=self.native)
+
+    def decides(self, past: Sequence[int]) -> bool:
+        """Whether the next level depends on the deviations: the warm-up is over, and a level has run long enough."""
+        return len(past) >= self.warmup and all(patch == past[-1] for patch in past[-self.hold :])
 
     def threshold(self, patch: int, step: int) -> float:
         """What the statistic after a step must lie under."""

@@ -26,9 +26,11 @@ from ddit.runtime.console import DditCommand, say, set_up_logging
 from ddit.runtime.errors import UsageError
 from ddit.runtime.plans import PlanStore
 from ddit.runtime.rotary import rotary_tables
+from ddit.runtime.schedule import Dynamic, Schedule
+from ddit.runtime.trace import Trace
 from ddit.runtime.verify import relative_error
 
-PROMPT = "a red circle on a striped background"
+PROMPT, SEED = "a red circle on a striped background", 7
 WARM_UP = 5
 Table = list[list[str]]
 
@@ -37,26 +39,36 @@ Table = list[list[str]]
 @click.argument("path", metavar="BUNDLE", type=click.Path(path_type=Path))
 @click.option("--backend", required=True, help="The backend to measure: tensorrt, cuda, or a provider's name.")
 @click.option("--size", "sizes", multiple=True, default=("256x256",), show_default=True, help="HEIGHTxWIDTH in pixels.")
+@click.option("--prompt", "prompts", multiple=True, default=(PROMPT,), show_default=True, help="Of a picture.")
 @click.option("--steps", default=50, show_default=True, help="Denoising steps of the pictures.")
 @click.option("--repeat", default=100, show_default=True, help="Steps of every timing.")
 @click.option("--schedule", default="dynamic", show_default=True, help="Schedule of the pictures.")
+@click.option("--no-reference", is_flag=True, help="Leave the CPU's side out: for models that a CPU cannot run.")
 @click.option("--out", type=click.Path(path_type=Path), help="Markdown file to write.")
 def main(
-    path: Path, backend: str, sizes: tuple[str, ...], steps: int, repeat: int, schedule: str, out: Path | None
+    path: Path,
+    backend: str,
+    sizes: tuple[str, ...],
+    prompts: tuple[str, ...],
+    steps: int,
+    repeat: int,
+    schedule: str,
+    no_reference: bool,
+    out: Path | None,
 ) -> None:
     """Measure a backend against the CPU."""
     set_up_logging(0)
     shapes = [read_size(size) for size in sizes]
-    reference, measured = Pipeline.open(path, backend="cpu"), Pipeline.open(path, backend=backend)
-    height, width = shapes[0]
-    opened = [*openings(measured, height, width)]  # before anything else has opened an engine
-    parts = [
-        f"# {measured.backend}\n\n" + "\n".join(f"* {line}" for line in facts(measured)),
-        section("Agreement with the CPU", agreement(reference, measured, shapes)),
-        section("Pictures", pictures(reference, measured, shapes, steps, schedule)),
-        section(f"Steps at {height}×{width}", timings(measured, height, width, repeat)),
-        section("Memory", memory(measured, opened)),
-    ]
+    measured = Pipeline.open(path, backend=backend)
+    opened = [*openings(measured, *shapes[0])]  # before anything else has opened an engine
+    parts = [f"# {measured.backend}\n\n" + "\n".join(f"* {line}" for line in facts(measured))]
+    if not no_reference:
+        reference = Pipeline.open(path, backend="cpu")
+        parts.append(section("Agreement with the CPU", agreement(reference, measured, shapes)))
+        parts.append(section("Pictures", pictures(reference, measured, shapes, prompts, steps, schedule)))
+    for height, width in shapes:
+        parts.append(section(f"Steps at {height}×{width}", timings(measured, height, width, repeat)))
+    parts.append(section("Memory", memory(measured, opened)))
     report = "\n\n".join(parts) + "\n"
     click.echo(report)
     if out:
@@ -125,20 +137,62 @@ def random_inputs(info: GraphInfo, sizes: dict[str, int]) -> dict[str, Array]:
 
 
 def pictures(
-    reference: Pipeline, measured: Pipeline, shapes: Sequence[tuple[int, int]], steps: int, schedule: str
+    reference: Pipeline,
+    measured: Pipeline,
+    shapes: Sequence[tuple[int, int]],
+    prompts: Sequence[str],
+    steps: int,
+    text: str,
 ) -> Table:
-    """The same picture from both: levels chosen alike, PSNR, milliseconds of all steps."""
-    table = [["size", "steps per level", "chosen alike", "PSNR", "CPU ms", "ms"]]
+    """The same pictures from both: levels chosen alike, how narrowly, PSNR, milliseconds of all steps."""
+    head = [
+        "size",
+        "prompt",
+        "steps per level",
+        "chosen alike",
+        "σ apart",
+        "σ from its threshold",
+        "PSNR",
+        "CPU ms",
+        "ms",
+    ]
+    table = [head]
     for height, width in shapes:
-        options = {"seed": 7, "steps": steps, "schedule": schedule, "height": height, "width": width}
-        expected, _ = (reference(PROMPT, **options) for _ in range(2))
-        _, actual = (measured(PROMPT, **options) for _ in range(2))  # the first run prepares the engines
-        same = sum(a == b for a, b in zip(actual.trace.levels, expected.trace.levels, strict=True))
-        quality = psnr(np.asarray(actual.image), np.asarray(expected.image))
-        counts = ", ".join(f"{count} at {level}" for level, count in actual.trace.steps_per_level().items())
-        times = (f"{result.trace.total_milliseconds():.1f}" for result in (expected, actual))
-        table.append([f"{height}×{width}", counts, f"{same} of {steps}", f"{quality:.1f} dB", *times])
+        schedule = measured.schedule(text, steps=steps, height=height, width=width)
+        options = {"seed": SEED, "steps": steps, "schedule": schedule, "height": height, "width": width}
+        for pipeline in (reference, measured):
+            pipeline(prompts[0], **options)  # prepares the engines
+        for prompt in prompts:
+            expected, actual = reference(prompt, **options), measured(prompt, **options)
+            same = sum(a == b for a, b in zip(actual.trace.levels, expected.trace.levels, strict=True))
+            apart, distance = decisions(schedule, expected.trace, actual.trace)
+            quality = psnr(np.asarray(actual.image), np.asarray(expected.image))
+            counts = ", ".join(f"{count} at {level}" for level, count in actual.trace.steps_per_level().items())
+            times = (f"{result.trace.total_milliseconds():.1f}" for result in (expected, actual))
+            row = [f"{height}×{width}", prompt, counts, f"{same} of {steps}", apart, distance, f"{quality:.1f} dB"]
+            table.append([*row, *times])
     return table
+
+
+def decisions(schedule: Schedule, expected: Trace, actual: Trace) -> tuple[str, str]:
+    """Where levels were decided: how far both sides' σ_p lie apart at most, and how close to its threshold one came.
+
+    Up to the first step that was chosen unlike; after it the latents are different ones.
+    """
+    apart: list[float] = []
+    distance: list[float] = []
+    if not isinstance(schedule, Dynamic):
+        return "–", "–"
+    for step in range(schedule.warmup, len(expected.steps)):
+        past = expected.levels[:step]
+        if actual.levels[:step] != past:
+            break
+        if schedule.decides(past):
+            for patch in schedule.coarse:
+                value = expected.steps[step - 1].statistic[patch]
+                apart.append(abs(actual.steps[step - 1].statistic[patch] / value - 1))
+                distance.append(abs(value / schedule.threshold(patch, step - 1) - 1))
+    return (f"{max(apart):.2%}", f"{min(distance):.2%}") if apart else ("–", "–")
 
 
 def psnr(picture: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:

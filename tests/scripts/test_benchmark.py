@@ -5,20 +5,49 @@ import re
 import benchmark
 
 from conftest import run
+from ddit.runtime.schedule import Dynamic, Native
+from ddit.runtime.trace import StepRecord, Trace
 
 
 def test_a_report_has_every_graph_size_and_level(tiny_bundle, tmp_path):
     out = tmp_path / "report.md"
     options = ("--backend", "CPUExecutionProvider", "--size", "128x128", "--size", "64x128")
+    options += ("--prompt", "a red circle", "--prompt", "a blue star")
     result = run(benchmark.main, tiny_bundle, *options, "--steps", 4, "--repeat", 4, "--out", out)
     assert result.exit_code == 0, result.stderr
     report = out.read_text()
     assert report == result.stdout.rstrip("\n") + "\n"
     for graph in ("clip", "t5", "level-2", "level-4", "level-8", "step", "vae_decoder"):
         assert f"| {graph} | 0.0e+00 | 0.0e+00 |" in report
-    assert len(re.findall(r"4 at 2 \| 4 of 4 \| inf dB", report)) == 2
-    assert len(re.findall(r"\| level \d \| \d+\.\d{3} \|", report)) == 3
-    assert len(re.findall(r"\| 2, [48] in turn \| \d+\.\d{3} \| – \| [+-]\d", report)) == 2
+    # the fourth level is decided from the third difference; both sides are the same here
+    assert len(re.findall(r"4 at 2 \| 4 of 4 \| 0\.00% \| \d+\.\d\d% \| inf dB", report)) == 4
+    assert len(re.findall(r"\| level \d \| \d+\.\d{3} \|", report)) == 2 * 3
+    assert len(re.findall(r"\| 2, [48] in turn \| \d+\.\d{3} \| – \| [+-]\d", report)) == 2 * 2
+
+
+def test_a_model_that_no_cpu_can_run_is_measured_alone(tiny_bundle):
+    options = ("--backend", "cpu", "--size", "64x64", "--repeat", 2, "--no-reference")
+    result = run(benchmark.main, tiny_bundle, *options)
+    assert result.exit_code == 0, result.stderr
+    assert re.findall(r"^## .*", result.stdout, re.MULTILINE) == ["## Steps at 64×64", "## Memory"]
+
+
+def test_choices_are_compared_up_to_the_first_unlike_one():
+    schedule = Dynamic(native=2, coarse=(4,), tau=1.0, rho=0.4, warmup=3, hold=1)
+    expected = trace([2, 2, 2, 2, 4], [2.0, 2.0, 2.0, 0.9, 0.5])
+    actual = trace([2, 2, 2, 4, 4], [2.0, 2.0, 1.0, 0.1, 0.1])
+    assert benchmark.decisions(schedule, expected, actual) == ("50.00%", "100.00%")
+    assert benchmark.decisions(schedule, expected, expected) == ("0.00%", "10.00%")
+    assert benchmark.decisions(Native(2), expected, actual) == ("–", "–")
+
+
+def trace(levels: list[int], statistics: list[float]) -> Trace:
+    """A run with these levels and these σ_4."""
+    steps = [
+        StepRecord(step, 0.5, level, 1.0, {4: value})
+        for step, (level, value) in enumerate(zip(levels, statistics, strict=True))
+    ]
+    return Trace("a red circle", 0, 64, 64, 1.0, 0.5, "cpu", {}, steps)
 
 
 def test_a_size_that_cannot_be_read_is_named(tiny_bundle):
