@@ -24,7 +24,7 @@ from ddit.profiles import Profile
 from ddit.runtime.backends.onnxruntime import OnnxRuntimeEngine, open_session
 from ddit.runtime.bundle import ParityResult
 from ddit.runtime.errors import ParityError
-from ddit.runtime.verify import REFERENCE_FILE, TOLERANCES, reference_name, relative_error
+from ddit.runtime.verify import REFERENCE_FILE, reference_name, relative_error, tolerance
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,6 @@ def compare(
     Raises `ParityError` with the graph, the tensor and the figure when an error exceeds its tolerance.
     """
     engine = OnnxRuntimeEngine(open_session(path), job.name)
-    tolerance = TOLERANCES[job.dtype]
     used = {dim for spec in (*job.inputs, *job.outputs) for dim in spec.shape if isinstance(dim, str)}
     results = []
     for case, sizes in enumerate(cases):
@@ -93,10 +92,11 @@ def compare(
             expected = references[reference_name(job.name, case, "output", spec.name)]
             error = relative_error(actual[spec.name], expected.astype(np.float32))
             log.info("parity of %s.%s at %s: %.2g", job.name, spec.name, sizes, error)
-            if not error < tolerance:
+            allowed = tolerance(job.name, job.dtype, expected.shape)
+            if not error < allowed:
                 raise ParityError(
                     f"graph {job.name} does not compute what the model computes: relative error of {spec.name} is "
-                    f"{error:.2g} at {dict(sizes)}, allowed {tolerance:g}; "
+                    f"{error:.2g} at {dict(sizes)}, allowed {allowed:g}; "
                     "please report it with the versions of torch and diffusers"
                 )
             results.append(
@@ -106,7 +106,7 @@ def compare(
                     case=case,
                     sizes={symbol: size for symbol, size in sizes.items() if any(dim[0] == symbol for dim in used)},
                     error=error,
-                    tolerance=tolerance,
+                    tolerance=allowed,
                     checked=checked,
                 )
             )

@@ -1,13 +1,14 @@
 """Check a bundle on the machine that will run it: files, graphs, and the exporter's reference values."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddit.runtime.backends import Backend
+from ddit.runtime.bundle import Dtype
 from ddit.runtime.errors import BundleError, UsageError
 
 log = logging.getLogger(__name__)
@@ -15,7 +16,7 @@ log = logging.getLogger(__name__)
 REFERENCE_FILE = "parity.safetensors"
 
 # relative L2 error allowed between a graph and the original model, by the graph's arithmetic
-TOLERANCES = {"fp32": 1e-5, "fp16": 2e-2, "bf16": 2e-2}
+TOLERANCES: dict[Dtype, float] = {"fp32": 1e-5, "fp16": 2e-2, "bf16": 2e-2}
 
 
 def reference_name(graph: str, case: int, direction: str, tensor: str) -> str:
@@ -29,6 +30,19 @@ def relative_error(actual: NDArray[np.float32], expected: NDArray[np.float32]) -
         return float("inf")
     difference = float(np.linalg.norm(actual.astype(np.float64) - expected))
     return difference / max(float(np.linalg.norm(expected.astype(np.float64))), 1e-30)
+
+
+def tolerance(graph: str, dtype: Dtype, shape: Sequence[int]) -> float:
+    """The relative error allowed in an output of this shape.
+
+    More in float32 pictures of over 256×256 pixels: ONNX Runtime's CPU provider adds up the values of a group norm one
+    after another, and its error grows faster than their number. A group norm of 32 groups of 4 channels differs from
+    float64 by 1.8e-6 at 256×256, 1.5e-5 at 512×512 and 1.1e-4 at 1024×1024 (1.32; torch: 5e-8), a graph of thirty of
+    them by 2.0e-5 at 512×512.
+    """
+    if graph == "vae_decoder" and dtype == "fp32":
+        return TOLERANCES[dtype] * max(1.0, shape[-2] * shape[-1] / 256**2) ** 1.5
+    return TOLERANCES[dtype]
 
 
 @dataclass(frozen=True)
@@ -74,8 +88,9 @@ def verify_graphs(backend: Backend) -> Iterator[Check]:
         except UsageError as error:  # engines may have been built for fewer sizes than the bundle was exported for
             log.info("%s, case %s: %s", graph, case, error)
             continue
-        dtype = manifest.graphs[graph].dtype if backend.name == "cpu" else "fp16"
+        dtype: Dtype = manifest.graphs[graph].dtype if backend.name == "cpu" else "fp16"
         for name, expected in arrays.items():
             if name.startswith(prefix + "output/"):
                 tensor = name.removeprefix(prefix + "output/")
-                yield Check(graph, int(case), tensor, relative_error(outputs[tensor], expected), TOLERANCES[dtype])
+                error, allowed = relative_error(outputs[tensor], expected), tolerance(graph, dtype, expected.shape)
+                yield Check(graph, int(case), tensor, error, allowed)

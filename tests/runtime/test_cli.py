@@ -11,6 +11,7 @@ from PIL import Image
 from conftest import run
 from ddit.runtime.bench import peak_memory_mb
 from ddit.runtime.cli import main
+from ddit.runtime.verify import tolerance
 
 
 def test_generate_writes_picture_trace_and_plot(tiny_bundle, tmp_path):
@@ -81,6 +82,13 @@ def test_inspect_shows_levels_and_parity(tiny_bundle):
     for words in ("profile 256", "trained (adapter", "level-8", "vae_decoder", "opset 23"):
         assert words in text
     assert json.loads(run(main, "inspect", tiny_bundle, "--json").stdout)["native"] == 2
+
+
+def test_float32_pictures_are_allowed_more_rounding_the_more_pixels_they_have():
+    allowed = [tolerance("vae_decoder", "fp32", (1, 3, side, side)) for side in (64, 256, 512, 1024)]
+    assert allowed == pytest.approx([1e-5, 1e-5, 8e-5, 6.4e-4])
+    assert tolerance("level-2", "fp32", (1, 16, 512, 512)) == 1e-5
+    assert tolerance("vae_decoder", "bf16", (1, 3, 1024, 1024)) == 2e-2
 
 
 def test_verify_reproduces_every_reference(tiny_bundle):
