@@ -156,6 +156,32 @@ class DeviceMemory:
         return StridedMemoryView.from_buffer(buffer, shape, dtype=dtype)
 
 
+class BFloat16:
+    """An array of 16-bit integers, handed on through DLPack as the bfloat16 numbers whose bits they are.
+
+    NumPy has no such type, and so cuda.core (1.2) refuses to export it.
+    """
+
+    # where DLManagedTensor has the code of its type: after a pointer, the device's two integers and the rank
+    # (https://dmlc.github.io/dlpack/latest/c_api.html)
+    CODE_OFFSET, CODE = 20, 4
+
+    def __init__(self, bits: Any):
+        self._bits = bits
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """The integers' capsule, with another type in it."""
+        capsule = self._bits.__dlpack__(**options)
+        pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer.argtypes, pointer.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_void_p
+        ctypes.c_uint8.from_address(pointer(capsule, b"dltensor") + self.CODE_OFFSET).value = self.CODE
+        return capsule
+
+    def __dlpack_device__(self) -> Any:
+        """The integers' device."""
+        return self._bits.__dlpack_device__()
+
+
 class DeviceArray:
     """An array on the GPU, in C order."""
 

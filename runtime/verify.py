@@ -41,7 +41,7 @@ def tolerance(graph: str, dtype: Dtype, shape: Sequence[int]) -> float:
     them by 2.0e-5 at 512×512.
     """
     if graph == "vae_decoder" and dtype == "fp32":
-        return TOLERANCES[dtype] * max(1.0, shape[-2] * shape[-1] / 256**2) ** 1.5
+        return TOLERANCES[dtype] * float(max(1.0, shape[-2] * shape[-1] / 256**2) ** 1.5)
     return TOLERANCES[dtype]
 
 
@@ -92,5 +92,5 @@ def verify_graphs(backend: Backend) -> Iterator[Check]:
         for name, expected in arrays.items():
             if name.startswith(prefix + "output/"):
                 tensor = name.removeprefix(prefix + "output/")
-                error, allowed = relative_error(outputs[tensor], expected), tolerance(graph, dtype, expected.shape)
-                yield Check(graph, int(case), tensor, error, allowed)
+                found, allowed = relative_error(outputs[tensor], expected), tolerance(graph, dtype, expected.shape)
+                yield Check(graph, int(case), tensor, found, allowed)

@@ -18,7 +18,7 @@ from numpy.typing import DTypeLike, NDArray
 from ddit.runtime.backends.device import Bound, DeviceBackend, DeviceEngine
 from ddit.runtime.backends.onnxruntime import check_provider, engine_errors, import_onnxruntime, session_options
 from ddit.runtime.bundle import Bundle, GraphInfo, TensorSpec
-from ddit.runtime.cuda import DeviceArray, DeviceMemory, Stream
+from ddit.runtime.cuda import BFloat16, DeviceArray, DeviceMemory, Stream
 from ddit.runtime.errors import BackendError
 
 log = logging.getLogger(__name__)
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 PROVIDER = "CUDAExecutionProvider"
 DEVICE = "cuda"
 NUMPY_TYPES = {"float32": np.float32, "int64": np.int64}
+STORED_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64}  # by safetensors' names
 ALIGNMENT = 256  # of every weight, as cudaMalloc aligns: kernels read several numbers at once
 NO_GRAPH = "-1"
 _graph_ids = count(1)
@@ -169,19 +170,10 @@ class CudaBackend(DeviceBackend):
             self.gpu.copy(memory.address + start, content.ctypes.data + offset, nbytes)
             with engine_errors(f"share {path.name}"):
                 # ONNX Runtime takes memory of others only, and not its own, as a session's initializers
-                values[name] = import_onnxruntime().OrtValue.from_dlpack(memory.view(start, shape, numpy_type(dtype)))
+                view = memory.view(start, shape, np.dtype(STORED_TYPES[dtype]))
+                values[name] = import_onnxruntime().OrtValue.from_dlpack(BFloat16(view) if dtype == "BF16" else view)
         self.gpu.synchronize()  # the mapping may go
         return values
-
-
-def numpy_type(name: str) -> np.dtype[Any]:
-    """NumPy's type for safetensors' name of it; bfloat16 comes from the ml_dtypes package."""
-    if name == "BF16":
-        import ml_dtypes
-
-        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
-        return bfloat16
-    return np.dtype({"F32": np.float32, "F16": np.float16, "I64": np.int64}[name])
 
 
 def safetensors_entries(content: NDArray[np.uint8]) -> Iterator[tuple[str, str, tuple[int, ...], int, int]]:

@@ -7,10 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import onnxruntime
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from ddit.runtime import Pipeline
+from ddit.runtime import Bundle, Pipeline
 from ddit.runtime.backends import onnxruntime as host
 from ddit.runtime.backends import onnxruntime_cuda
+from ddit.runtime.backends.onnxruntime_cuda import CudaBackend
 from ddit.runtime.errors import BackendError, UsageError
 from ddit.runtime.schedule import Fixed
 from fake_cuda import FakeCuda
@@ -73,13 +76,13 @@ def machine(monkeypatch) -> FakeOnnxRuntime:
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
-    backend_init = onnxruntime_cuda.CudaBackend.__init__
+    backend_init = CudaBackend.__init__
 
     def init(self, bundle):
         backend_init(self, bundle)
         monkeypatch.setattr(onnxruntime_cuda, "import_onnxruntime", lambda: fake)
 
-    monkeypatch.setattr(onnxruntime_cuda.CudaBackend, "__init__", init)
+    monkeypatch.setattr(CudaBackend, "__init__", init)
     return fake
 
 
@@ -100,6 +103,17 @@ def test_levels_share_one_copy_of_the_trunk(machine, tiny_bundle):
     entries = onnxruntime_cuda.safetensors_entries(np.memmap(tiny_bundle / "transformer.safetensors", mode="r"))
     trunk = sum(nbytes for *_, nbytes in entries)
     assert sum(len(block) >= trunk for block in machine.cuda.memory.values()) == 1
+
+
+def test_bfloat16_weights_reach_the_sessions_as_such(machine, tiny_bundle, tmp_path):
+    values = {"a": torch.tensor([[1.5, -2.0, 3e38]], dtype=torch.bfloat16), "b": torch.tensor([0.1])}
+    save_file(values, tmp_path / "weights.safetensors")
+    uploaded = CudaBackend(Bundle.open(tiny_bundle))._upload(tmp_path / "weights.safetensors")
+    assert {name: value.data_type() for name, value in uploaded.items()} == {
+        "a": "tensor(bfloat16)",
+        "b": "tensor(float)",
+    }
+    assert torch.equal(torch.from_dlpack(uploaded["a"]._ortvalue), values["a"])
 
 
 def test_sessions_end_before_the_stream_that_they_wait_for(machine, tiny_bundle):
