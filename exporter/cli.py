@@ -62,7 +62,7 @@ def main(verbose: int) -> None:
 @click.option(
     "--dtype",
     type=click.Choice(["fp32", "fp16", "bf16"]),
-    help="Arithmetic inside the graphs.  [default: the model's, or bf16]",
+    help="Arithmetic inside the graphs.  [default: the model's, or fp16]",
 )
 @click.option(
     "--opset",
@@ -104,7 +104,7 @@ def flux(
 
     source = find_model(model, revision)
     defaults = source.defaults
-    dtype = dtype or defaults.dtype or "bf16"
+    dtype = dtype or defaults.dtype or "fp16"
     if opset == LOWERED and dtype == "bf16":
         raise UsageError(
             f"opset {LOWERED} is for TensorRT 8.6, which has no bfloat16; add --dtype fp16 or --dtype fp32"
@@ -120,6 +120,9 @@ def flux(
     if untrained:
         names = ", ".join(map(str, untrained))
         say(f"warning: no adapter for level {names}: pictures will suffer where a schedule uses it")
+    if dtype == "bf16" and len(levels) > 1:
+        say("warning: bfloat16's rounding outweighs what the dynamic schedule looks at (docs/method.md); "
+            "--dtype fp16 is better for it")  # fmt: skip
     out = out or Path(f"{source.info.id.rpartition('/')[2]}.bundle")
     export = FluxModel(source, levels, dtype, loaded)
     manifest = export_bundle(export, out, profile=shapes, opset=opset, report=say)

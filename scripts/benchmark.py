@@ -43,6 +43,7 @@ Table = list[list[str]]
 @click.option("--steps", default=50, show_default=True, help="Denoising steps of the pictures.")
 @click.option("--repeat", default=100, show_default=True, help="Steps of every timing.")
 @click.option("--schedule", default="dynamic", show_default=True, help="Schedule of the pictures.")
+@click.option("--reference", type=click.Path(path_type=Path), help="Bundle of the CPU's side.  [default: BUNDLE]")
 @click.option("--no-reference", is_flag=True, help="Leave the CPU's side out: for models that a CPU cannot run.")
 @click.option("--out", type=click.Path(path_type=Path), help="Markdown file to write.")
 def main(
@@ -53,6 +54,7 @@ def main(
     steps: int,
     repeat: int,
     schedule: str,
+    reference: Path | None,
     no_reference: bool,
     out: Path | None,
 ) -> None:
@@ -63,9 +65,10 @@ def main(
     opened = [*openings(measured, *shapes[0])]  # before anything else has opened an engine
     parts = [f"# {measured.backend}\n\n" + "\n".join(f"* {line}" for line in facts(measured))]
     if not no_reference:
-        reference = Pipeline.open(path, backend="cpu")
-        parts.append(section("Agreement with the CPU", agreement(reference, measured, shapes)))
-        parts.append(section("Pictures", pictures(reference, measured, shapes, prompts, steps, schedule)))
+        on_cpu = Pipeline.open(reference or path, backend="cpu")
+        of = f", {on_cpu.bundle.manifest.dtype}" if reference else ""
+        parts.append(section(f"Agreement with the CPU{of}", agreement(on_cpu, measured, shapes)))
+        parts.append(section("Pictures", pictures(on_cpu, measured, shapes, prompts, steps, schedule)))
     for height, width in shapes:
         parts.append(section(f"Steps at {height}×{width}", timings(measured, height, width, repeat)))
     parts.append(section("Memory", memory(measured, opened)))
@@ -103,10 +106,12 @@ def facts(pipeline: Pipeline) -> Iterator[str]:
 
 
 def agreement(reference: Pipeline, measured: Pipeline, shapes: Sequence[tuple[int, int]]) -> Table:
-    """Relative L2 error of every graph's outputs on the same random inputs, at every size."""
+    """Relative L2 error of the outputs on the same random inputs, at every size, for the graphs that both have."""
     table = [["graph", *(f"{height}×{width}" for height, width in shapes)]]
-    manifest = reference.bundle.manifest
+    manifest, others = measured.bundle.manifest, reference.bundle.manifest.graphs
     for name, info in manifest.graphs.items():
+        if name not in others or others[name].inputs != info.inputs:
+            continue
         row = [name]
         for height, width in shapes:
             sizes = manifest.sizes(height=height, width=width, text=manifest.tokenizers["t5"].length)
@@ -145,54 +150,50 @@ def pictures(
     text: str,
 ) -> Table:
     """The same pictures from both: levels chosen alike, how narrowly, PSNR, milliseconds of all steps."""
-    head = [
-        "size",
-        "prompt",
-        "steps per level",
-        "chosen alike",
-        "σ apart",
-        "σ from its threshold",
-        "PSNR",
-        "CPU ms",
-        "ms",
-    ]
-    table = [head]
+    columns = "size|prompt|steps per level|chosen alike|σ apart: median, most|closest to τ|PSNR|CPU ms|ms"
+    table = [columns.split("|")]
     for height, width in shapes:
-        schedule = measured.schedule(text, steps=steps, height=height, width=width)
+        schedule = reference.schedule(text, steps=steps, height=height, width=width)
         options = {"seed": SEED, "steps": steps, "schedule": schedule, "height": height, "width": width}
         for pipeline in (reference, measured):
             pipeline(prompts[0], **options)  # prepares the engines
         for prompt in prompts:
             expected, actual = reference(prompt, **options), measured(prompt, **options)
             same = sum(a == b for a, b in zip(actual.trace.levels, expected.trace.levels, strict=True))
-            apart, distance = decisions(schedule, expected.trace, actual.trace)
+            apart, closest = statistics_apart(expected.trace, actual.trace), closest_call(schedule, expected.trace)
             quality = psnr(np.asarray(actual.image), np.asarray(expected.image))
             counts = ", ".join(f"{count} at {level}" for level, count in actual.trace.steps_per_level().items())
             times = (f"{result.trace.total_milliseconds():.1f}" for result in (expected, actual))
-            row = [f"{height}×{width}", prompt, counts, f"{same} of {steps}", apart, distance, f"{quality:.1f} dB"]
+            row = [f"{height}×{width}", prompt, counts, f"{same} of {steps}", apart, closest, f"{quality:.1f} dB"]
             table.append([*row, *times])
     return table
 
 
-def decisions(schedule: Schedule, expected: Trace, actual: Trace) -> tuple[str, str]:
-    """Where levels were decided: how far both sides' σ_p lie apart at most, and how close to its threshold one came.
+def statistics_apart(expected: Trace, actual: Trace) -> str:
+    """How far the measured σ_p lies from the CPU's: the median over steps and patches, and the most.
 
     Up to the first step that was chosen unlike; after it the latents are different ones.
     """
-    apart: list[float] = []
-    distance: list[float] = []
-    if not isinstance(schedule, Dynamic):
-        return "–", "–"
-    for step in range(schedule.warmup, len(expected.steps)):
-        past = expected.levels[:step]
-        if actual.levels[:step] != past:
+    apart = []
+    for mine, theirs in zip(actual.steps, expected.steps, strict=True):
+        if mine.level != theirs.level:
             break
-        if schedule.decides(past):
-            for patch in schedule.coarse:
-                value = expected.steps[step - 1].statistic[patch]
-                apart.append(abs(actual.steps[step - 1].statistic[patch] / value - 1))
-                distance.append(abs(value / schedule.threshold(patch, step - 1) - 1))
-    return (f"{max(apart):.2%}", f"{min(distance):.2%}") if apart else ("–", "–")
+        for patch in mine.statistic.keys() & theirs.statistic.keys():
+            apart.append(abs(mine.statistic[patch] / theirs.statistic[patch] - 1))
+    return f"{statistics.median(apart):.1%}, {max(apart):.1%}" if apart else "–"
+
+
+def closest_call(schedule: Schedule, trace: Trace) -> str:
+    """How near σ_p came to its threshold where it decided a level."""
+    if not isinstance(schedule, Dynamic):
+        return "–"
+    distances = [
+        abs(trace.steps[step - 1].statistic[patch] / schedule.threshold(patch, step - 1) - 1)
+        for step in range(schedule.warmup, len(trace.steps))
+        if schedule.decides(trace.levels[:step])
+        for patch in schedule.coarse
+    ]
+    return f"{min(distances):.2%}" if distances else "–"
 
 
 def psnr(picture: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:

@@ -33,7 +33,7 @@ ADAPTER = "adapter.safetensors"
 @click.option("--double-blocks", type=click.IntRange(1), help="Double blocks.  [default: the model's]")
 @click.option("--single-blocks", type=click.IntRange(1), help="Single blocks.  [default: the model's]")
 @click.option("--levels", type=Levels(), default="2,4,8", show_default=True, help="Levels of the adapter.")
-@click.option("--dtype", type=click.Choice([*TORCH_DTYPES]), default="bf16", show_default=True, help="Of the weights.")
+@click.option("--dtype", type=click.Choice([*TORCH_DTYPES]), default="fp16", show_default=True, help="Of the weights.")
 @click.option("--seed", default=0, show_default=True)
 def main(
     model: str,

@@ -255,7 +255,8 @@ class FluxModel:
         )
 
     def _vae_job(self) -> GraphJob:
-        dtype: Dtype = "fp32" if self.dtype == "fp16" and self.vae_config.get("force_upcast", True) else self.dtype
+        # also in bfloat16, for which ONNX Runtime's CUDA provider has no Resize
+        dtype: Dtype = "fp32" if self.vae_config.get("force_upcast", True) else self.dtype
         module = VaeDecoder(load_component(AutoencoderKL, self.source.folder / "vae", dtype))
         scale = self.latent.downscale
         latent = _float("latent", "B", self.latent.channels, "H", "W")
