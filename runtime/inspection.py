@@ -1,6 +1,7 @@
 """What `ddit-run inspect` shows of a bundle."""
 
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 
 from rich.console import Console
@@ -33,8 +34,8 @@ def show(bundle: Path, manifest: Manifest, plans: Sequence[Plan]) -> None:
         )
     console.print(_levels_table(manifest))
     console.print(_graphs_table(manifest))
-    if plans:
-        console.print(_plans_table(plans))
+    for target in sorted({str(plan.info.target) for plan in plans}):
+        console.print(_plans_table(target, [plan for plan in plans if str(plan.info.target) == target]))
     console.print("made with " + ", ".join(f"{name} {version}" for name, version in manifest.made_with.items()))
 
 
@@ -72,13 +73,14 @@ def _graphs_table(manifest: Manifest) -> Table:
     return table
 
 
-def _plans_table(plans: Sequence[Plan]) -> Table:
-    table = Table(
-        "graph", "key", "built for", "profile", "size", "built", title="TensorRT engines", title_justify="left"
-    )
-    for info in sorted((plan.info for plan in plans), key=lambda info: info.graph):
+def _plans_table(target: str, plans: Sequence[Plan]) -> Table:
+    """The engines that were built for one kind of machine."""
+    title = f"Engines for {target}"
+    table = Table("graph", "profile", "size", "built", "key", title=title, title_justify="left")
+    for info in sorted((plan.info for plan in plans), key=lambda info: (info.graph, info.built)):
         size = f"{info.size / 1e6:,.0f} MB"
-        table.add_row(info.graph, info.key, str(info.target), info.profile.name, size, info.built)
+        built = datetime.fromisoformat(info.built).strftime("%Y-%m-%d %H:%M")
+        table.add_row(info.graph, info.profile.name, size, built, info.key)
     return table
 
 

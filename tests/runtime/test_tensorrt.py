@@ -368,7 +368,9 @@ def test_inspect_shows_the_engines_and_verify_runs_them(built):
     plans = json.loads(shown.stdout)["plans"]
     assert {plan["graph"] for plan in plans} == set(Bundle.open(built.bundle).manifest.graphs)
     assert all(plan["target"]["gpu"] == "Fake GPU" for plan in plans)
-    assert "TensorRT engines" in run(ddit_run, "inspect", built.bundle).stdout
+    text = run(ddit_run, "inspect", built.bundle).stdout
+    assert f"Engines for Fake GPU (compute capability 9.0), TensorRT {plans[0]['target']['tensorrt']}" in text
+    assert all(plan["key"] in text for plan in plans)  # in 80 columns
 
     verified = json.loads(run(ddit_run, "verify", built.bundle, "--json").stdout)
     assert (verified["backend"], verified["plans"], verified["passed"]) == ("tensorrt", 6, True)
