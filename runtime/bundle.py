@@ -180,7 +180,7 @@ class CurvePoint(_Model):
 
 
 class Calibration(ScheduleInfo):
-    """Dynamic schedule settings that ``ddit-run calibrate`` found for one number of steps and size."""
+    """Dynamic schedule settings that ``ddit-run calibrate`` found for one number of steps, size and backend."""
 
     steps: int = Field(ge=1)
     height: int = Field(ge=1, description="pixels")
@@ -188,9 +188,14 @@ class Calibration(ScheduleInfo):
     speedup: float = Field(gt=0, description="over the native schedule, on prompts that τ was not chosen on")
     similarity: float = Field(description="mean SSIM to the native pictures, on the same prompts")
     prompts: int = Field(ge=2, description="how many were used in all")
-    backend: str = Field(description="where milliseconds were measured; the speed-up counts in them")
+    backend: str = Field(description="where it was found: the speed-up counts in its milliseconds, τ in its rounding")
     costs: Costs
     curve: tuple[CurvePoint, ...] = Field(description="everything that was tried, by τ")
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Steps, height and width."""
+        return self.steps, self.height, self.width
 
 
 class ParityResult(_Model):
@@ -248,16 +253,14 @@ class Manifest(_Model):
                 return level
         raise UsageError(f"the bundle has no level {patch}; it has {', '.join(map(str, self.patches))}")
 
-    def dynamic(self, *, steps: int, height: int, width: int) -> ScheduleInfo:
+    def dynamic(self, *, steps: int, height: int, width: int, backend: str) -> ScheduleInfo:
         """The dynamic schedule's settings for a run: its calibration, or the bundle's defaults where there is none."""
-        return self.calibration(steps=steps, height=height, width=width) or self.schedule
+        return self.calibration(steps=steps, height=height, width=width, backend=backend) or self.schedule
 
-    def calibration(self, *, steps: int, height: int, width: int) -> Calibration | None:
-        """What was found for a number of steps and a size."""
-        for found in self.calibrations:
-            if (found.steps, found.height, found.width) == (steps, height, width):
-                return found
-        return None
+    def calibration(self, *, steps: int, height: int, width: int, backend: str) -> Calibration | None:
+        """What was found for a number of steps and a size on this backend, or else on the last one that was tried."""
+        found = [one for one in self.calibrations if one.size == (steps, height, width)]
+        return next((one for one in found if one.backend == backend), found[-1] if found else None)
 
     def sizes(self, *, height: int, width: int, text: int, batch: int = 1) -> dict[str, int]:
         """Symbols of the tensors' shapes for a picture of ``height``×``width`` pixels.
@@ -315,12 +318,12 @@ class Bundle:
         return self.manifest.graphs[name]
 
     def calibrate(self, calibration: Calibration) -> None:
-        """Keep a calibration in ``bundle.json``, in the place of an older one for the same steps and size.
+        """Keep a calibration in ``bundle.json``, in the place of an older one for the same steps, size and backend.
 
         The file is replaced as a whole. Raises `DditError` where it cannot be written.
         """
-        key = (calibration.steps, calibration.height, calibration.width)
-        others = (one for one in self.manifest.calibrations if (one.steps, one.height, one.width) != key)
+        key = (calibration.size, calibration.backend)
+        others = (one for one in self.manifest.calibrations if (one.size, one.backend) != key)
         manifest = self.manifest.model_copy(update={"calibrations": (*others, calibration)})
         with whole(self.path / MANIFEST) as part:
             part.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")

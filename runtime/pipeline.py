@@ -155,7 +155,7 @@ class Pipeline:
             if len(prompts) > 1 or not isinstance(schedule, Dynamic):
                 raise UsageError("a budget chooses the schedule of one picture; leave the schedule out")
             costs = self._costs(height, width)
-            known = manifest.calibration(steps=steps, height=height, width=width)
+            known = manifest.calibration(steps=steps, height=height, width=width, backend=str(self.backend))
             schedule = plan(budget, costs, steps, default=schedule, curve=known.curve if known else ())
 
         traces = [
@@ -189,7 +189,7 @@ class Pipeline:
         optimum = manifest.profile.entry[0]
         steps = steps or manifest.sampler.steps
         height, width = height or optimum.height.optimum, width or optimum.width.optimum
-        info = manifest.dynamic(steps=steps, height=height, width=width)
+        info = manifest.dynamic(steps=steps, height=height, width=width, backend=str(self.backend))
         coarsest = info.coarsest or max(manifest.patches)
         coarse = tuple(patch for patch in manifest.patches if manifest.native < patch <= coarsest)
         reference = self._reference(steps, height, width)
@@ -204,7 +204,8 @@ class Pipeline:
 
     def _reference(self, steps: int, height: int, width: int) -> Mapping[int, Sequence[float]] | None:
         """The statistics of smooth pictures after every step, by coarse patch; None where the bundle has none."""
-        points = self.bundle.manifest.dynamic(steps=steps, height=height, width=width).reference
+        manifest = self.bundle.manifest
+        points = manifest.dynamic(steps=steps, height=height, width=width, backend=str(self.backend)).reference
         return reference_at(points, self.sigmas(steps, height, width)) if points else None
 
     def _smooth(self, patch: int | None, steps: int, height: int, width: int) -> Sequence[float]:

@@ -69,6 +69,19 @@ def test_a_quality_is_kept_and_a_later_calibration_replaces_the_first(bundle):
     assert kept.tau == report["tau"]
 
 
+def test_every_backend_has_a_calibration_of_its_own(bundle):
+    assert calibrate(bundle, "--backend", "cpu").exit_code == 0
+    assert calibrate(bundle, "--backend", "CPUExecutionProvider", "--quality", "0.99").exit_code == 0
+    first, second = Bundle.open(bundle).manifest.calibrations
+    assert first.tau != second.tau
+    size = {"steps": 12, "height": 128, "width": 64}
+    for name, tau in (("cpu", first.tau), ("CPUExecutionProvider", second.tau)):
+        assert Pipeline.open(bundle, backend=name).schedule("dynamic", **size).tau == tau
+    manifest = Bundle.open(bundle).manifest
+    assert manifest.calibration(**size, backend="tensorrt on another GPU") == second
+    assert manifest.calibration(**size | {"steps": 11}, backend="cpu") is None
+
+
 def test_an_absolute_tau_has_no_reference(bundle):
     assert calibrate(bundle, "--speedup", "1.4", "--absolute").exit_code == 0
     (kept,) = Bundle.open(bundle).manifest.calibrations
