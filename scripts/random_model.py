@@ -32,7 +32,9 @@ ADAPTER = "adapter.safetensors"
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--double-blocks", type=click.IntRange(1), help="Double blocks.  [default: the model's]")
 @click.option("--single-blocks", type=click.IntRange(1), help="Single blocks.  [default: the model's]")
-@click.option("--levels", type=Levels(), default="2,4,8", show_default=True, help="Levels of the adapter.")
+@click.option(
+    "--levels", type=Levels(), default="2,4,8", show_default=True, help="Levels of the model and its adapter."
+)
 @click.option("--dtype", type=click.Choice([*TORCH_DTYPES]), default="fp16", show_default=True, help="Of the weights.")
 @click.option("--seed", default=0, show_default=True)
 def main(
@@ -69,17 +71,12 @@ def main(
         transformer=transformer,
     )
     pipeline.save_pretrained(out)
-    defaults = ExportDefaults(levels=(NATIVE_PATCH, *coarse_levels(levels)), dtype=dtype)
-    if coarse := {patch: random_level(transformer, patch) for patch in coarse_levels(levels)}:
+    defaults = ExportDefaults(levels=levels, dtype=dtype)
+    if coarse := {patch: random_level(transformer, patch) for patch in levels if patch != NATIVE_PATCH}:
         save_adapter(out / ADAPTER, coarse, base_model=out.resolve().name, dtype=TORCH_DTYPES[dtype])
         defaults = defaults.model_copy(update={"adapter": ADAPTER})
     (out / DEFAULTS_FILE).write_text(defaults.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
     say(f"written to {out}")
-
-
-def coarse_levels(levels: tuple[int, ...]) -> tuple[int, ...]:
-    """The levels that an adapter has."""
-    return tuple(patch for patch in levels if patch != NATIVE_PATCH)
 
 
 def random_transformer(config: dict[str, object], dtype: torch.dtype, device: torch.device) -> FluxTransformer2DModel:
