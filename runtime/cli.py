@@ -167,7 +167,10 @@ def _steps_line(trace: Trace) -> str:
 @BUNDLE
 @JSON
 def inspect(bundle: Path, as_json: bool) -> None:
-    """Show what a bundle holds: levels, tensors, shapes, profile, adapter state, parity, sizes."""
+    """Show what a bundle holds.
+
+    Levels, tensors, shapes, profile, adapter state, parity, sizes, engines.
+    """
     opened = Bundle.open(bundle)
     manifest, plans = opened.manifest, PlanStore(opened).plans()
     if as_json:
@@ -183,7 +186,10 @@ def inspect(bundle: Path, as_json: bool) -> None:
 @THREADS
 @JSON
 def verify(bundle: Path, backend: str | None, threads: int | None, as_json: bool) -> None:
-    """Check hashes and manifest, load every graph, and reproduce the exporter's parity values."""
+    """Check a bundle on this machine.
+
+    Compares every file with its hash, loads every graph, and reproduces the exporter's parity values.
+    """
     from ddit.runtime.backends import open_backend
     from ddit.runtime.verify import verify_graphs
 
@@ -242,7 +248,10 @@ def bench(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Measure a denoising step at every level: median milliseconds, tokens, peak memory."""
+    """Measure a denoising step at every level.
+
+    Median milliseconds, tokens, peak memory.
+    """
     from ddit.runtime.backends import open_backend
     from ddit.runtime.bench import Job
     from ddit.runtime.bench import bench as measure
@@ -311,7 +320,9 @@ def calibrate(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Find the dynamic schedule's τ for a number of steps and a size, and keep it in the bundle.
+    """Find the dynamic schedule's τ and keep it.
+
+    For a number of steps, a size and the backend, in the bundle.
 
     --speedup 2 unless --quality is given.
     """

@@ -15,7 +15,7 @@ from ddit.runtime.errors import BackendError, UsageError
 
 log = logging.getLogger(__name__)
 
-CPU = "CPUExecutionProvider"
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 ERRORS = 3  # ONNX Runtime's level of messages
 
 # Weights of the levels, in bytes, up to which the CPU's sessions get copies of their own. On two cores the demo model's
@@ -56,7 +56,9 @@ def check_provider(provider: str) -> None:
     """Raise `UsageError` unless ONNX Runtime was built with an execution provider."""
     available = import_onnxruntime().get_available_providers()
     if provider not in available:
-        raise UsageError(f"ONNX Runtime has no provider {provider!r} here; it has: {', '.join(available)}")
+        # the two packages install into the same folder
+        mend = "; run: pip uninstall onnxruntime && pip install 'ddit[cuda]'" if provider == CUDA else ""
+        raise UsageError(f"ONNX Runtime has no provider {provider!r} here; it has: {', '.join(available)}{mend}")
 
 
 def session_options(threads: int | None = None, *, prepack: bool = False) -> Any:

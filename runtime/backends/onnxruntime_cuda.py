@@ -16,14 +16,13 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ddit.runtime.backends.device import Bound, DeviceBackend, DeviceEngine
-from ddit.runtime.backends.onnxruntime import check_provider, engine_errors, import_onnxruntime, session_options
+from ddit.runtime.backends.onnxruntime import CUDA, check_provider, engine_errors, import_onnxruntime, session_options
 from ddit.runtime.bundle import Bundle, GraphInfo, TensorSpec
 from ddit.runtime.cuda import BFloat16, DeviceArray, DeviceMemory, Stream
 from ddit.runtime.errors import BackendError
 
 log = logging.getLogger(__name__)
 
-PROVIDER = "CUDAExecutionProvider"
 DEVICE = "cuda"
 NUMPY_TYPES = {"float32": np.float32, "int64": np.int64}
 STORED_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64}  # by safetensors' names
@@ -110,7 +109,7 @@ class CudaBackend(DeviceBackend):
         ort = import_onnxruntime()
         if hasattr(ort, "preload_dlls"):
             ort.preload_dlls()  # CUDA and cuDNN from NVIDIA's packages, where those are installed
-        check_provider(PROVIDER)
+        check_provider(CUDA)
         super().__init__(bundle)
         manifest = bundle.manifest
         self._levels = {level.graph for level in manifest.levels}
@@ -126,7 +125,7 @@ class CudaBackend(DeviceBackend):
 
     def _open(self, graph: str) -> DeviceEngine:
         info, opened = self.bundle.graph(graph), self._sessions.opened
-        log.info("opening %s with %s", info.file, PROVIDER)
+        log.info("opening %s with %s", info.file, CUDA)
         replays = graph in self._levels
         weights = (
             {name: value for file in info.weights for name, value in self._on_gpu(file).items()} if replays else {}
@@ -151,7 +150,7 @@ class CudaBackend(DeviceBackend):
             provider["enable_cuda_graph"] = "1"
         with engine_errors(f"load {info.file}"):
             path = self.bundle.file(info.file)
-            return import_onnxruntime().InferenceSession(path, options, providers=[(PROVIDER, provider)])
+            return import_onnxruntime().InferenceSession(path, options, providers=[(CUDA, provider)])
 
     def _on_gpu(self, file: str) -> dict[str, Any]:
         """A weight file's tensors on the GPU, uploaded once and kept for every session that asks."""

@@ -135,5 +135,6 @@ def test_too_little_memory_is_said_before_anything_is_loaded(machine, tiny_bundl
 
 
 def test_without_the_provider_the_available_ones_are_named(tiny_bundle):
-    with pytest.raises(UsageError, match=r"ONNX Runtime has no provider 'CUDAExecutionProvider' here; it has: .*CPU"):
+    words = r"ONNX Runtime has no provider 'CUDAExecutionProvider' here; it has: .*CPU.*; run: .*'ddit\[cuda\]'"
+    with pytest.raises(UsageError, match=words):
         Pipeline.open(tiny_bundle, backend="cuda")
