@@ -13,7 +13,7 @@ from PIL import Image
 
 from ddit.runtime.backends import Backend, FloatArray, Start, open_backend
 from ddit.runtime.budget import Budgeted, plan
-from ddit.runtime.bundle import Bundle, Costs
+from ddit.runtime.bundle import Bundle, Costs, ScheduleInfo
 from ddit.runtime.complexity import Complexity
 from ddit.runtime.errors import UsageError
 from ddit.runtime.reference import reference_at
@@ -189,7 +189,7 @@ class Pipeline:
         optimum = manifest.profile.entry[0]
         steps = steps or manifest.sampler.steps
         height, width = height or optimum.height.optimum, width or optimum.width.optimum
-        info = manifest.dynamic(steps=steps, height=height, width=width, backend=str(self.backend))
+        info = self._settings(steps, height, width)
         coarsest = info.coarsest or max(manifest.patches)
         coarse = tuple(patch for patch in manifest.patches if manifest.native < patch <= coarsest)
         reference = self._reference(steps, height, width)
@@ -202,10 +202,13 @@ class Pipeline:
         unit = manifest.latent.downscale * manifest.native
         return sigmas(manifest.sampler, steps, (height // unit) * (width // unit))
 
+    def _settings(self, steps: int, height: int, width: int) -> ScheduleInfo:
+        """The dynamic schedule's settings on this backend."""
+        return self.bundle.manifest.dynamic(steps=steps, height=height, width=width, backend=str(self.backend))
+
     def _reference(self, steps: int, height: int, width: int) -> Mapping[int, Sequence[float]] | None:
         """The statistics of smooth pictures after every step, by coarse patch; None where the bundle has none."""
-        manifest = self.bundle.manifest
-        points = manifest.dynamic(steps=steps, height=height, width=width, backend=str(self.backend)).reference
+        points = self._settings(steps, height, width).reference
         return reference_at(points, self.sigmas(steps, height, width)) if points else None
 
     def _smooth(self, patch: int | None, steps: int, height: int, width: int) -> Sequence[float]:

@@ -48,7 +48,11 @@ def one_error(result, code: int, words: str) -> None:
         (["--adapter", "missing.safetensors"], 1, "missing.safetensors does not exist"),
         (["--dtype", "int3"], 2, "'int3' is not one of"),
         (["--opset", "16"], 2, "16 is not in the range 17<=x<=23"),
-        (["--opset", "17", "--dtype", "bf16"], 2, "opset 17 is for TensorRT 8.6, which has no bfloat16; add --dtype"),
+        (
+            ["--opset", "17", "--dtype", "bf16"],
+            2,
+            "opset 17 is for TensorRT 8.6, which has no bfloat16; add --dtype fp16",
+        ),
     ],
 )
 def test_bad_options(tiny_pipeline, tmp_path, monkeypatch, arguments, code, words):
@@ -192,11 +196,13 @@ def test_a_killed_export_leaves_nothing_and_the_next_one_tidies_up(tiny_pipeline
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_precision(tiny_pipeline, tiny_adapter, tmp_path, dtype):
     out = tmp_path / "half.bundle"
-    options = ("--levels", "2,4", "--adapter", tiny_adapter, "--dtype", dtype, "--profile", "256", "--out", out)
-    result = run(main, "flux", "--model", tiny_pipeline, *options)
+    options = ("--levels", "2,4", "--adapter", tiny_adapter, "--profile", "256", "--out", out)
+    asked = () if dtype == "fp16" else ("--dtype", dtype)  # fp16 is the default
+    result = run(main, "flux", "--model", tiny_pipeline, *options, *asked)
     assert result.exit_code == 0, result.stderr
     assert ("bfloat16's rounding outweighs" in result.stderr) == (dtype == "bf16")
     bundle = Bundle.open(out)
+    assert bundle.manifest.dtype == dtype
     checked = {entry.graph: entry.checked for entry in bundle.manifest.parity}
     if dtype == "bf16":  # a CPU has no kernels for it
         assert checked["level-4"].startswith("in float32 with 1 block")
