@@ -8,23 +8,16 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from ddit.exporter.families.flux import NATIVE_PATCH, FluxModel
-from ddit.exporter.graphs import export_graph
+from ddit.exporter.families.flux.model import NATIVE_PATCH, FluxModel
+from ddit.exporter.graphs.trace import export_graph
+from ddit.exporter.graphs.weights import WeightFiles
 from ddit.exporter.parity import Report, check_bundle
-from ddit.exporter.weights import WeightFiles
 from ddit.profiles import Profile
-from ddit.runtime.bundle import (
-    MANIFEST,
-    Bundle,
-    GraphInfo,
-    LevelInfo,
-    Manifest,
-    ScheduleInfo,
-    file_info,
-)
+from ddit.runtime.backends.tensorrt.store import FOLDER as ENGINES
+from ddit.runtime.backends.tensorrt.store import PlanStore
+from ddit.runtime.bundle import MANIFEST, Bundle, Manifest, file_info
+from ddit.runtime.bundle.manifest import DecoderInfo, GraphInfo, LevelInfo, ScheduleInfo
 from ddit.runtime.errors import ModelError, UsageError
-from ddit.runtime.plans import FOLDER as ENGINES
-from ddit.runtime.plans import PlanStore
 
 # The paper's values (arXiv 2602.16968, section 4.1). τ belongs to a model and a step count, so these are a start only.
 PAPER = ScheduleInfo(tau=0.001, rho=0.4, warmup=3)
@@ -43,7 +36,7 @@ def export_bundle(model: FluxModel, out: Path, *, profile: Profile, opset: int, 
     """
     with _appearing(out) as folder:
         # first what is quickly done and often wrong
-        sampler, tokenizers, jobs = model.sampler, model.save_tokenizers(folder), model.jobs()
+        sampler, encoders, jobs = model.sampler, model.save_tokenizers(folder), model.jobs()
         weights = WeightFiles(folder)
         graphs = []
         for job in jobs:
@@ -73,10 +66,11 @@ def export_bundle(model: FluxModel, out: Path, *, profile: Profile, opset: int, 
             graphs=infos,
             profile=profile,
             latent=model.latent,
-            tokenizers=tokenizers,
+            encoders=encoders,
             sampler=sampler,
-            rotary=model.rotary,
+            positions=model.positions,
             guidance=model.guidance,
+            decoder=DecoderInfo(graph="vae_decoder"),
             carry=CARRY if model.source.defaults.carry is None else model.source.defaults.carry,
             schedule=_schedule(model),
             parity=tuple(parity),
@@ -101,9 +95,9 @@ def _level_info(model: FluxModel, patch: int) -> LevelInfo:
 def _schedule(model: FluxModel) -> ScheduleInfo:
     defaults = model.source.defaults
     given = {name: value for name in ScheduleInfo.model_fields if (value := getattr(defaults, name)) is not None}
-    known = given["reference"][0].statistic if "reference" in given else {}
+    known = given["smooth"][0].statistic if "smooth" in given else {}
     if known and not {patch for patch in model.levels if patch != NATIVE_PATCH} <= known.keys():
-        del given["reference"], given["tau"]  # it says nothing of these levels
+        del given["smooth"], given["tau"]  # it says nothing of these levels
     return PAPER.model_copy(update=given)
 
 

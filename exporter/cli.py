@@ -12,13 +12,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ddit.profiles import Profile, ProfileError, load_profile
-from ddit.runtime.bundle import Bundle, Dtype
+from ddit.runtime import shapes
+from ddit.runtime.backends.tensorrt.store import BuilderOptions
+from ddit.runtime.bundle import Bundle
+from ddit.runtime.bundle.manifest import Dtype
 from ddit.runtime.console import DditGroup, say, set_up_logging
 from ddit.runtime.errors import ModelError, UsageError
-from ddit.runtime.plans import BuilderOptions
 
 if TYPE_CHECKING:
-    from ddit.exporter.engines import EngineBuilder
+    from ddit.runtime.backends.tensorrt.builder import EngineBuilder
 
 FLUX_DEV = "black-forest-labs/FLUX.1-dev"
 OPTIMIZATION_LEVEL = 3  # TensorRT's own default
@@ -98,9 +100,9 @@ def flux(
     # heavy imports here, so that --help and usage errors answer at once
     from ddit.exporter.adapter import load_adapter
     from ddit.exporter.build import export_bundle
-    from ddit.exporter.families.flux import NATIVE_PATCH, FluxModel
+    from ddit.exporter.families.flux.model import NATIVE_PATCH, FluxModel
+    from ddit.exporter.graphs.opset17 import LOWERED
     from ddit.exporter.models import find_model
-    from ddit.exporter.opset17 import LOWERED
 
     source = find_model(model, revision)
     defaults = source.defaults
@@ -112,7 +114,7 @@ def flux(
     levels = levels or defaults.levels or (2, 4)
     if NATIVE_PATCH not in levels:
         raise UsageError(f"the native level {NATIVE_PATCH} must be among the levels: every schedule falls back to it")
-    shapes = _profile(profile or defaults.profile or "1024")
+    asked = _profile(profile or defaults.profile or "1024")
     if adapter is None and defaults.adapter is not None:
         adapter = source.folder / defaults.adapter
     loaded = load_adapter(adapter) if adapter else None
@@ -125,9 +127,10 @@ def flux(
             "--dtype fp16 is better for it")  # fmt: skip
     out = out or Path(f"{source.info.id.rpartition('/')[2]}.bundle")
     export = FluxModel(source, levels, dtype, loaded)
-    manifest = export_bundle(export, out, profile=shapes, opset=opset, report=say)
+    fitted = shapes.fit(asked, export.latent, levels)
+    manifest = export_bundle(export, out, profile=fitted, opset=opset, report=say)
     if builder:
-        builder.build(Bundle.open(out), shapes, list(manifest.graphs))
+        builder.build(Bundle.open(out), fitted, list(manifest.graphs))
     worst = max(manifest.parity, key=lambda result: result.error / result.tolerance)
     size = sum(info.size for info in manifest.files.values())
     if as_json:
@@ -185,11 +188,11 @@ def engines(
     """Build a bundle's TensorRT engines on the machine that will run them. Needs no torch."""
     bundle = Bundle.open(path)
     manifest = bundle.manifest
-    shapes = _profile(profile) if profile else manifest.profile
+    chosen = _profile(profile) if profile else manifest.profile
     wanted = {manifest.level(patch).graph for patch in levels or manifest.patches}
     others = {level.graph for level in manifest.levels} - wanted
     builder = _builder(BuilderOptions(optimization_level=optimization_level, workspace=workspace), timing_cache)
-    built = builder.build(bundle, shapes, [graph for graph in manifest.graphs if graph not in others])
+    built = builder.build(bundle, chosen, [graph for graph in manifest.graphs if graph not in others])
     if as_json:
         click.echo(json.dumps([{"built": one.new, "key": one.plan.info.key, **one.plan.info.model_dump(mode="json")}
                                for one in built], indent=2))  # fmt: skip
@@ -202,7 +205,7 @@ def engines(
 
 
 def _builder(options: BuilderOptions, timing_cache: Path | None) -> "EngineBuilder":
-    from ddit.exporter.engines import EngineBuilder
+    from ddit.runtime.backends.tensorrt.builder import EngineBuilder
 
     return EngineBuilder(options, timing_cache, say, _build_progress)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ddit.runtime.bundle import Dtype, ModelInfo, ReferencePoint
+from ddit.runtime.bundle.manifest import Dtype, ModelInfo, SmoothPoint
 from ddit.runtime.errors import ModelError
 
 DEMO = "demo"
@@ -35,7 +35,7 @@ class ExportDefaults(BaseModel):
     warmup: int | None = None
     hold: int | None = None
     coarsest: int | None = None
-    reference: tuple[ReferencePoint, ...] | None = None
+    smooth: tuple[SmoothPoint, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,16 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from ddit.exporter.families.flux import FluxModel
-from ddit.exporter.graphs import GraphJob, export_graph
-from ddit.exporter.weights import WeightFiles
+from ddit.exporter.families.flux.model import FluxModel
+from ddit.exporter.graphs.job import GraphJob
+from ddit.exporter.graphs.trace import export_graph
+from ddit.exporter.graphs.weights import WeightFiles
 from ddit.profiles import Profile
-from ddit.runtime.backends.onnxruntime import OnnxRuntimeEngine, open_session
-from ddit.runtime.bundle import ParityResult
+from ddit.runtime import shapes
+from ddit.runtime.backends.onnxruntime.host import OnnxRuntimeEngine, open_session
+from ddit.runtime.bundle.manifest import ParityResult
 from ddit.runtime.errors import ParityError
-from ddit.runtime.verify import REFERENCE_FILE, reference_name, relative_error, tolerance
+from ddit.runtime.tools.verify import REFERENCE_FILE, reference_name, relative_error, tolerance
 
 log = logging.getLogger(__name__)
 
@@ -177,27 +179,13 @@ def _check_reduced(
 def parity_cases(model: FluxModel, profile: Profile) -> list[dict[str, int]]:
     """Two sizes inside the profile: its smallest, and a larger one that is not square, with two samples if it may."""
     entry = profile.entry[0]
-    scale = model.latent.downscale
-    unit = scale * max(model.levels)
-
-    def above(minimum: int, maximum: int, units: int) -> int:
-        lowest = -(-minimum // unit) * unit
-        return min(lowest + units * unit, maximum // unit * unit) // scale
-
-    return [
-        {
-            "B": entry.batch.minimum,
-            "H": above(entry.height.minimum, entry.height.maximum, 0),
-            "W": above(entry.width.minimum, entry.width.maximum, 0),
-            "L": entry.text.minimum,
-        },
-        {
-            "B": min(entry.batch.minimum + 1, entry.batch.maximum),
-            "H": above(entry.height.minimum, entry.height.maximum, 1),
-            "W": above(entry.width.minimum, entry.width.maximum, 2),
-            "L": min(entry.text.minimum + 3, entry.text.maximum),
-        },
-    ]
+    steps = {"batch": 1, "text": 3} | {
+        name: unit * (1 + number)
+        for number, (name, unit) in enumerate(shapes.units(model.latent, model.levels).items())
+    }
+    smallest = entry.at("minimum")
+    larger = {name: min(size + steps[name], getattr(entry, name).maximum) for name, size in smallest.items()}
+    return [shapes.to_symbols(model.latent, sizes) for sizes in (smallest, larger)]
 
 
 def _fits(job: GraphJob, copies: int) -> bool:

@@ -17,6 +17,9 @@ except ImportError:  # Python 3.10
     import tomli as tomllib  # type: ignore[no-redef,import-not-found,unused-ignore]
 
 
+BOUNDS = ("minimum", "optimum", "maximum")
+
+
 class ProfileError(ValueError):
     """A profile does not exist or is not valid."""
 
@@ -65,6 +68,10 @@ class Entry(BaseModel):
     def contains(self, **sizes: int) -> bool:
         """Whether every named size (``height``, ``width``, ``text``, ``batch``) lies inside."""
         return all(value in getattr(self, name) for name, value in sizes.items())
+
+    def at(self, bound: str) -> dict[str, int]:
+        """Every size by name at one of `BOUNDS`."""
+        return {name: getattr(getattr(self, name), bound) for name in type(self).model_fields}
 
     def __str__(self) -> str:
         return f"height {self.height}, width {self.width}, text {self.text}, batch {self.batch}"

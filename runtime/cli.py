@@ -13,15 +13,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ddit.runtime.backends.tensorrt.store import PlanStore
 from ddit.runtime.bundle import Bundle
 from ddit.runtime.console import DditGroup, say, set_up_logging
 from ddit.runtime.errors import BundleError, UsageError
 from ddit.runtime.files import whole
-from ddit.runtime.inspection import show, tau_of
 from ddit.runtime.pipeline import Pipeline
-from ddit.runtime.plans import PlanStore
-from ddit.runtime.plots import plot_complexity, plot_schedule, plot_types
-from ddit.runtime.schedule import Dynamic
+from ddit.runtime.policies.schedule import Dynamic
+from ddit.runtime.tools.inspect import show, tau_of
+from ddit.runtime.tools.plots import plot_complexity, plot_schedule, plot_types
 from ddit.runtime.trace import Trace
 
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
@@ -190,8 +190,8 @@ def verify(bundle: Path, backend: str | None, threads: int | None, as_json: bool
 
     Compares every file with its hash, loads every graph, and reproduces the exporter's parity values.
     """
-    from ddit.runtime.backends import open_backend
-    from ddit.runtime.verify import verify_graphs
+    from ddit.runtime.backends.base import open_backend
+    from ddit.runtime.tools.verify import verify_graphs
 
     opened = Bundle.open(bundle)
     files = list(opened.verify_files())
@@ -252,9 +252,9 @@ def bench(
 
     Median milliseconds, tokens, peak memory.
     """
-    from ddit.runtime.backends import open_backend
-    from ddit.runtime.bench import Job
-    from ddit.runtime.bench import bench as measure
+    from ddit.runtime.backends.base import open_backend
+    from ddit.runtime.tools.bench import Job
+    from ddit.runtime.tools.bench import bench as measure
 
     opened = Bundle.open(bundle)
     manifest = opened.manifest
@@ -326,7 +326,7 @@ def calibrate(
 
     --speedup 2 unless --quality is given.
     """
-    from ddit.runtime import calibrate as calibration
+    from ddit.runtime.tools import calibrate as calibration
 
     if speedup is not None and quality is not None:
         raise UsageError("give --speedup or --quality, not both: one τ cannot be chosen by two measures")
@@ -349,7 +349,7 @@ def calibrate(
     wanted = pipeline.schedule(schedule, **size)
     if not isinstance(wanted, Dynamic):
         raise UsageError(f"{schedule} has no τ; only dynamic schedules are calibrated")
-    calibrator = calibration.Calibrator(pipeline, dataclasses.replace(wanted, reference=None), **size)
+    calibrator = calibration.Calibrator(pipeline, dataclasses.replace(wanted, smooth=None), **size)
     target = calibration.Target(speedup=None if quality else speedup or 2.0, similarity=quality)
     texts = [line.strip() for line in lines if line.strip()]
     found = calibration.search(calibrator, texts, target, say, relative=not absolute)

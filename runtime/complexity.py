@@ -1,7 +1,8 @@
 """The complexity map: where in a picture, and when in a run, the latent's path had detail.
 
 It is made of what the schedule sees: the deviation of the third difference inside the patches of the finest coarse
-level, as a multiple of a smooth picture's at that noise level where the bundle knows that (`ddit.runtime.reference`).
+level, as a multiple of a smooth picture's at that noise level where the bundle knows that
+(`ddit.runtime.policies.smooth`).
 Where it is high, the picture was still forming in ways that a coarse patch cannot follow.
 """
 

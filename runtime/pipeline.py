@@ -5,22 +5,33 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 from PIL import Image
 
-from ddit.runtime.backends import Backend, FloatArray, Start, open_backend
-from ddit.runtime.budget import Budgeted, plan
-from ddit.runtime.bundle import Bundle, Costs, ScheduleInfo
+from ddit.runtime import shapes
+from ddit.runtime.backends.base import Backend, FloatArray, Start, open_backend
+from ddit.runtime.bundle import Bundle
+from ddit.runtime.bundle.manifest import Costs, ScheduleInfo
 from ddit.runtime.complexity import Complexity
+from ddit.runtime.conditioning.positions import level_tables
+from ddit.runtime.conditioning.text import Tokenizer
 from ddit.runtime.errors import UsageError
-from ddit.runtime.reference import reference_at
-from ddit.runtime.rotary import rotary_tables
-from ddit.runtime.sampler import noise, sigmas
-from ddit.runtime.schedule import DIFFERENCE_ORDER, Dynamic, Fixed, Schedule, describe, parse_schedule, statistic
-from ddit.runtime.tokenizer import Tokenizer
+from ddit.runtime.policies.budget import Budgeted, plan
+from ddit.runtime.policies.schedule import (
+    DIFFERENCE_ORDER,
+    Dynamic,
+    Fixed,
+    Schedule,
+    describe,
+    parse_schedule,
+    statistic,
+)
+from ddit.runtime.policies.smooth import smooth_at
+from ddit.runtime.samplers.sigmas import noise, sigmas
 from ddit.runtime.trace import StepRecord, Trace
 
 log = logging.getLogger(__name__)
@@ -50,7 +61,9 @@ class Pipeline:
     def __init__(self, bundle: Bundle, backend: Backend):
         self.bundle = bundle
         self.backend = backend
-        self._tokenizers = {name: Tokenizer.of(bundle, name) for name in bundle.manifest.tokenizers}
+        self._tokenizers = [
+            Tokenizer(bundle.file(one.tokenizer.file), one.tokenizer) for one in bundle.manifest.encoders
+        ]
         self._rotary = lru_cache(maxsize=16)(self._make_rotary)
         self._costs = lru_cache(maxsize=16)(self._find_costs)
 
@@ -119,14 +132,14 @@ class Pipeline:
             prompts: one a picture.
             seeds: one a picture; a picture is the same whatever it is batched with, up to rounding.
             steps: denoising steps; the bundle's default when None, or as many as a fixed schedule lists.
-            schedule: a schedule or its written form, see `ddit.runtime.schedule`.
+            schedule: a schedule or its written form, see `ddit.runtime.policies.schedule`.
             height, width: pixels; the profile's optimum when None.
             guidance: guidance scale, for models that were distilled for it; the bundle's default when None.
             text_length: tokens of the prompt, padding included; the bundle's default when None.
             carry: share of the last native step's detail that coarse steps take over, 0 to 1 (docs/method.md); the
                 bundle's default when None.
-            budget: seconds from one prompt to its picture, instead of a schedule; see `ddit.runtime.budget`. The first
-                call at a size measures the levels beforehand, unless a calibration on this backend has.
+            budget: seconds from one prompt to its picture, instead of a schedule; see `ddit.runtime.policies.budget`.
+                The first call at a size measures the levels beforehand, unless a calibration on this backend has.
             on_step: called after every step with its number, the number of steps, and the samples' levels.
 
         Raises:
@@ -140,7 +153,7 @@ class Pipeline:
             raise UsageError("the prompt is empty")
         optimum = manifest.profile.entry[0]
         height, width = height or optimum.height.optimum, width or optimum.width.optimum
-        text_length = text_length or manifest.tokenizers["t5"].length
+        text_length = text_length or manifest.text_length
         sizes = manifest.sizes(height=height, width=width, text=text_length, batch=len(prompts))
         self.backend.check(height=height, width=width, text=text_length, batch=len(prompts))
         guidance = self._guidance(guidance)
@@ -165,15 +178,14 @@ class Pipeline:
         start = perf_counter()
         if budget is not None and costs is not None:
             schedule = Budgeted(schedule, costs.levels, steps, deadline=start + budget - costs.decode / 1000)
-        context, pooled = self._encode(prompts, text_length)
+        conditions = self._encode(prompts, text_length)
         encoded = perf_counter()
         latent = np.concatenate([noise(seed, (1, manifest.latent.channels, sizes["H"], sizes["W"])) for seed in seeds])
-        conditions = {"context": context, "pooled": pooled}
         if manifest.guidance.embedded:
             conditions["guidance"] = np.full(len(prompts), guidance, dtype=np.float32)
         latent = self._denoise(latent, conditions, carry, steps, schedule, traces, on_step)
         denoised = perf_counter()
-        pictures = self.backend.engine("vae_decoder").run({"latent": latent})["image"]
+        pictures = self.backend.engine(manifest.decoder.graph).run({"latent": latent})["image"]
         for trace in traces:
             trace.encode_milliseconds = (encoded - start) * 1000
             trace.decode_milliseconds = (perf_counter() - denoised) * 1000
@@ -199,8 +211,8 @@ class Pipeline:
     def sigmas(self, steps: int, height: int, width: int) -> FloatArray:
         """The noise levels of a run at a size in pixels, one more than there are steps; the last is 0."""
         manifest = self.bundle.manifest
-        unit = manifest.latent.downscale * manifest.native
-        return sigmas(manifest.sampler, steps, (height // unit) * (width // unit))
+        sides = shapes.to_symbols(manifest.latent, {"height": height, "width": width}).values()
+        return sigmas(manifest.sampler, steps, prod(side // manifest.native for side in sides))
 
     def _settings(self, steps: int, height: int, width: int) -> ScheduleInfo:
         """The dynamic schedule's settings on this backend."""
@@ -208,8 +220,8 @@ class Pipeline:
 
     def _reference(self, steps: int, height: int, width: int) -> Mapping[int, Sequence[float]] | None:
         """The statistics of smooth pictures after every step, by coarse patch; None where the bundle has none."""
-        points = self._settings(steps, height, width).reference
-        return reference_at(points, self.sigmas(steps, height, width)) if points else None
+        points = self._settings(steps, height, width).smooth
+        return smooth_at(points, self.sigmas(steps, height, width)) if points else None
 
     def _smooth(self, patch: int | None, steps: int, height: int, width: int) -> Sequence[float]:
         """What a coarse level's statistic is in smooth pictures after every step; 1 where the bundle does not know."""
@@ -249,23 +261,26 @@ class Pipeline:
             raise UsageError(f"the number of steps must be at least 1, not {steps}")
         return steps
 
-    def _encode(self, prompts: Sequence[str], text_length: int) -> tuple[FloatArray, FloatArray]:
-        """Context (B, L, Dc) from T5 and pooled vector (B, Dp) from CLIP."""
-        clip, t5 = [], []
-        for prompt in prompts:
-            ids, lost = self._tokenizers["t5"](prompt, text_length)
-            if lost:
-                log.warning("the prompt is longer than %d tokens; left out: “%s”", text_length, lost)
-            t5.append(ids)
-            clip.append(self._tokenizers["clip"](prompt)[0])
-        context = self.backend.engine("t5").run({"input_ids": np.stack(t5)})["context"]
-        pooled = self.backend.engine("clip").run({"input_ids": np.stack(clip)})["pooled"]
-        return context, pooled
+    def _encode(self, prompts: Sequence[str], text_length: int) -> dict[str, FloatArray]:
+        """What the text encoders feed into the levels, a row a prompt."""
+        conditions: dict[str, FloatArray] = {}
+        for encoder, tokenizer in zip(self.bundle.manifest.encoders, self._tokenizers, strict=True):
+            ids = []
+            for prompt in prompts:
+                length = text_length if encoder.free_length else encoder.tokenizer.length
+                tokens, lost = tokenizer(prompt, length)
+                if lost and encoder.free_length:
+                    log.warning("the prompt is longer than %d tokens; left out: “%s”", length, lost)
+                ids.append(tokens)
+            outputs = self.backend.engine(encoder.graph).run({"input_ids": np.stack(ids)})
+            conditions |= {encoder.feeds[name]: value for name, value in outputs.items()}
+        return conditions
 
     def _make_rotary(self, patch: int, height: int, width: int) -> tuple[FloatArray, FloatArray]:
         manifest = self.bundle.manifest
-        rotary = manifest.rotary
-        return rotary_tables(height // patch, width // patch, patch / manifest.native, rotary.axes_dims, rotary.theta)
+        sizes = {"H": height, "W": width}
+        tables = level_tables(manifest.positions, manifest.latent, manifest.native, patch, sizes)
+        return tables["rope_cos"], tables["rope_sin"]
 
     def _denoise(
         self,
@@ -280,13 +295,13 @@ class Pipeline:
         """Run the steps. The state is float32: in half precision third differences drown in rounding (METHOD, τ)."""
         manifest = self.bundle.manifest
         batch, _, height, width = latent.shape
-        sigma = self.sigmas(steps, height * manifest.latent.downscale, width * manifest.latent.downscale)
+        pixels = shapes.to_names(manifest.latent, {"H": height, "W": width})
+        sigma = self.sigmas(steps, **pixels)
         wanted = schedule.wanted if isinstance(schedule, Budgeted) else schedule
         rho = wanted.rho if isinstance(wanted, Dynamic) else manifest.schedule.rho
         known: list[dict[int, FloatArray]] = [{} for _ in range(batch)]
         finest = min((patch for patch in manifest.patches if patch != manifest.native), default=None)
-        scale = manifest.latent.downscale
-        smooth = self._smooth(finest, steps, height * scale, width * scale)
+        smooth = self._smooth(finest, steps, **pixels)
         for trace in traces:
             trace.complexity = None if finest is None else Complexity(finest)
 

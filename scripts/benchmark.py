@@ -20,15 +20,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddit.runtime import Bundle, Pipeline
-from ddit.runtime.backends import Array, Backend, FloatArray, Start
-from ddit.runtime.bundle import GraphInfo
+from ddit.runtime.backends.base import Array, Backend, FloatArray, Start
+from ddit.runtime.backends.tensorrt.store import PlanStore
+from ddit.runtime.bundle.manifest import GraphInfo
+from ddit.runtime.conditioning.positions import level_tables
 from ddit.runtime.console import DditCommand, say, set_up_logging
 from ddit.runtime.errors import UsageError
-from ddit.runtime.plans import PlanStore
-from ddit.runtime.rotary import rotary_tables
-from ddit.runtime.schedule import Dynamic, Schedule
+from ddit.runtime.policies.schedule import Dynamic, Schedule
+from ddit.runtime.tools.verify import relative_error
 from ddit.runtime.trace import Trace
-from ddit.runtime.verify import relative_error
 
 PROMPT, SEED = "a red circle on a striped background", 7
 WARM_UP = 5
@@ -114,7 +114,7 @@ def agreement(reference: Pipeline, measured: Pipeline, shapes: Sequence[tuple[in
             continue
         row = [name]
         for height, width in shapes:
-            sizes = manifest.sizes(height=height, width=width, text=manifest.tokenizers["t5"].length)
+            sizes = manifest.sizes(height=height, width=width, text=manifest.text_length)
             inputs = random_inputs(info, sizes)
             expected = reference.backend.engine(name).run(inputs)
             actual = measured.backend.engine(name).run(inputs)
@@ -241,14 +241,13 @@ def step_milliseconds(backend: Backend, pattern: tuple[int, ...], height: int, w
 def random_start(bundle: Bundle, height: int, width: int) -> Start:
     """A run's start with random conditions: what the numbers are does not change how long they take."""
     manifest = bundle.manifest
-    sizes = manifest.sizes(height=height, width=width, text=manifest.tokenizers["t5"].length)
+    sizes = manifest.sizes(height=height, width=width, text=manifest.text_length)
     level = bundle.graph(manifest.level(manifest.native).graph)
     inputs = random_inputs(level, sizes)
-    rotary = manifest.rotary
 
     def tables(patch: int) -> tuple[FloatArray, FloatArray]:
-        grid = (sizes["H"] // patch, sizes["W"] // patch)
-        return rotary_tables(*grid, patch / manifest.native, rotary.axes_dims, rotary.theta)
+        found = level_tables(manifest.positions, manifest.latent, manifest.native, patch, sizes)
+        return found["rope_cos"], found["rope_sin"]
 
     conditions = {name: inputs[name] for name in ("context", "pooled", "guidance") if name in inputs}
     sigmas = np.linspace(1, 0.9, 51, dtype=np.float32)
@@ -264,7 +263,7 @@ def openings(pipeline: Pipeline, height: int, width: int) -> Iterator[list[str]]
     ONNX Runtime has the weights on the GPU when a session is open, TensorRT loads a plan for the first run.
     """
     manifest, backend = pipeline.bundle.manifest, pipeline.backend
-    sizes = manifest.sizes(height=height, width=width, text=manifest.tokenizers["t5"].length)
+    sizes = manifest.sizes(height=height, width=width, text=manifest.text_length)
     used = [backend.memory_used()]
     for patch in manifest.patches:
         graph = manifest.level(patch).graph

@@ -12,7 +12,7 @@ from rich.progress import track
 from rich.table import Column, Table
 
 from ddit.runtime import DditError, Pipeline, Result
-from ddit.runtime.plots import plot_complexity, plot_schedule
+from ddit.runtime.tools.plots import plot_complexity, plot_schedule
 
 PROMPTS = {
     "simple": "a large red circle on a plain background",

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from training import Training
 
 from ddit.exporter.adapter import Adapter
-from ddit.exporter.families.flux import NATIVE_PATCH, FluxLevel
+from ddit.exporter.families.flux.model import NATIVE_PATCH, FluxLevel, rotary_positions
 from ddit.exporter.levels import AdapterConfig, Level
-from ddit.runtime.rotary import rotary_tables
+from ddit.runtime.conditioning.positions import rotary_tables
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ class States:
 
 def level_tables(transformer: FluxTransformer2DModel, patch: int, size: Sequence[int]) -> tuple[Tensor, Tensor]:
     """A level's rotary tables, on the transformer's device, for latents of a height and width."""
-    height, width = (side // patch for side in size)
-    cos, sin = rotary_tables(height, width, patch / NATIVE_PATCH, transformer.config.axes_dims_rope)
+    grid = {name: side // patch for name, side in zip(("height", "width"), size, strict=True)}
+    positions = rotary_positions(transformer.config.axes_dims_rope)
+    cos, sin = rotary_tables(positions, grid, patch / NATIVE_PATCH)
     return torch.from_numpy(cos).to(transformer.device), torch.from_numpy(sin).to(transformer.device)
 
 

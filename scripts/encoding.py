@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from training import Training, whole
 
-from ddit.exporter.families.flux import TORCH_DTYPES, FluxModel, load_component
+from ddit.exporter.families.flux.model import TORCH_DTYPES, FluxModel, load_component
 from ddit.exporter.models import Source
-from ddit.runtime.bundle import Dtype
+from ddit.runtime.bundle.manifest import Dtype
 from ddit.runtime.errors import DditError, ModelError, UsageError
 
 FILE_ROWS = 256

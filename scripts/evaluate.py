@@ -18,7 +18,7 @@ from ddit.runtime import Bundle, Pipeline
 from ddit.runtime.bundle import MANIFEST
 from ddit.runtime.console import DditCommand, say, set_up_logging
 from ddit.runtime.errors import DditError, UsageError
-from ddit.runtime.schedule import Fixed
+from ddit.runtime.policies.schedule import Fixed
 
 try:
     from evaluation_report import Facts, Measured, write_report

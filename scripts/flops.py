@@ -25,7 +25,7 @@ def level_flops(bundle: Bundle, *, height: int, width: int) -> dict[int, float]:
     Raises `UsageError` for a size that the bundle cannot make, `BundleError` where a graph's shapes cannot be found.
     """
     manifest = bundle.manifest
-    sizes = manifest.sizes(height=height, width=width, text=manifest.tokenizers["t5"].length)
+    sizes = manifest.sizes(height=height, width=width, text=manifest.text_length)
     flops = {}
     for patch in manifest.patches:
         info = bundle.graph(manifest.level(patch).graph)

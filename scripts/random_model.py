@@ -16,10 +16,10 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 
 from ddit.exporter.adapter import save_adapter
 from ddit.exporter.cli import Levels
-from ddit.exporter.families.flux import NATIVE_PATCH, TORCH_DTYPES, FluxLevel, FluxModel
+from ddit.exporter.families.flux.model import NATIVE_PATCH, TORCH_DTYPES, FluxLevel, FluxModel
 from ddit.exporter.levels import AdapterConfig
 from ddit.exporter.models import DEFAULTS_FILE, ExportDefaults, find_model, quiet_libraries
-from ddit.runtime.bundle import Dtype
+from ddit.runtime.bundle.manifest import Dtype
 from ddit.runtime.console import DditCommand, say, set_up_logging
 from ddit.runtime.errors import UsageError
 

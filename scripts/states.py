@@ -13,9 +13,9 @@ from distillation import States
 from encoding import Rows
 from torch import Tensor
 
-from ddit.exporter.families.flux import NATIVE_PATCH
-from ddit.runtime.bundle import SamplerInfo
-from ddit.runtime.sampler import sigmas
+from ddit.exporter.families.flux.model import NATIVE_PATCH
+from ddit.runtime.bundle.manifest import FlowMatchEulerInfo
+from ddit.runtime.samplers.sigmas import sigmas
 
 POOL_BATCHES, POOL_LEAST = 8, 64  # trajectories under way: so many batches of them, and so many at least
 
@@ -64,7 +64,7 @@ class Draws:
         return torch.randperm(of, generator=self.generator, device=self.generator.device)[:count]
 
 
-def sigma_table(sampler: SamplerInfo, most: int, size: tuple[int, int]) -> Tensor:
+def sigma_table(sampler: FlowMatchEulerInfo, most: int, size: tuple[int, int]) -> Tensor:
     """The sampler's noise levels for every number of steps up to ``most``: row n has ``n + 1`` of them, then zeros."""
     table = torch.zeros(most + 1, most + 1)
     for steps in range(1, most + 1):
@@ -83,7 +83,7 @@ class Trajectories:
     def __init__(
         self,
         text: Rows,
-        sampler: SamplerInfo,
+        sampler: FlowMatchEulerInfo,
         *,
         batch: int,
         latent: tuple[int, int, int],
@@ -156,7 +156,7 @@ class Noised:
         self,
         text: Rows,
         latents: Rows,
-        sampler: SamplerInfo,
+        sampler: FlowMatchEulerInfo,
         *,
         batch: int,
         latent: tuple[int, int, int],

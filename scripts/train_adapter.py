@@ -20,9 +20,10 @@ import click
 from ddit.exporter.cli import FLUX_DEV, Levels
 from ddit.exporter.models import find_model, quiet_libraries
 from ddit.profiles import ProfileError, load_profile
-from ddit.runtime.bench import peak_memory_mb
+from ddit.runtime import shapes
 from ddit.runtime.console import DditCommand, set_up_logging
 from ddit.runtime.errors import DditError, UsageError
+from ddit.runtime.tools.bench import peak_memory_mb
 
 try:
     import torch
@@ -46,7 +47,7 @@ try:
     from training import Ema, Training, whole
 
     from ddit.exporter.adapter import load_adapter
-    from ddit.exporter.families.flux import NATIVE_PATCH, TORCH_DTYPES, FluxModel, load_component
+    from ddit.exporter.families.flux.model import NATIVE_PATCH, TORCH_DTYPES, FluxModel, load_component
     from ddit.exporter.levels import FLUX_ATTENTION, FLUX_FEED_FORWARD, AdapterConfig
 except ModuleNotFoundError as error:
     raise SystemExit(f"error: {error.name} is not installed: pip install 'ddit[train]'") from None
@@ -282,7 +283,7 @@ def main(
         load_transformer(flux, run.device, random_weights),
         patches,
         AdapterConfig(rank, float(rank), LORA[lora], residual_width, identity),
-        (height // flux.latent.downscale, width // flux.latent.downscale),
+        latent_size(flux, height, width),
         checkpointing=gradient_checkpointing,
         resize=resize,
         start=first,
@@ -308,11 +309,15 @@ def picture_size(flux: FluxModel, height: int | None, width: int | None) -> tupl
         usual = load_profile(flux.source.defaults.profile or "1024").entry[0]
     except ProfileError as error:
         raise UsageError(str(error)) from None
-    unit = math.lcm(*flux.levels) * flux.latent.downscale
     height, width = height or usual.height.optimum, width or usual.width.optimum
-    if height < 1 or width < 1 or height % unit or width % unit:
-        raise UsageError(f"{height}×{width} pixels do not fit the levels; give multiples of {unit}")
+    shapes.check(flux.latent, flux.levels, {"height": height, "width": width})
     return height, width
+
+
+def latent_size(flux: FluxModel, height: int, width: int) -> tuple[int, int]:
+    """A latent's height and width for a picture's in pixels."""
+    symbols = shapes.to_symbols(flux.latent, {"height": height, "width": width})
+    return symbols["H"], symbols["W"]
 
 
 def find_captions(prompts: str | None, latents: str, random_weights: bool) -> tuple[list[str], list[Picture]]:
@@ -353,7 +358,7 @@ def make_states(
         identity = f"{info} {settings.precision} {length}"
         encoder = partial(text_encoder, flux.source, settings.precision, length, run.device)
         text = encode_once(run, folder, "text", identity, captions, encoder)
-    latent = (flux.latent.channels, *(side // flux.latent.downscale for side in size))
+    latent = (flux.latent.channels, *latent_size(flux, *size))
     options |= {"batch": settings.batch, "latent": latent}
     if not pictures:
         return Trajectories(text, flux.sampler, **options, on_policy=settings.latents == "student")

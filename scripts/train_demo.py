@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from training import Ema, Training, keep
 
 from ddit.exporter.adapter import save_adapter
-from ddit.exporter.families.flux import FluxLevel
+from ddit.exporter.families.flux.model import FluxLevel
 from ddit.exporter.levels import AdapterConfig, Level
 
 SHIFT = 1.6487  # e^0.5: what FLUX's scheduler does to the noise levels at 256 image tokens

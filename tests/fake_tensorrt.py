@@ -17,7 +17,7 @@ import onnx
 import onnxruntime
 from onnx.external_data_helper import load_external_data_for_model
 
-from ddit.runtime.backends.onnxruntime import session_options
+from ddit.runtime.backends.onnxruntime.host import session_options
 from fake_cuda import FakeCuda
 
 DATA = Path(__file__).parent / "data" / "tensorrt"

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from time import perf_counter
 
-from ddit.runtime.bench import peak_memory_mb
+from ddit.runtime.tools.bench import peak_memory_mb
 
 CONFIG = Path(__file__).parent / "data" / "flux1-dev"
 
@@ -14,11 +14,11 @@ def trace_flux(folder: Path) -> dict[str, float]:
     import onnx_ir as ir
 
     from ddit.exporter.adapter import Adapter
-    from ddit.exporter.families.flux import FluxModel
-    from ddit.exporter.graphs import export_graph
+    from ddit.exporter.families.flux.model import FluxModel
+    from ddit.exporter.graphs.trace import export_graph
+    from ddit.exporter.graphs.weights import WeightFiles
     from ddit.exporter.levels import AdapterConfig
     from ddit.exporter.models import find_model
-    from ddit.exporter.weights import WeightFiles
 
     class Untouched(Adapter):
         def apply(self, level, patch, *, shortened=False):

@@ -14,13 +14,14 @@ from scenes import sample_scenes
 
 from conftest import make_once, run
 from ddit.runtime import Bundle, Pipeline
-from ddit.runtime.backends import onnxruntime, open_backend
+from ddit.runtime.backends.base import open_backend
+from ddit.runtime.backends.onnxruntime import host as onnxruntime
 from ddit.runtime.cli import main as ddit_run
 
 EXPORT = """
 import sys, time
 from ddit.exporter.cli import main
-from ddit.runtime.bench import peak_memory_mb
+from ddit.runtime.tools.bench import peak_memory_mb
 start = time.perf_counter()
 main(["flux", "--model", "demo", "--levels", "2,4,8", "--out", sys.argv[1]], standalone_mode=False)
 print(time.perf_counter() - start, peak_memory_mb() / 1e3)

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from ddit.exporter.adapter import save_adapter
-from ddit.exporter.families.flux import FluxLevel
+from ddit.exporter.families.flux.model import FluxLevel
 from ddit.exporter.levels import AdapterConfig
 
 WORDS = tuple(

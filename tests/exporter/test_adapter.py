@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from ddit.exporter.adapter import load_adapter, save_adapter
-from ddit.exporter.families.flux import FluxLevel
+from ddit.exporter.families.flux.model import FluxLevel
 from ddit.exporter.levels import AdapterConfig
 from ddit.runtime.errors import AdapterError
 from tiny import tiny_transformer

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import run
-from ddit.exporter import weights
 from ddit.exporter.cli import main
-from ddit.exporter.families.flux import FluxModel
-from ddit.exporter.step_graph import step_job
-from ddit.exporter.weights import WeightFiles
+from ddit.exporter.families.flux.model import FluxModel
+from ddit.exporter.graphs import weights
+from ddit.exporter.graphs.weights import WeightFiles
+from ddit.exporter.steps.update import step_job
 from ddit.runtime import Bundle
 
 FAST = ("--levels", "2", "--dtype", "fp32", "--profile", "256")
@@ -240,12 +240,12 @@ def test_exporting_twice_gives_the_same_files(tiny_bundle, tiny_pipeline, tiny_a
 
 @pytest.mark.parametrize(("levels", "kept"), [("2,4", True), ("2,8", False)])
 def test_a_model_s_own_schedule_lands_in_the_bundle(only_the_step_graph, tiny_pipeline, tmp_path, levels, kept):
-    """Its reference too, unless it says nothing of a level: a τ that is relative to it would mean something else."""
-    reference = [{"sigma": 0.9, "statistic": {"4": 2.0}}, {"sigma": 0.1, "statistic": {"4": 1.0}}]
+    """Its smooth curve too, unless it says nothing of a level: a τ that is relative to it would mean something else."""
+    smooth = [{"sigma": 0.9, "statistic": {"4": 2.0}}, {"sigma": 0.1, "statistic": {"4": 1.0}}]
     model = shutil.copytree(tiny_pipeline, tmp_path / "model")
-    (model / "ddit.json").write_text(json.dumps({"tau": 3.0, "warmup": 8, "reference": reference}))
+    (model / "ddit.json").write_text(json.dumps({"tau": 3.0, "warmup": 8, "smooth": smooth}))
     result = run(main, "flux", "--model", model, *FAST[2:], "--levels", levels, "--out", tmp_path / "a.bundle")
     assert result.exit_code == 0, result.stderr
     schedule = json.loads((tmp_path / "a.bundle" / "bundle.json").read_text())["schedule"]
-    assert (schedule["tau"], len(schedule["reference"])) == ((3.0, 2) if kept else (0.001, 0))
+    assert (schedule["tau"], len(schedule["smooth"])) == ((3.0, 2) if kept else (0.001, 0))
     assert schedule["warmup"] == 8

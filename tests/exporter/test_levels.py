@@ -7,7 +7,7 @@ from diffusers import FluxPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddit.exporter.families.flux import FluxLevel
+from ddit.exporter.families.flux.model import FluxLevel, rotary_positions
 from ddit.exporter.levels import (
     AdapterConfig,
     bilinear_matrix,
@@ -16,9 +16,10 @@ from ddit.exporter.levels import (
     resize_head,
     unpatchify,
 )
-from ddit.runtime.rotary import rotary_tables
+from ddit.runtime.conditioning.positions import rotary_tables
 from tiny import CHANNELS, tiny_transformer
 
+POSITIONS = rotary_positions((4, 6, 6))
 PATCHES = st.sampled_from([4, 6, 8])
 
 
@@ -66,7 +67,7 @@ def test_patches_put_back_together_are_the_latent(batch, rows, columns, patch, c
 
 
 def level_inputs(patch: int, height: int = 16, width: int = 24, batch: int = 2, text: int = 5):
-    cos, sin = rotary_tables(height // patch, width // patch, patch / 2, (4, 6, 6))
+    cos, sin = rotary_tables(POSITIONS, {"height": height // patch, "width": width // patch}, patch / 2)
     return {
         "latent": torch.randn(batch, CHANNELS, height, width),
         "timestep": torch.rand(batch),
@@ -142,13 +143,13 @@ def test_every_adapter_parameter_learns_within_two_steps():
 def test_native_rotary_tables_are_those_of_diffusers(rows, columns):
     ids = FluxPipeline._prepare_latent_image_ids(1, rows, columns, "cpu", torch.float32)
     cos, sin = tiny_transformer().pos_embed(ids)
-    own_cos, own_sin = rotary_tables(rows, columns, 1.0, (4, 6, 6))
+    own_cos, own_sin = rotary_tables(POSITIONS, {"height": rows, "width": columns}, 1.0)
     np.testing.assert_allclose(own_cos.reshape(-1, 16), cos, atol=1e-7)
     np.testing.assert_allclose(own_sin.reshape(-1, 16), sin, atol=1e-7)
 
 
 def test_a_coarse_patch_sits_at_the_centre_of_the_native_ones():
-    from ddit.runtime.rotary import patch_centres
+    from ddit.runtime.conditioning.positions import patch_centres
 
     assert patch_centres(2, 2.0).tolist() == [0.5, 2.5]
     assert patch_centres(2, 4.0).tolist() == [1.5, 5.5]

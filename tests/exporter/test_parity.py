@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from ddit.exporter.graphs import GraphJob
+from ddit.exporter.graphs.job import GraphJob
 from ddit.exporter.parity import reference_arrays
-from ddit.runtime.bundle import TensorSpec
+from ddit.runtime.bundle.manifest import TensorSpec
 
 
 class Watched(nn.Module):

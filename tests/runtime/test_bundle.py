@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import run
-from ddit.runtime.bundle import Bundle, TensorSpec, resolve_dim
+from ddit.runtime.bundle import Bundle
+from ddit.runtime.bundle.manifest import TensorSpec
 from ddit.runtime.cli import main
 from ddit.runtime.errors import BundleError, UsageError
+from ddit.runtime.shapes import resolve
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def damage(bundle, how: str) -> None:
         ("missing file", "t5.safetensors is missing; export it again"),
         ("truncated file", "damaged: transformer.safetensors has"),
         ("not json", "cannot be read"),
-        ("newer version", "has format 99, this version reads up to 1; update ddit"),
+        ("newer version", "has format 99, this version reads format 2; update ddit"),
         ("leaves the bundle", "leaves the bundle"),
         ("absolute", "leaves the bundle"),
         ("unknown field", "not valid: surprise"),
@@ -134,9 +136,9 @@ def test_symbolic_shapes():
     spec = TensorSpec(name="x", dtype="float32", shape=("B", 16, "H/4", "W*8"))
     assert spec.resolve({"B": 2, "H": 12, "W": 3}) == (2, 16, 3, 24)
     with pytest.raises(ValueError, match="not a multiple of 4"):
-        resolve_dim("H/4", {"H": 6})
+        resolve(("H/4",), {"H": 6})
     with pytest.raises(ValueError, match="not known"):
-        resolve_dim("Z", {"H": 6})
+        resolve(("Z",), {"H": 6})
 
 
 def test_reading_a_manifest_needs_no_files_beyond_it(tmp_path):

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from conftest import run
-from ddit.runtime.bench import peak_memory_mb
 from ddit.runtime.cli import main
-from ddit.runtime.verify import tolerance
+from ddit.runtime.tools.bench import peak_memory_mb
+from ddit.runtime.tools.verify import tolerance
 
 
 def test_generate_writes_picture_trace_and_plot(tiny_bundle, tmp_path):
@@ -110,7 +110,7 @@ def test_bench_reports_every_level(tiny_bundle):
 
 def test_peak_memory_is_not_the_parents():
     held = np.ones(50_000_000)  # 400 MB, all of it touched
-    code = "from ddit.runtime.bench import peak_memory_mb; print(peak_memory_mb())"
+    code = "from ddit.runtime.tools.bench import peak_memory_mb; print(peak_memory_mb())"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert held.nbytes / 1e6 < peak_memory_mb()
     assert float(child.stdout) < held.nbytes / 1e6

@@ -9,11 +9,11 @@ import pytest
 from conftest import run
 from ddit.exporter.cli import main as export
 from ddit.runtime import Bundle, Pipeline
-from ddit.runtime.backends import open_backend
-from ddit.runtime.cuda import why_no_gpu
+from ddit.runtime.backends.base import open_backend
+from ddit.runtime.backends.device.cuda import why_no_gpu
 from ddit.runtime.errors import DditError
-from ddit.runtime.schedule import Fixed
-from ddit.runtime.verify import verify_graphs
+from ddit.runtime.policies.schedule import Fixed
+from ddit.runtime.tools.verify import verify_graphs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(why_no_gpu() is not None, reason=f"no GPU: {why_no_gpu()}")]
 

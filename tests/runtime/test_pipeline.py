@@ -12,8 +12,8 @@ from conftest import run
 from ddit.exporter.cli import main as export
 from ddit.runtime import Pipeline
 from ddit.runtime.errors import UsageError
-from ddit.runtime.sampler import noise
-from ddit.runtime.schedule import Fixed
+from ddit.runtime.policies.schedule import Fixed
+from ddit.runtime.samplers.sigmas import noise
 
 SIZE = {"height": 128, "width": 64}
 

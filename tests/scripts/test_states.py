@@ -7,7 +7,7 @@ from encoding import Rows
 from states import POOL_LEAST, Draws, Noised, Trajectories, sigma_table
 
 from ddit.runtime.bundle import Bundle
-from ddit.runtime.sampler import sigmas
+from ddit.runtime.samplers.sigmas import sigmas
 
 LATENT = (4, 8, 8)
 CPU = torch.device("cpu")

@@ -187,7 +187,7 @@ def test_diverged_training_keeps_the_last_good_adapter(trained, tiny_pipeline, p
         (("--prompts", "nowhere.txt"), 2, "nowhere.txt cannot be read; give a text file with a prompt a line"),
         (("--prompts", "scenes:none"), 2, "write scenes:N"),
         ((), 2, "--prompts is missing"),
-        (("--prompts", "scenes:2", "--height", 72), 2, "give multiples of 64"),
+        (("--prompts", "scenes:2", "--height", 72), 2, "height 72 is not a multiple of 64"),
         (("--prompts", "scenes:2", "--latents", "dreams"), 2, "unknown latents 'dreams'"),
         (("--prompts", "scenes:2", "--latents", "images:nowhere"), 2, "captions lie beside the pictures"),
         (("--latents", "images:nowhere"), 2, "nowhere is not a folder"),

@@ -13,7 +13,7 @@ from scenes import render, sample_scenes
 
 from conftest import run
 from ddit.exporter.adapter import load_adapter
-from ddit.exporter.families.flux import FluxLevel
+from ddit.exporter.families.flux.model import FluxLevel
 from ddit.exporter.levels import AdapterConfig
 from ddit.exporter.models import find_model
 

@@ -1,0 +1,1 @@
+"""The graphs around the transformer's call: what happens to the latent."""

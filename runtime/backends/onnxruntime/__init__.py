@@ -1,0 +1,1 @@
+"""ONNX Runtime, on host arrays and on buffers of a GPU."""

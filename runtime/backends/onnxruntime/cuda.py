@@ -1,0 +1,195 @@
+"""ONNX Runtime's CUDA provider on the GPU loop: bound buffers, one stream, shared weights.
+
+The weights of the levels lie on the GPU once: every session is given the same buffers as its initializers.
+"""
+
+import json
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from ddit.runtime.backends.device.cuda import BFloat16, DeviceArray, DeviceMemory, Stream
+from ddit.runtime.backends.device.workspace import Bound, DeviceBackend, DeviceEngine
+from ddit.runtime.backends.onnxruntime.host import (
+    CUDA,
+    check_provider,
+    engine_errors,
+    import_onnxruntime,
+    session_options,
+)
+from ddit.runtime.bundle import Bundle
+from ddit.runtime.bundle.manifest import GraphInfo, TensorSpec
+from ddit.runtime.errors import BackendError
+
+log = logging.getLogger(__name__)
+
+DEVICE = "cuda"
+NUMPY_TYPES = {"float32": np.float32, "int64": np.int64}
+STORED_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64}  # by safetensors' names
+ALIGNMENT = 256  # of every weight, as cudaMalloc aligns: kernels read several numbers at once
+NO_GRAPH = "-1"
+_graph_ids = count(1)
+_numbers = count()
+
+
+class Sessions:
+    """All of ONNX Runtime's objects that use the stream. They must go before it: bindings, then sessions, then weights.
+
+    The garbage collector keeps to no order, and a session that waits for a destroyed stream takes the process with it.
+    So nothing else refers to these objects, and the end of the backend closes them.
+    """
+
+    def __init__(self, stream: Stream):
+        self.opened: dict[str, Any] = {}  # sessions by graph
+        self.weights: dict[str, dict[str, Any]] = {}  # a file's tensors, by name, for all sessions
+        self.runs: dict[int, Callable[[], None]] = {}  # a session with its binding
+        self._stream: Stream | None = stream
+
+    def close(self) -> None:
+        """Let go of everything, in order."""
+        self.runs.clear()
+        self.opened.clear()
+        self.weights.clear()
+        self._stream = None
+
+
+class CudaBound(Bound):
+    """A session and its binding to buffers."""
+
+    def __init__(self, sessions: Sessions, run: Callable[[], None], file: str):
+        self._sessions = sessions
+        self._number = next(_numbers)
+        self._file = file
+        sessions.runs[self._number] = run
+        weakref.finalize(self, sessions.runs.pop, self._number, None).atexit = False
+
+    def enqueue(self) -> None:
+        """Queue one run; with a graph id, ONNX Runtime captures the first runs and replays them afterwards."""
+        with engine_errors(f"run {self._file}"):
+            self._sessions.runs[self._number]()
+
+
+class CudaEngine(DeviceEngine):
+    """A session on the GPU."""
+
+    def __init__(self, backend: "CudaBackend", info: GraphInfo, sessions: Sessions, graph: str, *, replays: bool):
+        super().__init__(backend, info)
+        self._sessions = sessions
+        self._graph = graph
+        self._replays = replays
+
+    def dtype(self, spec: TensorSpec) -> DTypeLike:
+        """The graph's own type."""
+        return NUMPY_TYPES[spec.dtype]
+
+    def bind(self, arrays: Mapping[str, DeviceArray], *, replayed: bool) -> Bound:
+        """Bind inputs and outputs by address. Every binding has a CUDA graph of its own, where graphs are used."""
+        ort, session = import_onnxruntime(), self._sessions.opened[self._graph]
+        with engine_errors(f"bind {self.info.file}"):
+            binding = session.io_binding()
+            for specs, bind in ((self.info.inputs, binding.bind_input), (self.info.outputs, binding.bind_output)):
+                for spec in specs:
+                    array = arrays[spec.name]
+                    bind(spec.name, DEVICE, 0, array.dtype.type, array.shape, array.address)
+            options = ort.RunOptions()
+            # whatever reads the outputs is on the same stream
+            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+            if self._replays:
+                options.add_run_config_entry("gpu_graph_id", str(next(_graph_ids)) if replayed else NO_GRAPH)
+        run = partial(session.run_with_iobinding, binding, options)
+        return CudaBound(self._sessions, run, self.info.file)
+
+
+class CudaBackend(DeviceBackend):
+    """One session per graph. Raises `BackendError` without a GPU or enough of its memory, `UsageError` without CUDA."""
+
+    name = "cuda"
+
+    def __init__(self, bundle: Bundle):
+        ort = import_onnxruntime()
+        if hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()  # CUDA and cuDNN from NVIDIA's packages, where those are installed
+        check_provider(CUDA)
+        super().__init__(bundle)
+        manifest = bundle.manifest
+        self._levels = {level.graph for level in manifest.levels}
+        self._sessions = Sessions(self.gpu.stream_owner)
+        weakref.finalize(self, self._sessions.close)
+        files = {name for graph in manifest.graphs.values() for name in graph.weights}
+        needed, free = sum(manifest.files[name].size for name in files), self.gpu.free_bytes()
+        if needed > free:
+            raise BackendError(
+                f"GPU memory is too small: the weights need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB of "
+                f"{self.gpu.name} are free; stop other programs, or use --backend cpu"
+            )
+
+    def _open(self, graph: str) -> DeviceEngine:
+        info, opened = self.bundle.graph(graph), self._sessions.opened
+        log.info("opening %s with %s", info.file, CUDA)
+        replays = graph in self._levels
+        weights = (
+            {name: value for file in info.weights for name, value in self._on_gpu(file).items()} if replays else {}
+        )
+        try:
+            opened[graph] = self._session(info, weights, replays=replays)
+        except BackendError as error:
+            if not replays:
+                raise
+            log.info("%s runs without CUDA graphs: %s", info.file, error)  # a part of the graph has to run on the host
+            replays = False
+            opened[graph] = self._session(info, weights, replays=replays)
+        return CudaEngine(self, info, self._sessions, graph, replays=replays)
+
+    def _session(self, info: GraphInfo, weights: Mapping[str, Any], *, replays: bool) -> Any:
+        """A session on our stream that uses ``weights``, on the GPU already, instead of loading its own."""
+        options = session_options()
+        for name, value in weights.items():
+            options.add_initializer(name, value)
+        provider = {"device_id": "0", "user_compute_stream": str(self.gpu.stream)}
+        if replays:
+            provider["enable_cuda_graph"] = "1"
+        with engine_errors(f"load {info.file}"):
+            path = self.bundle.file(info.file)
+            return import_onnxruntime().InferenceSession(path, options, providers=[(CUDA, provider)])
+
+    def _on_gpu(self, file: str) -> dict[str, Any]:
+        """A weight file's tensors on the GPU, uploaded once and kept for every session that asks."""
+        weights = self._sessions.weights
+        if file not in weights:
+            weights[file] = self._upload(self.bundle.file(file))
+        return weights[file]
+
+    def _upload(self, path: Path) -> dict[str, Any]:
+        content = np.memmap(path, mode="r")
+        entries = [*safetensors_entries(content)]
+        starts = np.cumsum([0, *(-(-nbytes // ALIGNMENT) * ALIGNMENT for *_, nbytes in entries)]).tolist()
+        memory = DeviceMemory(self.gpu, starts[-1])
+        values = {}
+        for start, (name, dtype, shape, offset, nbytes) in zip(starts, entries, strict=False):
+            self.gpu.copy(memory.address + start, content.ctypes.data + offset, nbytes)
+            with engine_errors(f"share {path.name}"):
+                # ONNX Runtime takes memory of others only, and not its own, as a session's initializers
+                view = memory.view(start, shape, np.dtype(STORED_TYPES[dtype]))
+                values[name] = import_onnxruntime().OrtValue.from_dlpack(BFloat16(view) if dtype == "BF16" else view)
+        self.gpu.synchronize()  # the mapping may go
+        return values
+
+
+def safetensors_entries(content: NDArray[np.uint8]) -> Iterator[tuple[str, str, tuple[int, ...], int, int]]:
+    """Name, type, shape, offset in the file and bytes of every tensor of a safetensors file.
+
+    The safetensors package gives NumPy arrays only, and NumPy has no bfloat16.
+    """
+    size = int.from_bytes(content[:8].tobytes(), "little")
+    header = json.loads(content[8 : 8 + size].tobytes())
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            yield name, entry["dtype"], tuple(entry["shape"]), 8 + size + begin, end - begin

@@ -1,0 +1,117 @@
+"""ONNX Runtime on host arrays: the CPU, or any of its execution providers by name."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddit.runtime.backends.base import Array, Backend, Engine
+from ddit.runtime.bundle import Bundle
+from ddit.runtime.errors import BackendError, UsageError
+
+log = logging.getLogger(__name__)
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+ERRORS = 3  # ONNX Runtime's level of messages
+
+# Weights of the levels, in bytes, up to which the CPU's sessions get copies of their own. On two cores the demo model's
+# coarse steps, which spend their time on reading weights, are a fifth faster then.
+PREPACK_LIMIT = 500_000_000
+
+
+def import_onnxruntime() -> Any:
+    """ONNX Runtime, or a `BackendError` that says how to install it."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise BackendError(
+            "ONNX Runtime is not installed; choose one: pip install 'ddit[cpu]' or pip install 'ddit[cuda]'"
+        ) from None
+    onnxruntime.set_default_logger_severity(ERRORS)  # it warns of plug-ins that nobody asked for
+    return onnxruntime
+
+
+@contextmanager
+def engine_errors(what: str) -> Iterator[None]:
+    """Turn ONNX Runtime's exceptions, which share no base class, into one `BackendError` line."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise BackendError(f"ONNX Runtime could not {what}: {_first_line(error)}") from error
+    except Exception as error:
+        if type(error).__module__.startswith("onnxruntime"):
+            raise BackendError(f"ONNX Runtime could not {what}: {_first_line(error)}") from error
+        raise
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def check_provider(provider: str) -> None:
+    """Raise `UsageError` unless ONNX Runtime was built with an execution provider."""
+    available = import_onnxruntime().get_available_providers()
+    if provider not in available:
+        # the two packages install into the same folder
+        mend = "; run: pip uninstall onnxruntime && pip install 'ddit[cuda]'" if provider == CUDA else ""
+        raise UsageError(f"ONNX Runtime has no provider {provider!r} here; it has: {', '.join(available)}{mend}")
+
+
+def session_options(threads: int | None = None, *, prepack: bool = False) -> Any:
+    """Options of every session.
+
+    With ``prepack`` every session copies its weights into the order that products read fastest. Without, they stay
+    memory-mapped from the bundle's files, and the levels of a bundle share one copy of the trunk.
+    """
+    options = import_onnxruntime().SessionOptions()
+    options.log_severity_level = ERRORS  # warnings about the graph are no concern of who runs it
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    if threads:
+        options.intra_op_num_threads = threads
+    return options
+
+
+def open_session(path: Path, provider: str = CPU, threads: int | None = None, *, prepack: bool = False) -> Any:
+    """A session over an ONNX file."""
+    check_provider(provider)
+    with engine_errors(f"load {path.name}"):
+        return import_onnxruntime().InferenceSession(
+            path, session_options(threads, prepack=prepack), providers=[provider]
+        )
+
+
+class OnnxRuntimeEngine(Engine):
+    """A session and its signature."""
+
+    def __init__(self, session: Any, name: str):
+        self.session = session
+        self.name = name
+        self.outputs = [output.name for output in session.get_outputs()]
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, NDArray[np.float32]]:
+        """Run the session on host arrays."""
+        with engine_errors(f"run {self.name}"):
+            values = self.session.run(self.outputs, dict(inputs))
+        return dict(zip(self.outputs, values, strict=True))
+
+
+class OnnxRuntimeBackend(Backend):
+    """One session a graph."""
+
+    def __init__(self, bundle: Bundle, name: str = "cpu", threads: int | None = None):
+        super().__init__(bundle)
+        self.name = name
+        self.provider = CPU if name == "cpu" else name
+        self.threads = threads
+        files = [file for level in bundle.manifest.levels for file in bundle.graph(level.graph).weights]
+        self._prepack = sum(bundle.manifest.files[file].size for file in files) <= PREPACK_LIMIT
+
+    def _open(self, graph: str) -> Engine:
+        path = self.bundle.file(self.bundle.graph(graph).file)
+        log.info("opening %s with %s", path.name, self.provider)
+        return OnnxRuntimeEngine(open_session(path, self.provider, self.threads, prepack=self._prepack), graph)

@@ -1,0 +1,146 @@
+"""TensorRT: one plan per graph, all on one stream and with one block of scratch memory.
+
+Plans come from the bundle's engine store (`ddit.runtime.backends.tensorrt.store`); ``ddit-export engines`` builds
+them. Nothing runs at the same time, so that the largest engine's scratch memory serves them all.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from ddit.runtime import shapes
+from ddit.runtime.backends.device.cuda import DeviceArray, DeviceMemory, Gpu
+from ddit.runtime.backends.device.workspace import Bound, DeviceBackend, DeviceEngine
+from ddit.runtime.backends.tensorrt import compat
+from ddit.runtime.backends.tensorrt.store import Plan, PlanStore, Target, choose
+from ddit.runtime.bundle import Bundle
+from ddit.runtime.bundle.manifest import GraphInfo, TensorSpec
+from ddit.runtime.errors import BackendError
+
+log = logging.getLogger(__name__)
+
+NUMPY_TYPES = {"FLOAT": np.float32, "INT32": np.int32, "INT64": np.int64}
+
+
+def this_target(trt: Any, gpu: Gpu) -> Target:
+    """What plans must be built with and for to run here."""
+    return Target(tensorrt=trt.__version__, gpu=gpu.name, compute_capability=gpu.capability)
+
+
+class TensorRTBound(Bound):
+    """An execution context whose shapes, addresses and scratch memory are set."""
+
+    def __init__(self, context: Any, stream: int, graph: str):
+        self._context = context
+        self._stream = stream
+        self._graph = graph
+
+    def enqueue(self) -> None:
+        """Queue one run."""
+        if not self._context.execute_async_v3(self._stream):
+            raise BackendError(f"TensorRT could not run {self._graph}; ddit-run -vv shows its messages")
+
+
+class TensorRTEngine(DeviceEngine):
+    """The plans of one graph, of which those are loaded that hold the sizes asked for."""
+
+    def __init__(self, backend: "TensorRTBackend", info: GraphInfo, plans: Sequence[Plan]):
+        super().__init__(backend, info)
+        self._trt_backend = backend
+        self._plans = list(plans)
+        self._loaded: dict[str, Any] = {}
+
+    def dtype(self, spec: TensorSpec) -> DTypeLike:
+        """float32, and for token ids what the plan takes: TensorRT before 10 has no int64."""
+        engine = next(iter(self._loaded.values()), None) or self._load(self._plans[0])
+        return NUMPY_TYPES[engine.get_tensor_dtype(spec.name).name]
+
+    def bind(self, arrays: Mapping[str, DeviceArray], *, replayed: bool) -> Bound:
+        """An execution context of its own, so that captured graphs keep what they were captured with."""
+        specs, latent = self.info.inputs, self.backend.bundle.manifest.latent
+        sizes = shapes.infer((spec.shape for spec in specs), (arrays[spec.name].shape for spec in specs))
+        plan, index = choose(self._plans, shapes.to_names(latent, sizes))
+        backend, engine = self._trt_backend, self._load(plan)
+        context = compat.create_context(backend.trt, engine)
+        scratch = backend.scratch(plan.info.scratch)
+        compat.set_scratch(context, scratch.address, scratch.nbytes)
+        if not context.set_optimization_profile_async(index, backend.gpu.stream):
+            raise BackendError(f"TensorRT could not choose profile {index} of {plan.info.graph}")
+        backend.gpu.synchronize()
+        for spec in self.info.inputs:
+            if not context.set_input_shape(spec.name, arrays[spec.name].shape):
+                raise BackendError(f"TensorRT refuses shape {arrays[spec.name].shape} of {plan.info.graph}.{spec.name}")
+        for name, array in arrays.items():
+            context.set_tensor_address(name, array.address)
+        return TensorRTBound(context, backend.gpu.stream, plan.info.graph)
+
+    def _load(self, plan: Plan) -> Any:
+        key = plan.info.key
+        if key not in self._loaded:
+            log.info("loading %s: %s, %.0f MB", plan.info.graph, key, plan.info.size / 1e6)
+            self._loaded[key] = self._trt_backend.deserialize(plan)
+        return self._loaded[key]
+
+
+class TensorRTBackend(DeviceBackend):
+    """One TensorRT runtime. Raises `BackendError` where there is no GPU, no TensorRT, or a plan is missing."""
+
+    name = "tensorrt"
+    captures = True
+
+    def __init__(self, bundle: Bundle):
+        self.trt = compat.import_tensorrt()
+        super().__init__(bundle)  # asks the driver first: TensorRT's runtime crashes without a GPU
+        self.target = this_target(self.trt, self.gpu)
+        store = PlanStore(bundle)
+        self.plans = {graph: store.find(graph, self.target) for graph in bundle.manifest.graphs}
+        self._logger = compat.make_logger(self.trt)
+        self._runtime = self.trt.Runtime(self._logger)
+        self._loaded: set[str] = set()
+        self._scratch: list[DeviceMemory] = []
+
+    def _open(self, graph: str) -> DeviceEngine:
+        return TensorRTEngine(self, self.bundle.graph(graph), self.plans[graph])
+
+    def check(self, *, height: int, width: int, text: int, batch: int) -> None:
+        """See that every graph has a plan for the sizes and that those not yet loaded fit into the GPU's memory.
+
+        Raises `UsageError` and `BackendError`.
+        """
+        asked = {"height": height, "width": width, "text": text, "batch": batch}
+        chosen = [choose(plans, asked)[0] for plans in self.plans.values()]
+        self.check_memory([plan for plan in chosen if plan.info.key not in self._loaded])
+
+    def check_memory(self, plans: Sequence[Plan]) -> None:
+        """Raise `BackendError` with needed and free bytes where plans would not fit."""
+        held = self._scratch[-1].nbytes if self._scratch else 0
+        scratch = max((plan.info.scratch for plan in plans), default=0)
+        needed = sum(plan.info.size for plan in plans) + max(0, scratch - held)
+        if plans and needed > (free := self.gpu.free_bytes()):
+            raise BackendError(
+                f"GPU memory is too small: the engines need {needed / 1e9:.2f} GB ({scratch / 1e9:.2f} GB of it "
+                f"scratch memory), {free / 1e9:.2f} GB of {self.gpu.name} are free; stop other programs, or build "
+                "engines for smaller sizes: ddit-export engines BUNDLE --profile PROFILE"
+            )
+
+    def scratch(self, nbytes: int) -> DeviceMemory:
+        """The scratch memory of all contexts, at least ``nbytes``.
+
+        A smaller block from before is kept: contexts and captured graphs still point to it.
+        """
+        if not self._scratch or self._scratch[-1].nbytes < nbytes:
+            largest = max(plan.info.scratch for plans in self.plans.values() for plan in plans)
+            self._scratch.append(DeviceMemory(self.gpu, max(nbytes, largest)))
+        return self._scratch[-1]
+
+    def deserialize(self, plan: Plan) -> Any:
+        """Load a plan."""
+        engine = self._runtime.deserialize_cuda_engine(plan.map())
+        if engine is None:
+            reason = self._logger.errors[-1] if self._logger.errors else "no reason given"
+            raise BackendError(f"TensorRT could not load {plan.file}: {reason}; run ddit-export engines again")
+        self._loaded.add(plan.info.key)
+        return engine

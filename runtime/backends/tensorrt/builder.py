@@ -1,0 +1,267 @@
+"""A bundle's graphs → TensorRT plans in its engine store. Needs TensorRT, Polygraphy and the GPU to run on, no torch.
+
+One plan per graph, with one optimisation profile per entry of the shape profile. What is built already is not built
+again; a second process that builds the same plan waits and then finds it.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from ddit.profiles import BOUNDS, Profile
+from ddit.runtime import shapes
+from ddit.runtime.backends.device.cuda import Gpu
+from ddit.runtime.backends.tensorrt import compat
+from ddit.runtime.backends.tensorrt.backend import this_target
+from ddit.runtime.backends.tensorrt.store import (
+    BuilderOptions,
+    Plan,
+    PlanInfo,
+    PlanStore,
+    Target,
+    content_hash,
+    plan_key,
+)
+from ddit.runtime.bundle import Bundle, Manifest
+from ddit.runtime.bundle.manifest import GraphInfo
+from ddit.runtime.errors import BackendError, UsageError
+
+Report = Callable[[str], None]
+# told a phase's name, steps done and their number, while the block lasts
+Progress = Callable[[str], AbstractContextManager[Callable[[str, int, int], None]]]
+
+OPSETS = "opset 23 is for TensorRT 10.15 and newer, 18 to 22 for 10.0 and newer, 17 for 8.6 (ddit-export flux --opset)"
+
+
+@dataclass(frozen=True)
+class Built:
+    """A plan, and whether it was built now."""
+
+    plan: Plan
+    new: bool
+
+
+class EngineBuilder:
+    """Builds plans on this machine's GPU. Raises `BackendError` where there is no GPU, TensorRT or Polygraphy."""
+
+    def __init__(self, options: BuilderOptions, timing_cache: Path | None, report: Report, progress: Progress):
+        self.trt = compat.import_tensorrt()
+        try:
+            import onnx_ir  # noqa: F401
+            import polygraphy  # noqa: F401
+        except ImportError as error:
+            raise BackendError(
+                f"building engines needs {error.name}; install it with: pip install 'ddit[tensorrt]'"
+            ) from None
+        self.gpu = Gpu()  # asks the driver first: TensorRT crashes without a GPU
+        self.target = this_target(self.trt, self.gpu)
+        self.options = options
+        self.timing_cache = timing_cache or default_timing_cache(self.target)
+        self.report = report
+        self.progress = progress
+
+    def build(self, bundle: Bundle, profile: Profile, graphs: Sequence[str]) -> list[Built]:
+        """Build the plans of graphs that are not there yet, in order.
+
+        Raises `UsageError` for a profile that the bundle cannot serve, `BackendError` where TensorRT fails; plans that
+        were finished before stay.
+        """
+        check_profile(bundle.manifest, profile)
+        return [self._ensure(bundle, profile, graph) for graph in graphs]
+
+    def _ensure(self, bundle: Bundle, profile: Profile, graph: str) -> Built:
+        store = PlanStore(bundle)
+        content = content_hash(bundle, graph)
+        key = plan_key(graph, content, profile, self.target, self.options)
+        with store.lock(key):
+            plan = store.get(key)
+            if plan and plan.whole:
+                self.report(f"{graph}: built already ({key})")
+                return Built(plan, False)
+            self.report(f"{graph}: building")
+            start = perf_counter()
+            with store.merged_weights(key) as merged:
+                serialized, scratch = self._serialize(bundle, profile, graph, merged)
+            info = PlanInfo(
+                graph=graph,
+                content=content,
+                profile=profile,
+                target=self.target,
+                options=self.options,
+                size=len(serialized),
+                sha256=hashlib.sha256(serialized).hexdigest(),
+                scratch=scratch,
+                built=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                seconds=round(perf_counter() - start, 1),
+            )
+            return Built(store.put(info, serialized), True)
+
+    def _serialize(self, bundle: Bundle, profile: Profile, graph: str, merged: str) -> tuple[memoryview, int]:
+        """A plan's bytes, and the scratch memory that its contexts need; ``merged`` is a file for merged weights."""
+        import onnx_ir as ir
+        from polygraphy.backend.trt import engine_bytes_from_network
+        from polygraphy.exception import PolygraphyException
+        from polygraphy.logger import G_LOGGER
+
+        from ddit.runtime.backends.tensorrt.merge import merge_lora
+
+        trt, info = self.trt, bundle.graph(graph)
+        logger = compat.make_logger(trt)
+        builder = trt.Builder(logger)
+        network = builder.create_network(compat.network_flags(trt))
+        parser = trt.OnnxParser(network, logger)
+        file = bundle.file(info.file)
+        model = ir.load(file)
+        merge_lora(model, bundle.path, merged)
+        # the path is only for the weights' files, which lie beside it
+        if not parser.parse(ir.to_proto(model).SerializeToString(), str(file)):
+            raise BackendError(f"TensorRT {self.target.tensorrt} cannot read {graph}: {parser_error(parser)}; {OPSETS}")
+        compat.let_attention_decompose(trt, network)
+        with self.progress(graph) as report, G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
+            monitor = compat.progress_monitor(trt, report)
+            config = self._config(builder, network, bundle.manifest, info, profile, monitor)
+            try:
+                serialized = engine_bytes_from_network((builder, network, parser), config)
+            except PolygraphyException as error:
+                if monitor is not None and monitor.interrupted:
+                    raise KeyboardInterrupt from None
+                raise self._failure(graph, logger.errors, error) from None
+        self._keep_timings(config)
+        # also proves that the plan loads
+        engine = trt.Runtime(logger).deserialize_cuda_engine(serialized)
+        if engine is None:
+            raise self._failure(graph, logger.errors, None)
+        return memoryview(serialized), compat.scratch_bytes(engine)
+
+    def _config(
+        self,
+        builder: Any,
+        network: Any,
+        manifest: Manifest,
+        info: GraphInfo,
+        profile: Profile,
+        monitor: Any | None,
+    ) -> Any:
+        from polygraphy.backend.trt import create_config
+
+        trt = self.trt
+        typed = compat.strongly_typed(trt)
+        if info.dtype == "bf16" and not typed:
+            raise UsageError(
+                f"TensorRT {self.target.tensorrt} has no bfloat16; export the bundle with --dtype fp16 --opset 17"
+            )
+        workspace = self.options.workspace
+        config = create_config(
+            builder,
+            network,
+            profiles=optimization_profiles(manifest, info, profile),
+            fp16=info.dtype == "fp16" and not typed,
+            tf32=True,  # as ONNX Runtime and torch's accelerators compute float32 products
+            memory_pool_limits={trt.MemoryPoolType.WORKSPACE: workspace} if workspace else None,
+            tactic_sources=compat.own_tactic_sources(trt),
+            builder_optimization_level=self.options.optimization_level,
+            progress_monitor=monitor,
+        )
+        compat.share_profiles(trt, config)
+        cache = config.create_timing_cache(read_or_empty(self.timing_cache))
+        if cache is not None:  # None: the file is another release's or damaged; the builder starts from nothing
+            config.set_timing_cache(cache, False)
+        return config
+
+    def _failure(self, graph: str, errors: Sequence[str], cause: Exception | None) -> BackendError:
+        """What went wrong and what to change, from TensorRT's own words."""
+        said = " ".join(errors) or str(cause or "no reason given")
+        where = f"TensorRT could not build {graph}"
+        # nodes that were fused have a long name: {ForeignNode[first...last]}
+        if node := re.search(r"any implementation for node (\{.*?\]\}|\S+?)\.\)?(?!\S)", said):
+            return BackendError(
+                f"{where}: it has no kernel for node {node[1]}; try another --optimization-level, more --workspace, a "
+                "profile with smaller sizes, or a newer TensorRT"
+            )
+        if re.search(r"out ?of ?memory|MEM_ALLOC_FAILED|insufficient memory", said, re.IGNORECASE):
+            return BackendError(
+                f"{where}: out of memory with {self.gpu.free_bytes() / 1e9:.1f} GB free on {self.gpu.name}; stop other "
+                "programs, give less --workspace, or choose a profile with smaller sizes"
+            )
+        return BackendError(f"{where}: {said.splitlines()[0]}")
+
+    def _keep_timings(self, config: Any) -> None:
+        """Merge what was timed into the cache's file, which other builders may be writing too."""
+        from filelock import FileLock
+
+        timings = config.get_timing_cache()
+        if timings is None:
+            return
+        path = self.timing_cache
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{path}.lock"):
+                before = config.create_timing_cache(read_or_empty(path))
+                if before is not None:
+                    timings.combine(before, True)
+                partial = path.with_name(f"{path.name}.partial")
+                partial.write_bytes(bytes(timings.serialize()))
+                os.replace(partial, path)
+        except OSError as error:  # the plan is built all the same
+            self.report(f"warning: the timing cache {path} cannot be written: {error.strerror or error}")
+
+
+def check_profile(manifest: Manifest, profile: Profile) -> None:
+    """Raise `UsageError` unless every size of a profile lies in what the bundle was exported and checked for."""
+    for entry in profile.entry:
+        for bound in BOUNDS:
+            sizes = entry.at(bound)
+            if not manifest.profile.contains(**sizes):
+                raise UsageError(
+                    f"profile {profile.name!r} ({entry}) leaves the bundle's own ({manifest.profile}); "
+                    "export the bundle with the larger profile, or choose a smaller one"
+                )
+            try:
+                shapes.check(manifest.latent, manifest.patches, sizes)
+            except UsageError as error:
+                raise UsageError(f"profile {profile.name!r}: {error}") from None
+
+
+def optimization_profiles(manifest: Manifest, info: GraphInfo, profile: Profile) -> list[Any]:
+    """Polygraphy's profiles: minimum, optimum and maximum of every input, for every entry of a shape profile."""
+    from polygraphy.backend.trt import Profile as Shapes
+
+    profiles = []
+    for entry in profile.entry:
+        one = Shapes()
+        sizes = [shapes.to_symbols(manifest.latent, entry.at(bound)) for bound in BOUNDS]
+        for spec in info.inputs:
+            one.add(spec.name, *(spec.resolve(size) for size in sizes))
+        profiles.append(one)
+    return profiles
+
+
+def parser_error(parser: Any) -> str:
+    """The parser's first error, with the node that it names."""
+    if not parser.num_errors:
+        return "the parser gives no reason"
+    error = parser.get_error(0)
+    node = error.node_name() if hasattr(error, "node_name") else f"number {error.node()}"
+    return f"{error.desc().strip().splitlines()[0]} (node {node})"
+
+
+def default_timing_cache(target: Target) -> Path:
+    """A file in the user's cache folder, for every GPU model and TensorRT version one of its own."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = re.sub(r"[^\w.]+", "-", f"{target.gpu}-{target.tensorrt}")
+    return root / "ddit" / f"timing-{name}.cache"
+
+
+def read_or_empty(path: Path) -> bytes:
+    """A file's content, nothing if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""

@@ -1,0 +1,299 @@
+"""``bundle.json``, as a type. docs/bundle.md describes it field by field."""
+
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from ddit.profiles import Profile
+from ddit.runtime import shapes
+from ddit.runtime.errors import UsageError
+
+FORMAT_VERSION = 2
+MANIFEST = "bundle.json"
+
+
+def _inside(name: str) -> str:
+    """Refuse names that leave the bundle: a manifest may come from anywhere."""
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
+        raise ValueError(f"file name {name!r} leaves the bundle")
+    return name
+
+
+Dtype = Literal["fp32", "fp16", "bf16"]
+FileName = Annotated[str, AfterValidator(_inside)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TensorSpec(_Model):
+    """Name, dtype and symbolic shape (`ddit.runtime.shapes`) of a graph's input or output."""
+
+    name: str
+    dtype: Literal["float32", "int64"]
+    shape: tuple[int | str, ...]
+
+    def resolve(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape in numbers."""
+        return shapes.resolve(self.shape, sizes)
+
+
+class GraphInfo(_Model):
+    """One ONNX file: what it takes and gives, and the weight files that it points into."""
+
+    file: FileName
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    weights: tuple[FileName, ...] = ()
+    dtype: Dtype
+
+
+class LevelInfo(_Model):
+    """One patch size that the bundle can run."""
+
+    patch: int = Field(ge=1, description="side of a patch in latent pixels")
+    graph: str
+    trained: bool = Field(description="false: no adapter was given, so pictures suffer at this level")
+    adapter_sha256: str | None = None
+
+
+class ModelInfo(_Model):
+    """Where the weights come from."""
+
+    id: str
+    revision: str | None = None
+
+
+class AxisInfo(_Model):
+    """One axis of the latent beside batch and channels."""
+
+    name: Literal["height", "width"]
+    downscale: int = Field(ge=1, description="pixels of the picture along one latent pixel")
+
+
+class LatentInfo(_Model):
+    """The latent: (B, channels, then its axes in order)."""
+
+    channels: int = Field(ge=1)
+    axes: tuple[AxisInfo, ...] = Field(min_length=1)
+
+    @property
+    def shape(self) -> tuple[int | str, ...]:
+        """Its symbolic shape, as in ``("B", 16, "H", "W")``."""
+        return ("B", self.channels, *(shapes.SYMBOLS[axis.name] for axis in self.axes))
+
+
+class TokenizerInfo(_Model):
+    """A ``tokenizer.json`` and how its output is filled up."""
+
+    file: FileName
+    length: int = Field(ge=1, description="tokens of a prompt, padding included")
+    pad_id: int = Field(ge=0)
+
+
+class TextEncoderInfo(_Model):
+    """A text encoder: its graph takes ``input_ids`` (B, tokens)."""
+
+    graph: str
+    tokenizer: TokenizerInfo
+    free_length: bool = Field(description="whether a run may choose the number of tokens, the symbol L")
+    feeds: dict[str, str] = Field(description="the levels' input that each of the graph's outputs becomes")
+
+
+class FlowMatchEulerInfo(_Model):
+    """Euler steps along a flow: the fields of diffusers' `FlowMatchEulerDiscreteScheduler` that FLUX uses."""
+
+    kind: Literal["flow_match_euler"] = "flow_match_euler"
+    use_dynamic_shifting: bool
+    shift: float
+    base_shift: float
+    max_shift: float
+    base_image_seq_len: int
+    max_image_seq_len: int
+    steps: int = Field(ge=1, description="default number of steps")
+
+
+class RotaryAxis(_Model):
+    """One rotated axis of the rotary embedding."""
+
+    axis: Literal["height", "width"] | None = Field(description="null: a coordinate that is always 0")
+    dimensions: int = Field(ge=2, multiple_of=2, description="of a head, that this axis rotates")
+
+
+class RotaryInfo(_Model):
+    """Rotary positions: tables that the levels take as inputs (`ddit.runtime.conditioning.positions`)."""
+
+    kind: Literal["rotary"] = "rotary"
+    axes: tuple[RotaryAxis, ...] = Field(min_length=1)
+    theta: float
+
+
+class GuidanceInfo(_Model):
+    """How guidance comes in: ``embedded`` as an input of the levels (distilled models), or not at all."""
+
+    kind: Literal["embedded", "none"]
+    default: float
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the levels take the scale as an input."""
+        return self.kind == "embedded"
+
+
+class DecoderInfo(_Model):
+    """The graph that turns a latent into a picture."""
+
+    kind: Literal["image"] = "image"
+    graph: str
+
+
+class SmoothPoint(_Model):
+    """The statistics of smooth pictures at one noise level (`ddit.runtime.policies.smooth`)."""
+
+    sigma: float = Field(ge=0, le=1)
+    statistic: dict[int, float] = Field(description="by coarse patch, divided by the cube of the step's length in σ")
+
+
+class ScheduleInfo(_Model):
+    """Defaults of the dynamic schedule (`ddit.runtime.policies.schedule.Dynamic`)."""
+
+    tau: float = Field(gt=0, description="a multiple of smooth pictures' statistic where that is known, else absolute")
+    rho: float = Field(gt=0, lt=1)
+    warmup: int = Field(ge=3)
+    hold: int = Field(default=3, ge=1)
+    coarsest: int | None = Field(default=None, description="the largest patch to use; null: all")
+    smooth: tuple[SmoothPoint, ...] = Field(default=(), description="what τ is a multiple of, by falling σ")
+
+
+class Costs(_Model):
+    """What a picture of one size costs on one backend, in milliseconds."""
+
+    levels: dict[int, float] = Field(description="median of a step at every level")
+    encode: float = Field(description="text encoders")
+    decode: float = Field(description="latent to picture")
+
+
+class CurvePoint(_Model):
+    """What one τ does."""
+
+    tau: float = Field(gt=0)
+    shares: dict[int, float] = Field(description="mean share of the steps at every level")
+
+
+class Calibration(ScheduleInfo):
+    """Dynamic schedule settings that ``ddit-run calibrate`` found for one number of steps, size and backend."""
+
+    steps: int = Field(ge=1)
+    height: int = Field(ge=1, description="pixels")
+    width: int = Field(ge=1, description="pixels")
+    speedup: float = Field(gt=0, description="over the native schedule, on prompts that τ was not chosen on")
+    similarity: float = Field(description="mean SSIM to the native pictures, on the same prompts")
+    prompts: int = Field(ge=2, description="how many were used in all")
+    backend: str = Field(description="where it was found: the speed-up counts in its milliseconds, τ in its rounding")
+    costs: Costs
+    curve: tuple[CurvePoint, ...] = Field(description="everything that was tried, by τ")
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Steps, height and width."""
+        return self.steps, self.height, self.width
+
+
+class ParityResult(_Model):
+    """One comparison of a graph's output with the original model's."""
+
+    graph: str
+    tensor: str
+    case: int
+    sizes: dict[str, int]
+    error: float = Field(description="relative L2 error against torch")
+    tolerance: float
+    checked: str = Field(description="'full', or in words what was checked instead")
+
+
+class FileInfo(_Model):
+    """A file's fingerprint."""
+
+    sha256: str
+    size: int = Field(ge=0)
+
+
+class Manifest(_Model):
+    """The content of ``bundle.json``."""
+
+    format_version: Literal[2] = 2
+    family: str = Field(description="for people to read; whatever a host must know of it has a field of its own")
+    model: ModelInfo
+    dtype: Dtype
+    opset: int
+    native: int = Field(ge=1, description="the patch that the base model was trained at")
+    levels: tuple[LevelInfo, ...] = Field(min_length=1)
+    graphs: dict[str, GraphInfo]
+    profile: Profile
+    latent: LatentInfo
+    encoders: tuple[TextEncoderInfo, ...]
+    sampler: FlowMatchEulerInfo
+    positions: RotaryInfo
+    guidance: GuidanceInfo
+    decoder: DecoderInfo
+    carry: float = Field(ge=0, le=1, description="share of the last native step's detail that coarse steps take over")
+    schedule: ScheduleInfo
+    calibrations: tuple[Calibration, ...] = ()
+    parity: tuple[ParityResult, ...]
+    files: dict[FileName, FileInfo]
+    made_with: dict[str, str]
+
+    @property
+    def patches(self) -> tuple[int, ...]:
+        """The levels' patch sizes, finest first."""
+        return tuple(sorted(level.patch for level in self.levels))
+
+    def level(self, patch: int) -> LevelInfo:
+        """The level of a patch size. Raises `UsageError` for one that the bundle has not."""
+        for level in self.levels:
+            if level.patch == patch:
+                return level
+        raise UsageError(f"the bundle has no level {patch}; it has {', '.join(map(str, self.patches))}")
+
+    def dynamic(self, *, steps: int, height: int, width: int, backend: str) -> ScheduleInfo:
+        """The dynamic schedule's settings for a run: its calibration, or the bundle's defaults where there is none."""
+        return self.calibration(steps=steps, height=height, width=width, backend=backend) or self.schedule
+
+    def calibration(self, *, steps: int, height: int, width: int, backend: str) -> Calibration | None:
+        """What was found for a number of steps and a size on this backend, or else on the last one that was tried."""
+        found = [one for one in self.calibrations if one.size == (steps, height, width)]
+        return next((one for one in found if one.backend == backend), found[-1] if found else None)
+
+    @property
+    def coarse(self) -> tuple[int, ...]:
+        """The patch sizes of the levels that are not native, finest first."""
+        return tuple(patch for patch in self.patches if patch != self.native)
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of a prompt unless a run chooses otherwise."""
+        return max((one.tokenizer.length for one in self.encoders if one.free_length), default=1)
+
+    def picture_size(self, *, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """A picture's height and width in pixels; the profile's optimum where one is not given."""
+        usual = self.profile.entry[0]
+        return height or usual.height.optimum, width or usual.width.optimum
+
+    def sizes(self, *, height: int, width: int, text: int, batch: int = 1) -> dict[str, int]:
+        """Symbols of the tensors' shapes for a picture of ``height``×``width`` pixels.
+
+        ``B`` pictures, latent ``H`` and ``W``, ``L`` text tokens. Raises `UsageError` when a level does not divide the
+        size, or when the profile does not hold it.
+        """
+        asked = {"batch": batch, "height": height, "width": width, "text": text}
+        shapes.check(self.latent, self.patches, asked)
+        if not self.profile.contains(**asked):
+            raise UsageError(
+                f"height {height}, width {width}, text {text}, batch {batch} is outside the bundle's profile "
+                f"{self.profile.name!r} ({self.profile}); export again with --profile"
+            )
+        return shapes.to_symbols(self.latent, asked)

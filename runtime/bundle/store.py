@@ -1,0 +1,96 @@
+"""A bundle on disk: its manifest, read and validated, and its files."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from ddit.runtime.bundle.manifest import FORMAT_VERSION, MANIFEST, Calibration, FileInfo, GraphInfo, Manifest
+from ddit.runtime.errors import BundleError
+from ddit.runtime.files import whole
+
+
+class Bundle:
+    """A bundle on disk whose manifest has been read."""
+
+    def __init__(self, path: Path, manifest: Manifest):
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Bundle":
+        """Read and validate ``bundle.json``, and see that every file is there with its recorded size.
+
+        Hashes are left to `verify_files`: reading tens of gigabytes at every start would cost minutes.
+        """
+        path = Path(path)
+        bundle = cls(path, read_manifest(path))
+        for name, info in bundle.manifest.files.items():
+            size = bundle.file(name).stat().st_size if bundle.file(name).is_file() else None
+            if size is None:
+                raise BundleError(f"{path} is incomplete: {name} is missing; export it again")
+            if size != info.size:
+                raise BundleError(f"{path} is damaged: {name} has {size} bytes instead of {info.size}; export it again")
+        return bundle
+
+    def file(self, name: str) -> Path:
+        """The path of one of the bundle's files."""
+        return self.path / name
+
+    def graph(self, name: str) -> GraphInfo:
+        """A graph by name."""
+        return self.manifest.graphs[name]
+
+    def calibrate(self, calibration: Calibration) -> None:
+        """Keep a calibration in ``bundle.json``, in the place of an older one for the same steps, size and backend.
+
+        The file is replaced as a whole. Raises `DditError` where it cannot be written.
+        """
+        key = (calibration.size, calibration.backend)
+        others = (one for one in self.manifest.calibrations if (one.size, one.backend) != key)
+        manifest = self.manifest.model_copy(update={"calibrations": (*others, calibration)})
+        with whole(self.path / MANIFEST) as part:
+            part.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        self.manifest = manifest
+
+    def verify_files(self) -> Iterator[str]:
+        """Compare every file with its hash; yields its name when it fits, raises `BundleError` when it does not."""
+        for name, info in self.manifest.files.items():
+            if file_info(self.file(name)).sha256 != info.sha256:
+                raise BundleError(f"{self.path} is damaged: {name} has a wrong hash; export it again")
+            yield name
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read ``bundle.json`` of a bundle's folder. Raises `BundleError` with one line that says what is wrong."""
+    try:
+        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        what = "has no bundle.json" if path.is_dir() else "does not exist"
+        raise BundleError(f"{path} is not a bundle: it {what}; make one with ddit-export") from None
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path / MANIFEST} cannot be read: {error}") from None
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if isinstance(version, int) and version != FORMAT_VERSION:
+        mend = "update ddit" if version > FORMAT_VERSION else "export it again"
+        raise BundleError(f"{path} has format {version}, this version reads format {FORMAT_VERSION}; {mend}")
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "top"
+        raise BundleError(f"{path / MANIFEST} is not valid: {where}: {first['msg']}; export it again") from None
+
+
+def file_info(path: Path) -> FileInfo:
+    """Size and SHA-256 of a file."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+            return FileInfo(sha256=digest.hexdigest(), size=file.tell())
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}") from None

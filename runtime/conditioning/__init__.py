@@ -1,0 +1,1 @@
+"""What the levels are told beside the latent: text, positions, guidance."""

@@ -1,0 +1,1 @@
+"""What decides the level of every denoising step."""

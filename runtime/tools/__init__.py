@@ -1,0 +1,1 @@
+"""What the commands do beside making pictures: calibrate, measure, verify, inspect, plot."""

@@ -1,0 +1,89 @@
+"""What `ddit-run inspect` shows of a bundle."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ddit.runtime.backends.tensorrt.store import Plan
+from ddit.runtime.bundle import Manifest
+from ddit.runtime.bundle.manifest import ScheduleInfo
+
+
+def show(bundle: Path, manifest: Manifest, plans: Sequence[Plan]) -> None:
+    """Print a bundle's settings, levels, graphs and TensorRT engines."""
+    console = Console()
+    revision = f"@{manifest.model.revision[:12]}" if manifest.model.revision else ""
+    total = sum(info.size for info in manifest.files.values())
+    console.print(f"[bold]{bundle}[/bold]: {manifest.family}, {manifest.model.id}{revision}, {manifest.dtype}, "
+                  f"opset {manifest.opset}, {total / 1e6:,.0f} MB")  # fmt: skip
+    console.print(f"profile {manifest.profile.name}: {manifest.profile}")
+    guidance = f"default {manifest.guidance.default:g}" if manifest.guidance.embedded else "none"
+    dynamic = manifest.schedule
+    console.print(
+        f"sampling: {manifest.sampler.steps} steps, guidance {guidance}, carry {manifest.carry:g}; "
+        f"dynamic schedule {tau_of(dynamic)}, ρ {dynamic.rho:g}, warm-up {dynamic.warmup}, hold {dynamic.hold}, "
+        f"coarsest {dynamic.coarsest or max(manifest.patches)}"
+    )
+    for one in manifest.calibrations:
+        console.print(
+            f"calibrated for {one.steps} steps at {one.height}×{one.width}: {tau_of(one)}, ρ {one.rho:g}, warm-up "
+            f"{one.warmup}, hold {one.hold}; {one.speedup:.2f}× on {one.backend}, SSIM {one.similarity:.3f} "
+            f"({one.prompts} prompts)"
+        )
+    console.print(_levels_table(manifest))
+    console.print(_graphs_table(manifest))
+    for target in sorted({str(plan.info.target) for plan in plans}):
+        console.print(_plans_table(target, [plan for plan in plans if str(plan.info.target) == target]))
+    console.print("made with " + ", ".join(f"{name} {version}" for name, version in manifest.made_with.items()))
+
+
+def tau_of(info: ScheduleInfo) -> str:
+    """τ with what it is a multiple of."""
+    return f"τ {info.tau:.4g}{' × that of smooth pictures' if info.smooth else ''}"
+
+
+def _levels_table(manifest: Manifest) -> Table:
+    table = Table("level", "state", "graph", "own weights", title="Levels", title_justify="left")
+    for level in sorted(manifest.levels, key=lambda level: level.patch):
+        native = level.patch == manifest.native
+        state = "native" if native else ("trained" if level.trained else "[red]untrained[/red]")
+        if level.adapter_sha256:
+            state += f" (adapter {level.adapter_sha256[:12]})"
+        own = manifest.files.get(f"level-{level.patch}.safetensors")
+        table.add_row(str(level.patch), state, level.graph, f"{own.size / 1e6:.1f} MB" if own else "none")
+    return table
+
+
+def _graphs_table(manifest: Manifest) -> Table:
+    table = Table("graph", "dtype", "inputs", "outputs", "file", "parity", title="Graphs", title_justify="left")
+    for name, graph in manifest.graphs.items():
+        results = [result for result in manifest.parity if result.graph == name]
+        worst = max((result.error for result in results), default=float("nan"))
+        note = "" if all(result.checked == "full" for result in results) else " (reduced)"
+        table.add_row(
+            name,
+            graph.dtype,
+            "\n".join(_signature(spec.name, spec.shape) for spec in graph.inputs),
+            "\n".join(_signature(spec.name, spec.shape) for spec in graph.outputs),
+            f"{manifest.files[graph.file].size / 1e3:.0f} kB",
+            f"{worst:.1e}{note}",
+        )
+    return table
+
+
+def _plans_table(target: str, plans: Sequence[Plan]) -> Table:
+    """The engines that were built for one kind of machine."""
+    title = f"Engines for {target}"
+    table = Table("graph", "profile", "size", "built", "key", title=title, title_justify="left")
+    for info in sorted((plan.info for plan in plans), key=lambda info: (info.graph, info.built)):
+        size = f"{info.size / 1e6:,.0f} MB"
+        built = datetime.fromisoformat(info.built).strftime("%Y-%m-%d %H:%M")
+        table.add_row(info.graph, info.profile.name, size, built, info.key)
+    return table
+
+
+def _signature(name: str, shape: tuple[int | str, ...]) -> str:
+    return f"{name} ({', '.join(map(str, shape))})"

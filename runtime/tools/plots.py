@@ -1,0 +1,81 @@
+"""Plots of runs. They need matplotlib, which the runtime does without otherwise: ``pip install 'ddit[plot]'``."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ddit.runtime.complexity import Complexity
+from ddit.runtime.errors import UsageError
+from ddit.runtime.trace import Trace
+
+
+def figure() -> Any:
+    """An empty matplotlib figure. Raises `UsageError` where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("plots need matplotlib; install it with: pip install 'ddit[plot]'") from None
+    return Figure(figsize=(8, 4.5), layout="constrained")
+
+
+def plot_types() -> set[str]:
+    """File endings that `plot` can write."""
+    return {f".{kind}" for kind in figure().canvas.get_supported_filetypes()}
+
+
+def plot_schedule(trace: Trace, path: Path) -> None:
+    """Draw the level and the statistics of every step."""
+    drawing = figure()
+    upper, lower = drawing.subplots(2, 1, sharex=True, height_ratios=(2, 3))
+    numbers = range(len(trace.steps))
+    upper.step(numbers, trace.levels, where="mid", color="black")
+    upper.set_yscale("log", base=2)
+    upper.set_yticks(sorted(set(trace.levels)), labels=[str(level) for level in sorted(set(trace.levels))])
+    upper.set_ylabel("level (patch)")
+    upper.set_title(f"“{trace.prompt}”", fontsize=10)
+    for patch in sorted({patch for record in trace.steps for patch in record.statistic}):
+        known = [record for record in trace.steps if patch in record.statistic]
+        lower.plot(
+            [r.step for r in known], [r.statistic[patch] for r in known], marker=".", label=f"σ of level {patch}"
+        )
+    if "tau" in trace.schedule:
+        tau, smooth_by_patch = trace.schedule["tau"], trace.schedule["smooth"]
+        if smooth_by_patch:
+            styles = ("--", ":", "-.")
+            for number, (patch, smooth) in enumerate(smooth_by_patch.items()):
+                limit = tau * np.asarray(smooth)
+                style = styles[number % len(styles)]
+                lower.plot(numbers, limit, color="grey", linestyle=style, label=f"τ of level {patch}")
+        else:
+            lower.axhline(tau, color="grey", linestyle="--", label="τ")
+    lower.set_yscale("log")
+    lower.set_xlabel("step")
+    lower.set_ylabel("third difference")
+    lower.legend(fontsize=8)
+    drawing.savefig(path, dpi=120)
+
+
+def plot_complexity(image: Image.Image, complexity: Complexity, path: Path) -> None:
+    """Lay where and when over the picture, side by side."""
+    drawing = figure()
+    drawing.set_size_inches(12, 12 / 3 * image.height / image.width + 0.9)
+    panels = drawing.subplots(1, 3)
+    grey = np.asarray(image.convert("L"))
+    extent = (0, image.width, image.height, 0)
+    panels[0].imshow(image)
+    panels[0].set_title("picture")
+    maps = (
+        (panels[1], complexity.where(), "inferno", "where: detail, as a share of the mean"),
+        (panels[2], complexity.when(), "viridis", "when: mean step of the detail"),
+    )
+    for panel, values, colours, title in maps:
+        panel.imshow(grey, cmap="gray", extent=extent)
+        if values.size:
+            layer = panel.imshow(values, cmap=colours, alpha=0.65, extent=extent, interpolation="nearest")
+            drawing.colorbar(layer, ax=panel, fraction=0.046)
+        panel.set_title(title)
+    for panel in panels:
+        panel.set_axis_off()
+    drawing.savefig(path, dpi=120)

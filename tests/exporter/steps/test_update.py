@@ -1,0 +1,89 @@
+"""The step graph: Euler update, differences, deviations."""
+
+from itertools import pairwise
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddit.exporter.steps.update import StepGraph, patch_detail, patch_deviation
+
+
+def walk(path, times):
+    """Follow z(t) by Euler steps whose velocity is the path's own slope; returns the step graph's outputs."""
+    graph = StepGraph((4,))
+    latent = path(times[0])
+    state = [latent, torch.zeros_like(latent), torch.zeros_like(latent), torch.zeros_like(latent)]
+    one, nothing = torch.ones(1), torch.zeros(1, 1)
+    outputs = None
+    for now, then in pairwise(times):
+        velocity = (path(then) - path(now)) / (then - now)
+        outputs = graph(state[0], velocity, one, torch.tensor([then - now]), *state[1:], one, nothing)
+        state = list(outputs[:4])
+    return state, outputs
+
+
+@given(h=st.floats(0.05, 0.5), a=st.floats(-2, 2), b=st.floats(-2, 2))
+@settings(deadline=None, max_examples=30)
+def test_third_difference_of_a_cubic_is_six_h_cubed(h, a, b):
+    """The stencil z₃ − 3z₂ + 3z₁ − z₀: 6h³ on t³ whatever is added of lower order, nothing on a quadratic."""
+    # half of the patch follows the cubic, half a parabola: the deviation over the patch is half of 6h³
+    cubic = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
+    cubic[..., :2, :] = 1.0
+    times = [1 + i * h for i in range(4)]
+    _, outputs = walk(lambda t: cubic * t**3 + a * t**2 + b * t, times)
+    assert outputs[4].item() == np.float64(3 * h**3).item() or abs(outputs[4].item() / (3 * h**3) - 1) < 1e-6
+
+
+def test_a_straight_path_is_smooth_in_float32():
+    start = torch.randn(1, 16, 32, 32)
+    velocity = torch.randn(1, 16, 32, 32)
+    _, outputs = walk(lambda t: start + t * velocity, [i / 50 for i in range(6)])
+    assert outputs[4].max() < 1e-5
+
+
+def test_deviation_is_that_of_numpy_per_patch_and_channel():
+    values = torch.randn(2, 3, 8, 12)
+    deviation = patch_deviation(values, 4)
+    assert deviation.shape == (2, 2, 3)
+    expected = [values[1, c, 4:8, 8:12].numpy().std() for c in range(3)]
+    np.testing.assert_allclose(deviation[1, 1, 2], np.mean(expected), rtol=1e-5)
+
+
+def test_without_coarse_levels_there_is_no_deviation():
+    latent, half = torch.randn(1, 4, 8, 8), torch.tensor([0.5])
+    outputs = StepGraph(())(latent, latent, half, half, latent, latent, latent, half)
+    assert len(outputs) == 4
+    assert torch.equal(outputs[0], 1.5 * latent)
+
+
+SIGMA = torch.tensor([0.5, 0.25])
+
+
+def step(*, clean: torch.Tensor, refresh: float, carry: list[float]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One step of two samples straight to σ = 0: where it ends, the estimate kept, and what it was to estimate."""
+    generator = torch.Generator().manual_seed(0)
+    latent, velocity = torch.randn(2, 2, 3, 16, 16, generator=generator)
+    nothing = torch.zeros_like(latent)
+    weights = torch.full((2,), refresh), torch.tensor([carry, carry])
+    end, _, _, kept, *_ = StepGraph((4, 8))(latent, velocity, SIGMA, -SIGMA, nothing, nothing, clean, *weights)
+    return end, kept, latent - SIGMA[:, None, None, None] * velocity
+
+
+def test_a_native_step_is_plain_and_its_estimate_is_kept():
+    end, kept, estimate = step(clean=torch.randn(2, 3, 16, 16), refresh=1.0, carry=[0.0, 0.0])
+    torch.testing.assert_close(end, estimate)
+    torch.testing.assert_close(kept, estimate)
+
+
+@given(share=st.floats(0, 1), patch=st.sampled_from([4, 8]))
+@settings(deadline=None, max_examples=20)
+def test_a_coarse_step_takes_a_share_of_the_kept_detail_and_no_more(share, patch):
+    """A step to σ = 0 ends at the estimate of the clean latent: patch means of its own, the rest mixed."""
+    clean = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    end, kept, estimate = step(clean=clean, refresh=0.0, carry=[share * (patch == 4), share * (patch == 8)])
+    assert torch.equal(kept, clean)
+    own, theirs = patch_detail(estimate, patch), patch_detail(clean, patch)
+    torch.testing.assert_close(end - patch_detail(end, patch), estimate - own, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(patch_detail(end, patch), (1 - share) * own + share * theirs, atol=1e-5, rtol=1e-4)

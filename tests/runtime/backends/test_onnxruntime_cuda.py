@@ -1,0 +1,140 @@
+"""ONNX Runtime's CUDA backend without a GPU: its sessions run on the CPU, in the order of the fake GPU's stream."""
+
+import gc
+import weakref
+from types import SimpleNamespace
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ddit.runtime import Bundle, Pipeline
+from ddit.runtime.backends.onnxruntime import cuda as onnxruntime_cuda
+from ddit.runtime.backends.onnxruntime import host
+from ddit.runtime.backends.onnxruntime.cuda import CudaBackend
+from ddit.runtime.errors import BackendError, UsageError
+from ddit.runtime.policies.schedule import Fixed
+from fake_cuda import FakeCuda
+
+SIZE = {"height": 128, "width": 64}
+
+
+class Session:
+    """A session on the CPU that pretends to be on the GPU."""
+
+    def __init__(self, ort: "FakeOnnxRuntime", path, options, providers):
+        ((name, settings),) = providers
+        assert name == "CUDAExecutionProvider"
+        assert settings["user_compute_stream"] == "77"
+        if ort.refuses_graphs and "enable_cuda_graph" in settings:
+            raise RuntimeError("a node of this graph runs on the CPU")
+        self.ort = ort
+        weakref.finalize(self, ort.cuda.events.append, "a session ended")
+        self.session = onnxruntime.InferenceSession(path, options)
+        self.replays = "enable_cuda_graph" in settings
+
+    def io_binding(self):
+        binding = self.session.io_binding()
+
+        def bind(function):
+            def on_cpu(name, device, number, dtype, shape, address):
+                assert (device, number) == ("cuda", 0)
+                function(name, "cpu", 0, dtype, shape, address)
+
+            return on_cpu
+
+        return SimpleNamespace(real=binding, bind_input=bind(binding.bind_input), bind_output=bind(binding.bind_output))
+
+    def run_with_iobinding(self, binding, options):
+        assert options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
+        if self.replays:
+            self.ort.graph_ids.append(options.get_run_config_entry("gpu_graph_id"))
+        self.ort.cuda.submit(lambda: self.session.run_with_iobinding(binding.real))
+
+
+class FakeOnnxRuntime:
+    """The parts of ONNX Runtime that the backend uses."""
+
+    RunOptions = onnxruntime.RunOptions
+
+    def __init__(self, cuda: FakeCuda):
+        self.cuda = cuda
+        self.refuses_graphs = False
+        self.graph_ids: list[str] = []
+        self.OrtValue = onnxruntime.OrtValue
+
+    def InferenceSession(self, path, options, providers):  # noqa: N802
+        return Session(self, path, options, providers)
+
+
+@pytest.fixture
+def machine(monkeypatch) -> FakeOnnxRuntime:
+    fake = FakeOnnxRuntime(FakeCuda().install(monkeypatch))
+    monkeypatch.setattr(host, "PREPACK_LIMIT", 0)  # as the fake runs its graphs, for equality bit by bit
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
+    backend_init = CudaBackend.__init__
+
+    def init(self, bundle):
+        backend_init(self, bundle)
+        monkeypatch.setattr(onnxruntime_cuda, "import_onnxruntime", lambda: fake)
+
+    monkeypatch.setattr(CudaBackend, "__init__", init)
+    return fake
+
+
+@pytest.mark.parametrize("refuses_graphs", [False, True])
+def test_the_picture_is_the_cpu_s(machine, tiny_bundle, refuses_graphs):
+    machine.refuses_graphs = refuses_graphs
+    levels = Fixed((2, 4, 8) * 3)
+    expected = Pipeline.open(tiny_bundle, backend="cpu")("a red circle", seed=3, schedule=levels, **SIZE)
+    actual = Pipeline.open(tiny_bundle, backend="cuda")("a red circle", seed=3, schedule=levels, **SIZE)
+    np.testing.assert_array_equal(actual.latent, expected.latent)
+    np.testing.assert_array_equal(np.asarray(actual.image), np.asarray(expected.image))
+    # a level and a size have one graph, whatever comes between their steps
+    assert len(set(machine.graph_ids)) == (0 if refuses_graphs else 3)
+
+
+def test_levels_share_one_copy_of_the_trunk(machine, tiny_bundle):
+    Pipeline.open(tiny_bundle, backend="cuda")("red", schedule=Fixed((2, 4, 8)), **SIZE)
+    entries = onnxruntime_cuda.safetensors_entries(np.memmap(tiny_bundle / "transformer.safetensors", mode="r"))
+    trunk = sum(nbytes for *_, nbytes in entries)
+    assert sum(len(block) >= trunk for block in machine.cuda.memory.values()) == 1
+
+
+def test_bfloat16_weights_reach_the_sessions_as_such(machine, tiny_bundle, tmp_path):
+    values = {"a": torch.tensor([[1.5, -2.0, 3e38]], dtype=torch.bfloat16), "b": torch.tensor([0.1])}
+    save_file(values, tmp_path / "weights.safetensors")
+    uploaded = CudaBackend(Bundle.open(tiny_bundle))._upload(tmp_path / "weights.safetensors")
+    assert {name: value.data_type() for name, value in uploaded.items()} == {
+        "a": "tensor(bfloat16)",
+        "b": "tensor(float)",
+    }
+    assert torch.equal(torch.from_dlpack(uploaded["a"]._ortvalue), values["a"])
+
+
+def test_sessions_end_before_the_stream_that_they_wait_for(machine, tiny_bundle):
+    pipeline = Pipeline.open(tiny_bundle, backend="cuda")
+    pipeline("red", schedule=Fixed((2, 4, 8)), **SIZE)
+    loop = {"pipeline": pipeline}
+    loop["itself"] = loop  # what an exception's traceback can do: the garbage collector takes it apart in any order
+    del pipeline, loop
+    gc.collect()
+    *sessions, last = machine.cuda.events
+    assert sessions == ["a session ended"] * 7
+    assert last == "the stream was destroyed"
+
+
+def test_too_little_memory_is_said_before_anything_is_loaded(machine, tiny_bundle):
+    machine.cuda.total = 1000
+    with pytest.raises(BackendError, match=r"GPU memory is too small: the weights need 0\.00 GB"):
+        Pipeline.open(tiny_bundle, backend="cuda")
+
+
+def test_without_the_provider_the_available_ones_are_named(tiny_bundle):
+    words = r"ONNX Runtime has no provider 'CUDAExecutionProvider' here; it has: .*CPU.*; run: .*'ddit\[cuda\]'"
+    with pytest.raises(UsageError, match=words):
+        Pipeline.open(tiny_bundle, backend="cuda")
