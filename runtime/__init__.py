@@ -3,5 +3,6 @@
 from ddit.runtime.bundle import Bundle
 from ddit.runtime.errors import DditError
 from ddit.runtime.pipeline import Pipeline, Result
+from ddit.runtime.request import Request
 
-__all__ = ["Bundle", "DditError", "Pipeline", "Result"]
+__all__ = ["Bundle", "DditError", "Pipeline", "Request", "Result"]

@@ -10,16 +10,18 @@ from tempfile import NamedTemporaryFile
 import click
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
 from ddit.runtime.backends.tensorrt.store import PlanStore
 from ddit.runtime.bundle import Bundle
 from ddit.runtime.console import DditGroup, say, set_up_logging
+from ddit.runtime.denoise import Progress
 from ddit.runtime.errors import BundleError, UsageError
 from ddit.runtime.files import whole
 from ddit.runtime.pipeline import Pipeline
-from ddit.runtime.policies.schedule import Dynamic
+from ddit.runtime.policies import Dynamic
 from ddit.runtime.tools.inspect import show, tau_of
 from ddit.runtime.tools.plots import plot_complexity, plot_schedule, plot_types
 from ddit.runtime.trace import Trace
@@ -116,11 +118,11 @@ def generate(
     pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
     if map_file and len(pipeline.bundle.manifest.levels) < 2:
         raise UsageError("a map shows what coarse levels would miss, and the bundle has none")
-    with _progress() as progress:
-        task = progress.add_task("opening", total=None)
+    with _progress_bar() as bar:
+        task = bar.add_task("opening", total=None)
 
-        def on_step(step: int, total: int, levels: list[int]) -> None:
-            progress.update(task, completed=step + 1, total=total, description=f"level {levels[0]}")
+        def on_step(done: Progress) -> None:
+            bar.update(task, completed=done.step + 1, total=done.steps, description=f"level {done.levels[0]}")
 
         result = pipeline(
             prompt,
@@ -339,14 +341,10 @@ def calibrate(
         raise UsageError(f"{prompts} cannot be read; give a text file with a prompt a line") from None
     pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
     manifest = pipeline.bundle.manifest
-    optimum = manifest.profile.entry[0]
     say("measuring the levels")
-    size = {
-        "steps": steps or manifest.sampler.steps,
-        "height": height or optimum.height.optimum,
-        "width": width or optimum.width.optimum,
-    }
-    wanted = pipeline.schedule(schedule, **size)
+    height, width = manifest.picture_size(height=height, width=width)
+    size = {"steps": steps or manifest.sampler.steps, "height": height, "width": width}
+    wanted = pipeline.policy(schedule, **size)
     if not isinstance(wanted, Dynamic):
         raise UsageError(f"{schedule} has no τ; only dynamic schedules are calibrated")
     calibrator = calibration.Calibrator(pipeline, dataclasses.replace(wanted, smooth=None), **size)
@@ -372,10 +370,10 @@ def calibrate(
     say(f"{tau_of(kept)} for {kept.steps} steps at {kept.height}×{kept.width}, {where}")
 
 
-def _progress() -> Progress:
+def _progress_bar() -> ProgressBar:
     columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    return ProgressBar(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _check_type(path: Path, known: Set[str]) -> None:

@@ -4,9 +4,12 @@ import json
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ddit.runtime.complexity import Complexity
+
+if TYPE_CHECKING:
+    from ddit.runtime.request import Run
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,11 @@ class Trace:
     encode_milliseconds: float = 0.0  # text encoders
     decode_milliseconds: float = 0.0  # latent to picture
     complexity: Complexity | None = None  # where and when there was detail; none without coarse levels
+
+    @classmethod
+    def of(cls, run: "Run", backend: str) -> "Trace":
+        """An empty trace of a run on a backend."""
+        return cls(run.prompt, run.seed, run.height, run.width, run.guidance, run.carry, backend, run.policy.describe())
 
     @property
     def levels(self) -> list[int]:

@@ -1,34 +1,30 @@
 """Backends: what opens a bundle's graphs and runs them.
 
->>> backend = open_backend("cpu", bundle)
->>> engine = backend.engine("level-4")
->>> engine.run({"latent": latent, ...})["velocity"]
+    >>> backend = open_backend("cpu", bundle)  # doctest: +SKIP
+    >>> backend.engine("vae_decoder").run({"latent": latent})["image"]  # doctest: +SKIP
 
-The denoising loop does not call the levels' engines itself: a backend's `Denoiser` holds a run's state where the
-backend computes, on the host or on the GPU.
+Encoders and decoder are run through their engines. Denoising steps run in a `Workspace`, which holds the state of the
+samples that run together where the backend computes: on the host or on the GPU.
 """
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddit.runtime.backends.device.cuda import why_no_gpu
-from ddit.runtime.bundle import Bundle, Manifest
+from ddit.runtime.bundle import Bundle
+from ddit.runtime.bundle.manifest import TensorSpec
 from ddit.runtime.errors import DditError
+from ddit.runtime.step import Program
 
 log = logging.getLogger(__name__)
 
 FloatArray = NDArray[np.float32]
 Array = FloatArray | NDArray[np.int64]
-
-STATE = ("latent", "difference1", "difference2", "clean")  # the step graph gives each back as next_…
-DEVIATION = "deviation_"  # its other outputs: deviation_4 for patch 4
 
 
 class Engine(ABC):
@@ -39,59 +35,41 @@ class Engine(ABC):
         """Run the graph on its named inputs; returns its named outputs."""
 
 
-@dataclass(frozen=True)
-class Start:
-    """What a run starts from."""
+class Workspace(ABC):
+    """The buffers of some samples at one size, on which step programs run.
 
-    latent: FloatArray  # noise (B, C, H, W)
-    conditions: Mapping[str, FloatArray]  # the level graphs' inputs that stay the same: context, pooled, guidance
-    sigmas: FloatArray  # noise levels (steps + 1), the last is 0
-    rotary: Callable[[int], tuple[FloatArray, FloatArray]]  # tables of cosines and sines by patch
-    carry: float  # share of the last native step's detail that coarse steps take over
+    A buffer (B, …) has one row for every sample. Belongs to one thread at a time.
+    """
 
-
-class Detail:
-    """What a run's steps carry on of the native level's detail: two inputs of the step graph."""
-
-    def __init__(self, manifest: Manifest, carry: float):
-        self._native = manifest.native
-        self._coarse = [patch for patch in manifest.patches if patch != manifest.native]
-        self._carry = carry
-        self._known: set[int] = set()
-
-    def share(self, patch: int, members: Sequence[int]) -> float:
-        """The share for a step of some samples; none before each of them has had a native step."""
-        if patch == self._native:
-            self._known.update(members)
-            return 0.0
-        return self._carry if self._known.issuperset(members) else 0.0
-
-    def inputs(self, patch: int, share: float, batch: int) -> dict[str, FloatArray]:
-        """``refresh`` (B) and, with coarse levels, ``carry`` (B, coarse patches) after a step at a level."""
-        inputs = {"refresh": np.full(batch, patch == self._native, dtype=np.float32)}
-        if self._coarse:
-            row = [share if patch == coarse else 0.0 for coarse in self._coarse]
-            inputs["carry"] = np.tile(np.asarray(row, dtype=np.float32), (batch, 1))
-        return inputs
-
-
-class Denoiser(ABC):
-    """A run's state: latents, differences and the kept estimate of its samples. Belongs to one thread."""
+    def __init__(self, sizes: Mapping[str, int]):
+        """``sizes``: the symbols' values; ``B`` is the number of samples."""
+        self.sizes = dict(sizes)
 
     @abstractmethod
-    def step(self, number: int, patch: int, members: Sequence[int]) -> dict[int, FloatArray]:
-        """Denoise the samples ``members`` at a level and return the deviations (len(members), H/p, W/p) by patch.
+    def write(self, name: str, row: int, values: FloatArray) -> None:
+        """Set a sample's row of a buffer."""
 
-        ``number`` counts a run's steps from 0.
+    @abstractmethod
+    def read(self, name: str, row: int) -> FloatArray:
+        """A copy of a sample's row of a buffer."""
+
+    @abstractmethod
+    def take(self, names: Sequence[str], row: int, source: "Workspace", source_row: int) -> None:
+        """Copy a sample's rows of buffers from another workspace of the same backend and size."""
+
+    @abstractmethod
+    def run(self, program: Program, inputs: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+        """Run a step of all samples and return the program's results.
+
+        ``inputs`` are the buffers (B, …) that are new at every step. Raises `BackendError` when an engine fails.
         """
-
-    @abstractmethod
-    def latent(self) -> FloatArray:
-        """The samples' latents (B, C, H, W)."""
 
 
 class Backend(ABC):
-    """Opens a bundle's graphs, each once and only when it is first asked for."""
+    """Opens a bundle's graphs, each once and only when it is first asked for.
+
+    A backend that runs on arrays of the host gives `_open` and nothing else.
+    """
 
     name: str
 
@@ -118,60 +96,17 @@ class Backend(ABC):
     def _open(self, graph: str) -> Engine:
         """Load a graph. Raises `BackendError`."""
 
-    def level(self, patch: int) -> Engine:
-        """The engine of a level."""
-        return self.engine(self.bundle.manifest.level(patch).graph)
-
     def check(self, *, height: int, width: int, text: int, batch: int) -> None:  # noqa: B027
         """Raise `UsageError` for sizes that this backend's engines cannot run, before anything is loaded."""
 
-    def denoiser(self, start: Start) -> AbstractContextManager[Denoiser]:
-        """The state of a new run, for as long as the run lasts."""
-        return nullcontext(HostDenoiser(self, start))
+    def workspace(self, buffers: Mapping[str, TensorSpec], sizes: Mapping[str, int]) -> Workspace:
+        """A workspace that nobody uses, with buffers of these names; what they hold is not defined."""
+        from ddit.runtime.backends.host import HostWorkspace
 
+        return HostWorkspace(self, buffers, sizes)
 
-class HostDenoiser(Denoiser):
-    """The state as host arrays, for engines that take and give those."""
-
-    def __init__(self, backend: Backend, start: Start):
-        self._backend = backend
-        self._start = start
-        self._detail = Detail(backend.bundle.manifest, start.carry)
-        self._state = {name: np.zeros_like(start.latent) for name in STATE} | {"latent": start.latent.copy()}
-
-    def step(self, number: int, patch: int, members: Sequence[int]) -> dict[int, FloatArray]:
-        """Run the level's engine and the step graph on the members' rows."""
-        start, rows = self._start, list(members)
-        cos, sin = start.rotary(patch)
-        sigma, after = start.sigmas[number : number + 2]
-        now = {name: value[rows] for name, value in self._state.items()}
-        timestep = np.full(len(rows), sigma, dtype=np.float32)
-        velocity = self._backend.level(patch).run(
-            {
-                "latent": now["latent"],
-                "timestep": timestep,
-                "rope_cos": cos,
-                "rope_sin": sin,
-                **{name: value[rows] for name, value in start.conditions.items()},
-            }
-        )["velocity"]
-        dt = np.full(len(rows), after - sigma, dtype=np.float32)
-        detail = self._detail.inputs(patch, self._detail.share(patch, rows), len(rows))
-        outputs = self._backend.engine("step").run(
-            {**now, **detail, "velocity": velocity, "timestep": timestep, "dt": dt}
-        )
-        for name, value in self._state.items():
-            value[rows] = outputs[f"next_{name}"]
-        return deviations(outputs)
-
-    def latent(self) -> FloatArray:
-        """The samples' latents."""
-        return self._state["latent"]
-
-
-def deviations(outputs: Mapping[str, FloatArray]) -> dict[int, FloatArray]:
-    """The step graph's deviations by patch."""
-    return {int(name.removeprefix(DEVIATION)): value for name, value in outputs.items() if name.startswith(DEVIATION)}
+    def give_back(self, workspaces: Sequence[Workspace]) -> None:  # noqa: B027
+        """Take back workspaces whose samples are done; a later run of the same size may get them."""
 
 
 def open_backend(name: str | None, bundle: Bundle, threads: int | None = None) -> Backend:

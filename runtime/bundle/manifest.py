@@ -159,7 +159,7 @@ class SmoothPoint(_Model):
 
 
 class ScheduleInfo(_Model):
-    """Defaults of the dynamic schedule (`ddit.runtime.policies.schedule.Dynamic`)."""
+    """Defaults of the dynamic schedule (`ddit.runtime.policies.dynamic.Dynamic`)."""
 
     tau: float = Field(gt=0, description="a multiple of smooth pictures' statistic where that is known, else absolute")
     rho: float = Field(gt=0, lt=1)

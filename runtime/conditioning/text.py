@@ -1,5 +1,7 @@
-"""Prompts to token ids, with a bundle's ``tokenizer.json``."""
+"""Prompts to token ids, with a bundle's ``tokenizer.json``, and to what its text encoders make of them."""
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
 
@@ -7,8 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as FastTokenizer
 
+from ddit.runtime.backends.base import Backend, FloatArray
 from ddit.runtime.bundle.manifest import TokenizerInfo
 from ddit.runtime.errors import BundleError
+
+log = logging.getLogger(__name__)
 
 
 class Tokenizer:
@@ -32,3 +37,28 @@ class Tokenizer:
         lost = prompt[max(end for _, end in encoding.offsets) :].strip() if encoding.overflowing else ""
         ids = encoding.ids + [self.info.pad_id] * (length - len(encoding.ids))
         return np.asarray(ids, dtype=np.int64), lost
+
+
+class TextConditioner:
+    """Prompts to what the levels are told of them, with a bundle's tokenizers and text encoders."""
+
+    def __init__(self, backend: Backend):
+        """Read the tokenizers; encoders are opened when they are first needed."""
+        self._backend = backend
+        bundle = backend.bundle
+        self._encoders = [
+            (info, Tokenizer(bundle.file(info.tokenizer.file), info.tokenizer)) for info in bundle.manifest.encoders
+        ]
+
+    def __call__(self, prompts: Sequence[str], length: int) -> dict[str, FloatArray]:
+        """The levels' inputs by name, a row a prompt; ``length`` in tokens, for the encoders that leave it free."""
+        conditions: dict[str, FloatArray] = {}
+        for info, tokenizer in self._encoders:
+            rows = [tokenizer(prompt, length if info.free_length else None) for prompt in prompts]
+            for _, lost in rows:
+                if lost and info.free_length:
+                    log.warning("the prompt is longer than %d tokens; left out: “%s”", length, lost)
+            ids = np.stack([ids for ids, _ in rows])
+            outputs = self._backend.engine(info.graph).run({"input_ids": ids})
+            conditions |= {info.feeds[name]: value for name, value in outputs.items()}
+        return conditions

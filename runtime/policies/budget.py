@@ -10,37 +10,52 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ddit.runtime.bundle.manifest import Costs, CurvePoint
 from ddit.runtime.errors import UsageError
-from ddit.runtime.policies.schedule import Dynamic, Fixed, Native, Schedule
+from ddit.runtime.policies.base import Decision, Policy, RunHistory
+from ddit.runtime.policies.dynamic import Dynamic
+from ddit.runtime.policies.fixed import Fixed
+from ddit.runtime.policies.native import Native
 
 MARGIN = 1.05  # a calibrated speed-up is a mean over prompts: ask for a little more
 
 
 @dataclass(frozen=True)
-class Budgeted:
-    """A schedule with a deadline: what another one wants, or coarser where the remaining steps would not fit."""
+class Budgeted(Policy):
+    """A policy with a deadline: what another one wants, or coarser where the remaining steps would not fit."""
 
-    wanted: Schedule
+    wanted: Policy
     milliseconds: Mapping[int, float]  # of a step at every level
-    steps: int
+    total: int  # steps of the run
     deadline: float  # seconds on the clock, when the last step has to be done
     clock: Callable[[], float] = perf_counter
 
-    def level(self, past: Sequence[int], deviations: Mapping[int, NDArray[np.float32]]) -> int:
+    def decide(self, history: RunHistory) -> Decision:
         """The wanted level, or the next coarser one after which the coarsest would still be in time."""
         left = (self.deadline - self.clock()) * 1000
         fastest = min(self.milliseconds, key=self.milliseconds.__getitem__)
-        reserve = (self.steps - len(past) - 1) * self.milliseconds[fastest]
-        wanted = self.wanted.level(past, deviations)
+        reserve = (self.total - history.step - 1) * self.milliseconds[fastest]
+        wanted = self.wanted.decide(history).level
         in_time = (p for p in sorted(self.milliseconds) if p >= wanted and self.milliseconds[p] + reserve <= left)
-        return next(in_time, fastest)
+        return Decision(next(in_time, fastest))
+
+    def quantile(self) -> float | None:
+        """That of the wanted policy."""
+        return self.wanted.quantile()
+
+    def steps(self, asked: int | None, default: int) -> int:
+        """As many as were planned."""
+        return self.total
+
+    def describe(self) -> dict[str, object]:
+        """The wanted policy."""
+        return self.wanted.describe()
+
+    def __str__(self) -> str:
+        return str(self.wanted)
 
 
-def plan(seconds: float, costs: Costs, steps: int, *, default: Dynamic, curve: Sequence[CurvePoint] = ()) -> Schedule:
+def plan(seconds: float, costs: Costs, steps: int, *, default: Dynamic, curve: Sequence[CurvePoint] = ()) -> Policy:
     """The schedule for a picture of ``steps`` steps in ``seconds``, text encoders and decoder included.
 
     ``default`` has the dynamic schedule's levels, ρ and warm-up, ``curve`` what its τ does to the levels' shares.

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddit.runtime.bundle.manifest import SmoothPoint
-from ddit.runtime.policies.schedule import DIFFERENCE_ORDER
+from ddit.runtime.policies.base import DIFFERENCE_ORDER
 
 SMOOTH = 0.25  # the quantile over the pictures that stands for a smooth one
 LEAST = 1e-30  # a picture without any third difference has a logarithm too

@@ -1,8 +1,13 @@
 """Noise levels of flow-matching sampling, equal to diffusers' `FlowMatchEulerDiscreteScheduler` for FLUX."""
 
+from collections.abc import Mapping
+from math import prod
+
 import numpy as np
 from numpy.typing import NDArray
 
+from ddit.runtime import shapes
+from ddit.runtime.bundle import Manifest
 from ddit.runtime.bundle.manifest import FlowMatchEulerInfo
 
 FloatArray = NDArray[np.float32]
@@ -24,6 +29,12 @@ def sigmas(sampler: FlowMatchEulerInfo, steps: int, image_tokens: int) -> FloatA
     shift = np.exp(flow_shift(sampler, image_tokens)) if sampler.use_dynamic_shifting else sampler.shift
     shifted = shift * plain / (1.0 + (shift - 1.0) * plain)
     return np.append(shifted, 0.0).astype(np.float32)
+
+
+def run_sigmas(manifest: Manifest, steps: int, sizes: Mapping[str, int]) -> FloatArray:
+    """The noise levels of a run at a size in symbols (latent ``H`` and ``W``)."""
+    sides = (sizes[shapes.SYMBOLS[axis.name]] // manifest.native for axis in manifest.latent.axes)
+    return sigmas(manifest.sampler, steps, prod(sides))
 
 
 def noise(seed: int, shape: tuple[int, ...]) -> FloatArray:

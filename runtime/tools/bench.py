@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ddit.runtime import shapes
 from ddit.runtime.pipeline import Pipeline
-from ddit.runtime.policies.schedule import Fixed
+from ddit.runtime.policies import Fixed
 
 BLOCK = 5  # steps of one level in a row, of which the first two warm the caches up again
 WARM_UP = 2

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddit.runtime.bundle.manifest import Calibration, CurvePoint, SmoothPoint
+from ddit.runtime.costs import measure_costs
 from ddit.runtime.errors import UsageError
 from ddit.runtime.pipeline import Pipeline, Result
-from ddit.runtime.policies.schedule import Dynamic
+from ddit.runtime.policies import Dynamic
 from ddit.runtime.policies.smooth import measure_smooth, smooth_at
 from ddit.runtime.tools.plots import figure
 from ddit.runtime.trace import Trace
@@ -109,7 +110,7 @@ class Calibrator:
         self.options = {"steps": steps, "height": height, "width": width}
         self.schedule = schedule
         self.smooth: tuple[SmoothPoint, ...] = ()
-        self.costs = pipeline.measure_costs(height, width)
+        self.costs = measure_costs(pipeline, height, width)
         self._native: dict[str, Result] = {}
 
     def native(self, prompt: str, seed: int) -> Result:

@@ -6,10 +6,10 @@ import numpy as np
 from PIL import Image
 
 from conftest import run
-from ddit.runtime import Pipeline
+from ddit.runtime import Pipeline, request
 from ddit.runtime.cli import main as ddit_run
 from ddit.runtime.complexity import Complexity
-from ddit.runtime.policies.schedule import Fixed
+from ddit.runtime.policies import Fixed
 
 
 def test_where_and_when():
@@ -46,9 +46,8 @@ def test_what_a_switch_of_level_does_is_not_detail(tiny_bundle, monkeypatch):
     pipeline("red", schedule=Fixed((2, 2, 2, 4, 4, 4, 4)), **size)
     assert list(added) == [2, 5, 6], "only steps whose third difference spans one level"
 
-    monkeypatch.setattr(
-        Pipeline, "_smooth", lambda *arguments, **size: [2.0] * 7
-    )  # as if smooth pictures had two everywhere
+    # as if smooth pictures had two everywhere
+    monkeypatch.setattr(request, "smooth_curves", lambda *arguments, **size: {4: [2.0] * 7})
     absolute = added.copy()
     pipeline("red", schedule=Fixed((2, 2, 2, 4, 4, 4, 4)), **size)
     for step, deviation in absolute.items():

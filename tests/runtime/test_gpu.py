@@ -12,7 +12,7 @@ from ddit.runtime import Bundle, Pipeline
 from ddit.runtime.backends.base import open_backend
 from ddit.runtime.backends.device.cuda import why_no_gpu
 from ddit.runtime.errors import DditError
-from ddit.runtime.policies.schedule import Fixed
+from ddit.runtime.policies import Fixed
 from ddit.runtime.tools.verify import verify_graphs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(why_no_gpu() is not None, reason=f"no GPU: {why_no_gpu()}")]

@@ -10,9 +10,10 @@ from diffusers import FluxPipeline
 
 from conftest import run
 from ddit.exporter.cli import main as export
-from ddit.runtime import Pipeline
+from ddit.runtime import Pipeline, Request
+from ddit.runtime.denoise import Progress
 from ddit.runtime.errors import UsageError
-from ddit.runtime.policies.schedule import Fixed
+from ddit.runtime.policies import Fixed
 from ddit.runtime.samplers.sigmas import noise
 
 SIZE = {"height": 128, "width": 64}
@@ -108,7 +109,11 @@ def test_levels_are_opened_when_first_used(tiny_bundle):
 
 def test_progress_is_reported_with_the_level(pipeline):
     seen = []
-    pipeline("a star", schedule="fixed:4x2,2x1", on_step=lambda *arguments: seen.append(arguments), **SIZE)
+
+    def watch(progress: Progress) -> None:
+        seen.append((progress.step, progress.steps, progress.levels))
+
+    pipeline("a star", schedule="fixed:4x2,2x1", on_step=watch, **SIZE)
     assert seen == [(0, 3, [4]), (1, 3, [4]), (2, 3, [2])]
 
 
@@ -138,3 +143,76 @@ def test_detail_is_carried_from_native_steps_into_coarse_ones(pipeline):
 def test_carry_is_a_share(pipeline):
     with pytest.raises(UsageError, match=r"carry must lie between 0 and 1, not 1\.5"):
         pipeline("a red circle", carry=1.5, **SIZE)
+
+
+@torch.no_grad()
+def test_every_step_s_latent_is_that_of_diffusers(pipeline, tiny_pipeline):
+    """Also where the run starts from a latent that was given, and not from a seed."""
+    start = np.random.default_rng(9).standard_normal((4, 16, 8), dtype=np.float32)
+    ours, theirs = [], []
+    pipeline(
+        "a red circle",
+        steps=5,
+        schedule="native",
+        guidance=2.5,
+        latent=start,
+        on_step=lambda progress: ours.append(progress.latents()[0]),
+        **SIZE,
+    )
+
+    def look(pipe, step, timestep, values):
+        theirs.append(FluxPipeline._unpack_latents(values["latents"], 128, 64, 8)[0].numpy())
+        return values
+
+    original = FluxPipeline.from_pretrained(tiny_pipeline)
+    original.set_progress_bar_config(disable=True)
+    original(
+        "a red circle",
+        **SIZE,
+        num_inference_steps=5,
+        guidance_scale=2.5,
+        latents=FluxPipeline._pack_latents(torch.from_numpy(start)[None], 1, 4, 16, 8),
+        max_sequence_length=16,
+        callback_on_step_end=look,
+        output_type="latent",
+    )
+    assert len(ours) == len(theirs) == 5
+    for latent, expected in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(latent, expected, atol=2e-4 * np.abs(expected).max())
+
+
+def test_a_run_goes_on_where_another_was_left(pipeline):
+    options = {"steps": 6, "schedule": "native", **SIZE}
+    seen = []
+    whole = pipeline("a star", seed=4, on_step=lambda progress: seen.extend(progress.latents()), **options)
+    rest = pipeline("a star", latent=seen[2], first_step=3, **options)
+    np.testing.assert_array_equal(rest.latent, whole.latent)
+    assert [record.step for record in rest.trace.steps] == [3, 4, 5]
+    assert rest.trace.steps[0].statistic == {}, "its differences start anew"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"latent": np.zeros((4, 8, 8))}, r"the latent has shape \(4, 8, 8\), a picture of 128×64 needs \(4, 16, 8\)"),
+        ({"first_step": 2}, "needs the latent to go on from"),
+        ({"first_step": 4, "steps": 4}, "the first step must lie between 0 and 3, not 4"),
+    ],
+)
+def test_latents_that_do_not_fit_are_refused(pipeline, options, words):
+    with pytest.raises(UsageError, match=words):
+        pipeline("a star", **{"steps": 4, **options}, **SIZE)
+
+
+def test_encode_denoise_and_decode_are_what_a_call_does(pipeline):
+    requests = [Request("a red circle", 1, 3, "native", **SIZE), Request("a blue star", 2, 3, "native", **SIZE)]
+    conditions = pipeline.encode([request.prompt for request in requests])
+    assert conditions["context"].shape == (2, 16, 24)
+    assert conditions["pooled"].shape == (2, 20)
+    latents, traces = pipeline.denoise(pipeline.resolve(requests), conditions)
+    images = pipeline.decode(latents)
+    for request, latent, trace, image in zip(requests, latents, traces, images, strict=True):
+        assert trace.levels == [2, 2, 2]
+        alone = pipeline(request.prompt, seed=request.seed, steps=3, schedule="native", **SIZE)
+        np.testing.assert_allclose(latent, alone.latent, atol=1e-5 * np.abs(latent).max())
+        assert np.abs(np.asarray(image, int) - np.asarray(alone.image)).max() <= 1

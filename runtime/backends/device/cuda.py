@@ -211,15 +211,27 @@ class DeviceArray:
 
     def fill(self, values: NDArray[Any]) -> None:
         """Copy an array of the host here, converted to this dtype; shapes must agree. Waits for what is queued."""
+        self.gpu.synchronize()  # an earlier copy may still read the page-locked memory
+        self.stage(values)
+        self.send()
+
+    def stage(self, values: NDArray[Any]) -> None:
+        """Put values where the next `send` takes them from. Nothing that is queued may still read there."""
         if values.shape != self.shape:
             raise ValueError(f"an array of shape {values.shape} does not fit into {self.shape}")
-        self.gpu.synchronize()  # an earlier copy may still read the page-locked memory
         self._host[...] = values
+
+    def send(self) -> None:
+        """Queue a copy of the staged values here."""
         self.gpu.copy(self.address, self._host.ctypes.data, self.nbytes)
 
-    def clear(self) -> None:
-        """Queue setting every byte to zero."""
-        call(self.gpu._cuda.cudaMemsetAsync, self.address, 0, self.nbytes, self.gpu.stream)
+    def fill_row(self, row: int, values: NDArray[Any]) -> None:
+        """Copy an array of the host to one entry along the first axis. Waits for what is queued."""
+        if values.shape != self.shape[1:]:
+            raise ValueError(f"an array of shape {values.shape} does not fit into a row of {self.shape}")
+        self.gpu.synchronize()  # an earlier copy may still read the page-locked memory
+        self._host[row] = values
+        self.gpu.copy(self.address + row * self.row_bytes, self._host[row : row + 1].ctypes.data, self.row_bytes)
 
     def copy_from(self, source: "DeviceArray") -> None:
         """Queue a copy of an array of the same size."""

@@ -15,7 +15,7 @@ from ddit.runtime.backends.onnxruntime import cuda as onnxruntime_cuda
 from ddit.runtime.backends.onnxruntime import host
 from ddit.runtime.backends.onnxruntime.cuda import CudaBackend
 from ddit.runtime.errors import BackendError, UsageError
-from ddit.runtime.policies.schedule import Fixed
+from ddit.runtime.policies import Fixed
 from fake_cuda import FakeCuda
 
 SIZE = {"height": 128, "width": 64}

@@ -19,7 +19,7 @@ from ddit.runtime.backends.onnxruntime import host as onnxruntime
 from ddit.runtime.backends.tensorrt.store import PlanStore
 from ddit.runtime.cli import main as ddit_run
 from ddit.runtime.errors import BackendError, UsageError
-from ddit.runtime.policies.schedule import Fixed
+from ddit.runtime.policies import Decision, Fixed, Policy
 from fake_cuda import FakeCuda
 from fake_tensorrt import SCRATCH, VERSIONS, FakeTensorRT
 
@@ -175,11 +175,15 @@ def test_a_profile_beyond_the_bundle_s_is_refused(one_machine):
 
 
 @dataclass(frozen=True)
-class Coin:
+class Coin(Policy):
     """Levels as if tossed, from the digits of what was measured: soon every sample goes its own way."""
 
-    def level(self, past, deviations):
-        return 4 if deviations and int(1e3 * deviations[4].mean()) % 2 else 2
+    def decide(self, history):
+        measured = history.deviations
+        return Decision(4 if measured and int(1e3 * measured[4].mean()) % 2 else 2)
+
+    def __str__(self):
+        return "coin"
 
 
 def test_samples_that_part_ways_are_the_same_as_on_the_cpu(built):

@@ -9,8 +9,8 @@ from ddit.runtime import Pipeline
 from ddit.runtime.bundle.manifest import Costs, CurvePoint
 from ddit.runtime.cli import main as ddit_run
 from ddit.runtime.errors import UsageError
-from ddit.runtime.policies.budget import Budgeted, native_first, plan
-from ddit.runtime.policies.schedule import Dynamic, Fixed, Native, parse_schedule, write_schedule
+from ddit.runtime.policies import Budgeted, Dynamic, Fixed, Native, RunHistory, parse_schedule
+from ddit.runtime.policies.budget import native_first, plan
 
 COSTS = Costs(levels={2: 40.0, 4: 15.0, 8: 10.0}, encode=50.0, decode=150.0)
 DEFAULT = Dynamic(native=2, coarse=(4, 8), tau=0.5, rho=0.4, warmup=3)
@@ -28,7 +28,7 @@ class Clock:
 
 def spend(schedule: Budgeted, clock: Clock, steps: int, slower: float) -> None:
     for step in range(steps):
-        clock.seconds += schedule.milliseconds[schedule.level([2] * step, {})] * slower / 1000
+        clock.seconds += schedule.milliseconds[schedule.decide(RunHistory([2] * step)).level] * slower / 1000
 
 
 @given(st.integers(1, 60), st.floats(0.3, 4.0), st.sampled_from([2, 4, 8]))
@@ -45,7 +45,7 @@ def test_a_machine_that_slows_down_ends_as_early_as_it_can():
     schedule = Budgeted(Native(2), COSTS.levels, 20, clock() + 0.8, clock)
     spend(schedule, clock, 20, slower=1.5)
     assert clock() - 100 <= 0.8 + 20 * COSTS.levels[8] * 0.5 / 1000 + 0.06
-    assert schedule.level([2] * 19, {}) == 8
+    assert schedule.decide(RunHistory([2] * 19)).level == 8
 
 
 def test_all_native_where_it_fits():
@@ -63,7 +63,7 @@ def test_the_smallest_tau_that_is_fast_enough():
 
 def test_without_a_calibration_native_steps_come_first():
     schedule = plan(1.2, COSTS, 50, default=DEFAULT)
-    assert write_schedule(schedule) == "fixed:2x16,8x34"
+    assert str(schedule) == "fixed:2x16,8x34"
 
 
 def test_what_cannot_be_done_is_said_with_what_can():
@@ -85,7 +85,7 @@ def test_native_steps_first_keep_to_the_time_where_that_can_be(allowed, steps):
     ["native", "fixed:8x3,4x1,8x2", "dynamic:tau=0.02,rho=0.3,warmup=4,hold=1,coarsest=4,absolute=1"],
 )
 def test_a_schedule_is_written_as_it_is_read(text):
-    assert write_schedule(parse_schedule(text, patches=(2, 4, 8), native=2, default=DEFAULT)) == text
+    assert str(parse_schedule(text, patches=(2, 4, 8), native=2, default=DEFAULT)) == text
 
 
 def test_a_picture_in_time(tiny_bundle):

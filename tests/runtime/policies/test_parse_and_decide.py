@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddit.runtime.errors import UsageError
-from ddit.runtime.policies.schedule import Dynamic, Fixed, Native, parse_schedule, statistic
+from ddit.runtime.policies import Dynamic, Fixed, Native, Policy, RunHistory, parse_schedule, statistic
 
 DEFAULT = Dynamic(native=2, coarse=(4, 8), tau=0.001, rho=0.4, warmup=3)
 
@@ -19,6 +19,11 @@ def parse(text: str):
 
 def deviations(four: float, eight: float) -> dict[int, np.ndarray]:
     return {4: np.full((2, 2), four, np.float32), 8: np.full((1, 1), eight, np.float32)}
+
+
+def level(policy: Policy, past: list[int], measured: dict[int, np.ndarray]) -> int:
+    """The level that a policy decides on."""
+    return policy.decide(RunHistory(past, measured)).level
 
 
 def test_written_forms():
@@ -45,23 +50,23 @@ def test_what_cannot_be_read_is_refused(text):
 def test_fixed_schedules_run_what_they_list(parts):
     schedule = parse("fixed:" + ",".join(f"{patch}x{count}" for patch, count in parts))
     expected = [patch for patch, count in parts for _ in range(count)]
-    assert [schedule.level(expected[:step], {}) for step in range(len(expected))] == expected
+    assert [level(schedule, expected[:step], {}) for step in range(len(expected))] == expected
 
 
 @pytest.mark.parametrize(
-    ("four", "eight", "level"),
+    ("four", "eight", "patch"),
     [(0.0005, 0.0005, 8), (0.0005, 0.002, 4), (0.002, 0.002, 2), (0.002, 0.0005, 8), (0.001, 0.001, 2)],
 )
-def test_dynamic_takes_the_largest_patch_under_the_threshold(four, eight, level):
-    assert DEFAULT.level([2] * 10, deviations(four, eight)) == level
+def test_dynamic_takes_the_largest_patch_under_the_threshold(four, eight, patch):
+    assert level(DEFAULT, [2] * 10, deviations(four, eight)) == patch
 
 
 def test_dynamic_warms_up_at_the_native_level():
-    assert [DEFAULT.level([2] * step, deviations(0, 0)) for step in range(5)] == [2, 2, 2, 8, 8]
+    assert [level(DEFAULT, [2] * step, deviations(0, 0)) for step in range(5)] == [2, 2, 2, 8, 8]
 
 
 @pytest.mark.parametrize(
-    ("past", "level"),
+    ("past", "patch"),
     [
         ([2, 2, 2, 8], 8),  # one step after the switch, whatever it did to the difference
         ([2, 2, 2, 8, 8], 8),
@@ -69,15 +74,15 @@ def test_dynamic_warms_up_at_the_native_level():
         ([2, 2, 2, 8, 8, 8, 2], 2),
     ],
 )
-def test_a_level_keeps_running_until_its_own_steps_can_be_compared(past, level):
-    assert DEFAULT.level(past, deviations(1, 1)) == level
-    assert replace(DEFAULT, hold=1).level(past, deviations(1, 1)) == 2
+def test_a_level_keeps_running_until_its_own_steps_can_be_compared(past, patch):
+    assert level(DEFAULT, past, deviations(1, 1)) == patch
+    assert level(replace(DEFAULT, hold=1), past, deviations(1, 1)) == 2
 
 
 @given(value=st.floats(1e-6, 1.0), low=st.floats(1e-6, 1.0), high=st.floats(1e-6, 1.0))
 def test_a_larger_tau_is_never_finer(value, low, high):
     low, high = sorted((low, high))
-    coarse = [Dynamic(2, (4, 8), tau, 0.4, 3).level([2] * 3, deviations(value, value)) for tau in (low, high)]
+    coarse = [level(Dynamic(2, (4, 8), tau, 0.4, 3), [2] * 3, deviations(value, value)) for tau in (low, high)]
     assert coarse[0] <= coarse[1]
 
 

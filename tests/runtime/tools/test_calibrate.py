@@ -12,6 +12,7 @@ from conftest import run
 from ddit.runtime import Bundle, Pipeline
 from ddit.runtime.bundle.manifest import Costs
 from ddit.runtime.cli import main as ddit_run
+from ddit.runtime.tools import calibrate as calibrate_module
 from ddit.runtime.tools.calibrate import ssim
 from ddit.runtime.tools.plots import plot_schedule
 
@@ -23,7 +24,7 @@ SIZE = ("--steps", 12, "--height", 128, "--width", 64)
 def bundle(tiny_bundle, tmp_path, monkeypatch) -> Path:
     """A bundle to write to, whose levels cost what they would at a real size."""
     costs = Costs(levels={2: 4.0, 4: 1.5, 8: 1.0}, encode=1.0, decode=2.0)
-    monkeypatch.setattr(Pipeline, "measure_costs", lambda self, height, width: costs)
+    monkeypatch.setattr(calibrate_module, "measure_costs", lambda pipeline, height, width: costs)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     return Path(shutil.copytree(tiny_bundle, tmp_path / "a.bundle"))
 
@@ -76,7 +77,7 @@ def test_every_backend_has_a_calibration_of_its_own(bundle):
     assert first.tau != second.tau
     size = {"steps": 12, "height": 128, "width": 64}
     for name, tau in (("cpu", first.tau), ("CPUExecutionProvider", second.tau)):
-        assert Pipeline.open(bundle, backend=name).schedule("dynamic", **size).tau == tau
+        assert Pipeline.open(bundle, backend=name).policy("dynamic", **size).tau == tau
     manifest = Bundle.open(bundle).manifest
     assert manifest.calibration(**size, backend="tensorrt on another GPU") == second
     assert manifest.calibration(**size | {"steps": 11}, backend="cpu") is None
@@ -86,7 +87,7 @@ def test_an_absolute_tau_is_of_no_smooth_pictures(bundle):
     assert calibrate(bundle, "--speedup", "1.4", "--absolute").exit_code == 0
     (kept,) = Bundle.open(bundle).manifest.calibrations
     assert kept.smooth == ()
-    schedule = Pipeline.open(bundle, backend="cpu").schedule("dynamic", steps=12, height=128, width=64)
+    schedule = Pipeline.open(bundle, backend="cpu").policy("dynamic", steps=12, height=128, width=64)
     assert schedule.smooth is None
 
 
@@ -95,7 +96,7 @@ def test_smooth_pictures_are_those_of_the_prompts(bundle):
     (kept,) = Bundle.open(bundle).manifest.calibrations
     assert len(kept.smooth) == 10  # of twelve steps, two have no third difference yet
     assert all(set(point.statistic) == {4, 8} for point in kept.smooth)
-    schedule = Pipeline.open(bundle, backend="cpu").schedule("dynamic", steps=12, height=128, width=64)
+    schedule = Pipeline.open(bundle, backend="cpu").policy("dynamic", steps=12, height=128, width=64)
     assert schedule.threshold(4, 11) == pytest.approx(kept.tau * schedule.smooth[4][11])
 
 

@@ -1,0 +1,31 @@
+"""The loop."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ddit.runtime.backends.base import FloatArray
+from ddit.runtime.session import Sample, Session
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a callback is told after every step."""
+
+    step: int  # that was done, from 0; the furthest one where samples differ
+    steps: int  # of the run
+    levels: list[int]  # that the samples' last steps ran at
+    latents: Callable[[], list[FloatArray]]  # copies of the samples' latents, each (C, H, W)
+
+
+OnStep = Callable[[Progress], None]
+
+
+def denoise(session: Session, samples: Sequence[Sample], on_step: OnStep | None = None) -> None:
+    """Step samples of a session until all are done."""
+    while not all(sample.done for sample in samples):
+        session.step()
+        if on_step is not None:
+            furthest = max(samples, key=lambda sample: sample.history.step)
+            levels = [sample.history.levels[-1] for sample in samples]
+            step, steps = furthest.history.step - 1, furthest.run.steps
+            on_step(Progress(step, steps, levels, lambda: [session.latent(sample) for sample in samples]))

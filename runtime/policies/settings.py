@@ -1,0 +1,34 @@
+"""What a bundle says of its dynamic policy: a calibration for the run's steps, size and backend, or its defaults."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddit.runtime.bundle import Manifest
+from ddit.runtime.policies.base import Policy
+from ddit.runtime.policies.dynamic import Dynamic
+from ddit.runtime.policies.parse import parse_schedule
+from ddit.runtime.policies.smooth import smooth_at
+
+
+def bundle_policy(
+    text: str, manifest: Manifest, sigmas: NDArray[np.float32], *, height: int, width: int, backend: str
+) -> Policy:
+    """A policy from its written form; the bundle gives what ``dynamic`` leaves unsaid. Raises `UsageError`.
+
+    ``sigmas`` are the run's noise levels, one more than there are steps; ``height`` and ``width`` count pixels.
+    """
+    info = manifest.dynamic(steps=len(sigmas) - 1, height=height, width=width, backend=backend)
+    coarse = tuple(patch for patch in manifest.coarse if patch <= (info.coarsest or patch))
+    smooth = smooth_at(info.smooth, sigmas) if info.smooth else None
+    default = Dynamic(manifest.native, coarse, info.tau, info.rho, info.warmup, info.hold, smooth)
+    return parse_schedule(text, patches=manifest.patches, native=manifest.native, default=default)
+
+
+def smooth_curves(
+    manifest: Manifest, sigmas: NDArray[np.float32], *, height: int, width: int, backend: str
+) -> Mapping[int, Sequence[float]]:
+    """By coarse patch the statistic of smooth pictures after every step; nothing where the bundle does not know it."""
+    info = manifest.dynamic(steps=len(sigmas) - 1, height=height, width=width, backend=backend)
+    return smooth_at(info.smooth, sigmas) if info.smooth else {}

@@ -1,0 +1,139 @@
+"""What is asked for (`Request`), and the same with every question answered (`Run`), before anything is loaded."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddit.runtime.bundle import Manifest
+from ddit.runtime.conditioning.guidance import guidance_scale
+from ddit.runtime.errors import UsageError
+from ddit.runtime.policies import Dynamic, Policy
+from ddit.runtime.policies.settings import bundle_policy, smooth_curves
+from ddit.runtime.samplers.sigmas import noise, run_sigmas
+
+FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture, as a user asks for it. What is None is the bundle's choice.
+
+    Args:
+        prompt: what the picture shows.
+        seed: of the starting noise; a picture is the same whatever it is batched with, up to rounding.
+        steps: denoising steps; as many as a fixed schedule lists.
+        schedule: a policy, or one in writing (`ddit.runtime.policies.parse`).
+        height, width: pixels; the profile's optimum when None.
+        guidance: guidance scale, for models that were distilled for it.
+        text_length: tokens of the prompt, padding included.
+        carry: share of the last native step's detail that coarse steps take over, 0 to 1 (docs/method.md).
+        budget: seconds from prompt to picture, instead of a schedule (`ddit.runtime.policies.budget`). The first call
+            at a size measures the levels beforehand, unless a calibration on this backend has.
+        latent: what the run starts from instead of the seed's noise, (C, H, W) float32 in latent pixels.
+        first_step: number of the step at which ``latent`` is: a run goes on where another one was left. Differences and
+            carried detail start anew there.
+    """
+
+    prompt: str
+    seed: int = 0
+    steps: int | None = None
+    schedule: str | Policy = "dynamic"
+    height: int | None = None
+    width: int | None = None
+    guidance: float | None = None
+    text_length: int | None = None
+    carry: float | None = None
+    budget: float | None = None
+    latent: FloatArray | None = None
+    first_step: int = 0
+
+    def resolve(self, manifest: Manifest, backend: str) -> "Run":
+        """Answer what was left open. ``backend`` in words, as calibrations name it.
+
+        Raises `UsageError` for what the bundle cannot do.
+        """
+        if not self.prompt.strip():
+            raise UsageError("the prompt is empty")
+        height, width = manifest.picture_size(height=self.height, width=self.width)
+        text = self.text_length or manifest.text_length
+        sizes = manifest.sizes(height=height, width=width, text=text)
+        guidance = guidance_scale(manifest.guidance, self.guidance)
+        carry = manifest.carry if self.carry is None else self.carry
+        if not 0 <= carry <= 1:
+            raise UsageError(f"carry must lie between 0 and 1, not {carry:g}")
+        asked = manifest.sampler.steps if self.steps is None else self.steps
+        if asked < 1:
+            raise UsageError(f"the number of steps must be at least 1, not {asked}")
+        policy = self.schedule
+        if isinstance(policy, str):
+            sigmas = run_sigmas(manifest, asked, sizes)
+            policy = bundle_policy(policy, manifest, sigmas, height=height, width=width, backend=backend)
+        if self.budget is not None and not isinstance(policy, Dynamic):
+            raise UsageError("a budget chooses the schedule of one picture; leave the schedule out")
+        steps = policy.steps(self.steps, manifest.sampler.steps)
+        if not 0 <= self.first_step < steps:
+            raise UsageError(f"the first step must lie between 0 and {steps - 1}, not {self.first_step}")
+        if self.first_step and self.latent is None:
+            raise UsageError("a run that goes on at a later step needs the latent to go on from")
+        latent = self.latent
+        if latent is not None:
+            latent = np.asarray(latent, dtype=np.float32)
+            shape = (manifest.latent.channels, sizes["H"], sizes["W"])
+            if latent.shape != shape:
+                raise UsageError(f"the latent has shape {latent.shape}, a picture of {height}×{width} needs {shape}")
+        sigmas = run_sigmas(manifest, steps, sizes)
+        return Run(
+            prompt=self.prompt,
+            seed=self.seed,
+            height=height,
+            width=width,
+            text_length=text,
+            sizes=sizes,
+            guidance=guidance,
+            carry=carry,
+            sigmas=sigmas,
+            policy=policy,
+            budget=self.budget,
+            latent=latent,
+            first_step=self.first_step,
+            rho=manifest.schedule.rho,
+            smooth=smooth_curves(manifest, sigmas, height=height, width=width, backend=backend),
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A request with every question answered."""
+
+    prompt: str
+    seed: int
+    height: int  # pixels
+    width: int
+    text_length: int  # tokens
+    sizes: Mapping[str, int]  # the symbols' values for one sample
+    guidance: float
+    carry: float
+    sigmas: FloatArray  # noise levels, one more than there are steps; the last is 0
+    policy: Policy
+    budget: float | None  # seconds
+    latent: FloatArray | None  # (C, H, W), where it was given
+    first_step: int
+    rho: float  # the quantile that the trace shows where the policy looks at none
+    smooth: Mapping[int, Sequence[float]]  # by coarse patch, smooth pictures' statistic after every step; may be empty
+
+    @property
+    def steps(self) -> int:
+        """How many steps the noise levels are for; those before ``first_step`` are not run."""
+        return len(self.sigmas) - 1
+
+    def start(self, channels: int) -> FloatArray:
+        """The latent that the run starts from: the given one, or the seed's noise (C, H, W)."""
+        if self.latent is not None:
+            return self.latent
+        return noise(self.seed, (channels, self.sizes["H"], self.sizes["W"]))
+
+    def under(self, policy: Policy) -> "Run":
+        """The same run under another policy."""
+        return replace(self, policy=policy)

@@ -1,0 +1,175 @@
+"""Runs in flight on one backend: samples are admitted, step together where they can, and are retired.
+
+A pipeline drives a session to its end; a server keeps one open. Samples that run the same level at the same size share
+a call of the engines, whatever step each is at, and nothing that one of them does depends on the others.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import numpy as np
+
+from ddit.runtime.backends.base import Backend, FloatArray, Workspace
+from ddit.runtime.complexity import Complexity
+from ddit.runtime.policies import DIFFERENCE_ORDER, RunHistory, statistic
+from ddit.runtime.request import Run
+from ddit.runtime.step import Programs, deviations, sample_buffers
+from ddit.runtime.trace import StepRecord, Trace
+
+
+@dataclass(eq=False)
+class Sample:
+    """A run in flight."""
+
+    run: Run
+    trace: Trace
+    history: RunHistory
+    rows: Mapping[str, FloatArray]  # what its rows of the buffers are at first
+    native_done: bool = False  # whether there is a native step's estimate, whose detail coarse steps carry on
+    place: tuple[Workspace, int] | None = field(default=None, repr=False)  # where its rows are, once it has stepped
+
+    @property
+    def done(self) -> bool:
+        """Whether all its steps are done."""
+        return self.history.step == self.run.steps
+
+
+class Session:
+    """Samples in flight. Belongs to one thread."""
+
+    def __init__(self, backend: Backend, programs: Programs | None = None):
+        """``programs``: made by earlier sessions on the same bundle."""
+        self.backend = backend
+        self.manifest = backend.bundle.manifest
+        self.samples: list[Sample] = []
+        self._buffers = sample_buffers(self.manifest)
+        self._programs = programs or Programs(self.manifest)
+        self._free: list[Workspace] = []
+
+    def admit(self, run: Run, conditions: Mapping[str, FloatArray]) -> Sample:
+        """Start a run. ``conditions`` are the levels' inputs that stay the same, each for one sample, without B."""
+        manifest = self.manifest
+        state = {
+            name: np.zeros(self._buffers[name].resolve({**run.sizes, "B": 1})[1:], dtype=np.float32)
+            for name in self._programs.level(manifest.native, run.sizes).state
+        }
+        rows = {**state, **conditions, "latent": run.start(manifest.latent.channels)}
+        sample = Sample(run, Trace.of(run, self.backend.name), RunHistory(first=run.first_step), rows)
+        if manifest.coarse:
+            sample.trace.complexity = Complexity(min(manifest.coarse))
+        self.samples.append(sample)
+        return sample
+
+    def step(self) -> None:
+        """One step of every sample that is not done."""
+        for level, members in self.groups():
+            self.advance(level, members)
+
+    def groups(self) -> list[tuple[int, list[Sample]]]:
+        """Which samples can step together, with the level that they want next."""
+        groups: defaultdict[tuple[int, tuple[int, ...]], list[Sample]] = defaultdict(list)
+        for sample in self.samples:
+            if not sample.done:
+                level = sample.run.policy.decide(sample.history).level
+                groups[level, tuple(sample.run.sizes.values())].append(sample)
+        return [(level, members) for (level, _), members in groups.items()]
+
+    def advance(self, level: int, members: Sequence[Sample]) -> None:
+        """One step of samples of the same size at a level. Raises `BackendError` when an engine fails."""
+        begin = perf_counter()
+        program = self._programs.level(level, members[0].run.sizes)
+        workspace = self._gather(members)
+        results = deviations(workspace.run(program, self._inputs(level, members)))
+        milliseconds = (perf_counter() - begin) * 1000
+        for row, sample in enumerate(members):
+            self._record(sample, level, milliseconds, {patch: values[row] for patch, values in results.items()})
+
+    def latent(self, sample: Sample) -> FloatArray:
+        """A copy of a sample's latent (C, H, W) as it is now."""
+        if sample.place is None:
+            return sample.rows["latent"].copy()
+        workspace, row = sample.place
+        return workspace.read("latent", row)
+
+    def retire(self, sample: Sample) -> FloatArray:
+        """Take a sample out, done or not, and return its latent (C, H, W)."""
+        latent = self.latent(sample)
+        self.samples.remove(sample)
+        if sample.place is not None:
+            workspace = sample.place[0]
+            sample.place = None
+            self._vacate(workspace)
+        if not self.samples:
+            self.backend.give_back(self._free)
+            self._free = []
+        return latent
+
+    def _inputs(self, level: int, members: Sequence[Sample]) -> dict[str, FloatArray]:
+        """What is new at every step, a row a sample."""
+        manifest, count = self.manifest, len(members)
+        steps = [sample.history.step for sample in members]
+        sigma = np.array([sample.run.sigmas[step] for sample, step in zip(members, steps, strict=True)], np.float32)
+        after = np.array([sample.run.sigmas[step + 1] for sample, step in zip(members, steps, strict=True)], np.float32)
+        inputs = {
+            "timestep": sigma,
+            "dt": after - sigma,
+            "refresh": np.full(count, level == manifest.native, np.float32),
+        }
+        if manifest.coarse:
+            carry = np.zeros((count, len(manifest.coarse)), np.float32)
+            if level != manifest.native:
+                column = manifest.coarse.index(level)
+                carry[:, column] = [sample.run.carry if sample.native_done else 0.0 for sample in members]
+            inputs["carry"] = carry
+        return inputs
+
+    def _gather(self, members: Sequence[Sample]) -> Workspace:
+        """A workspace whose rows are these samples, in order; rows are copied only where samples have regrouped."""
+        here = {id(sample.place[0]): sample.place[0] for sample in members if sample.place}
+        if len(here) == 1:
+            (workspace,) = here.values()
+            rows = [sample.place[1] if sample.place else None for sample in members]
+            if workspace.sizes["B"] == len(members) and rows == [*range(len(members))]:
+                return workspace
+        workspace = self._workspace({**members[0].run.sizes, "B": len(members)})
+        for row, sample in enumerate(members):
+            if sample.place is None:
+                for name, values in sample.rows.items():
+                    workspace.write(name, row, values)
+            else:
+                workspace.take(tuple(sample.rows), row, *sample.place)
+            sample.place = workspace, row
+        for left in here.values():
+            self._vacate(left)
+        return workspace
+
+    def _workspace(self, sizes: Mapping[str, int]) -> Workspace:
+        for workspace in self._free:
+            if workspace.sizes == sizes:
+                self._free.remove(workspace)
+                return workspace
+        return self.backend.workspace(self._buffers, sizes)
+
+    def _vacate(self, workspace: Workspace) -> None:
+        """Free a workspace that no sample is left in."""
+        if not any(sample.place and sample.place[0] is workspace for sample in self.samples):
+            self._free.append(workspace)
+
+    def _record(self, sample: Sample, level: int, milliseconds: float, measured: dict[int, FloatArray]) -> None:
+        """Keep what a step did: for the policy, for the trace and for the complexity map."""
+        run, history = sample.run, sample.history
+        step = history.step
+        history.levels.append(level)
+        sample.native_done |= level == self.manifest.native
+        if len(history.levels) >= DIFFERENCE_ORDER:
+            history.deviations = measured
+            # a difference across a switch shows how levels disagree, not what the picture does
+            if (complexity := sample.trace.complexity) and len(set(history.levels[-DIFFERENCE_ORDER:])) == 1:
+                patch = complexity.patch
+                smooth = run.smooth[patch][step] if patch in run.smooth else 1.0
+                complexity.add(step, measured[patch] / smooth)
+        rho = run.policy.quantile() or run.rho
+        figures = {patch: statistic(values, rho) for patch, values in history.deviations.items()}
+        sample.trace.steps.append(StepRecord(step, float(run.sigmas[step]), level, milliseconds, figures))

@@ -1,0 +1,109 @@
+"""A denoising step as data: calls of graphs on named buffers.
+
+A buffer has the name of the tensor that a graph reads from it or writes to it, so that what one graph gives is what the
+next one takes. State is every buffer that has a ``next_`` twin: after the calls the twin takes its place. Backends
+execute programs and know nothing of denoising (`ddit.runtime.backends.base.Workspace`).
+
+FLUX.1's step at level 4 is two calls:
+
+    level-4: latent, timestep, guidance, context, pooled, rope_cos, rope_sin → velocity
+    step:    latent, velocity, timestep, dt, difference1, difference2, … → next_latent, next_difference1, …, deviation_4
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddit.runtime import shapes
+from ddit.runtime.bundle import Manifest
+from ddit.runtime.bundle.manifest import TensorSpec
+from ddit.runtime.conditioning.positions import level_tables
+
+FloatArray = NDArray[np.float32]
+
+UPDATE = "step"  # the graph that moves the latent
+NEXT = "next_"
+DEVIATION = "deviation_"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One run of a graph: for every tensor of it the buffer that it reads or writes."""
+
+    graph: str
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Program:
+    """The calls of one step. In one bundle and at one size, its name tells it from all others."""
+
+    name: str
+    calls: tuple[Call, ...]
+    tables: Mapping[str, FloatArray]  # buffers that are the same for all samples and steps
+    tokens: int  # of the image, in one sample: how large the step is
+
+    @cached_property
+    def state(self) -> tuple[str, ...]:
+        """The buffers that a step changes for the next one."""
+        return tuple(name.removeprefix(NEXT) for name in self._written if name.startswith(NEXT))
+
+    @cached_property
+    def results(self) -> tuple[str, ...]:
+        """What a step tells the host: the outputs that neither a later call reads nor the next step."""
+        read = {buffer for call in self.calls for buffer in call.inputs.values()}
+        return tuple(name for name in self._written if name not in read and not name.startswith(NEXT))
+
+    @cached_property
+    def _written(self) -> tuple[str, ...]:
+        return tuple(buffer for call in self.calls for buffer in call.outputs.values())
+
+
+def level_program(manifest: Manifest, patch: int, sizes: Mapping[str, int]) -> Program:
+    """One step at a level, for latents of the size that ``sizes`` gives in symbols (``H`` and ``W``)."""
+    graph = manifest.level(patch).graph
+    sides = (sizes[shapes.SYMBOLS[axis.name]] // patch for axis in manifest.latent.axes)
+    return Program(
+        name=graph,
+        calls=(call(manifest, graph), call(manifest, UPDATE)),
+        tables=level_tables(manifest.positions, manifest.latent, manifest.native, patch, sizes),
+        tokens=prod(sides),
+    )
+
+
+class Programs:
+    """The programs of a bundle, each made once."""
+
+    def __init__(self, manifest: Manifest):
+        self.manifest = manifest
+        self._made: dict[tuple[int, tuple[tuple[str, int], ...]], Program] = {}
+
+    def level(self, patch: int, sizes: Mapping[str, int]) -> Program:
+        """`level_program` for a size."""
+        key = patch, tuple(sorted(sizes.items()))
+        if key not in self._made:
+            self._made[key] = level_program(self.manifest, patch, sizes)
+        return self._made[key]
+
+
+def call(manifest: Manifest, graph: str) -> Call:
+    """A graph on the buffers that have its tensors' names."""
+    info = manifest.graphs[graph]
+    return Call(graph, {spec.name: spec.name for spec in info.inputs}, {spec.name: spec.name for spec in info.outputs})
+
+
+def sample_buffers(manifest: Manifest) -> dict[str, TensorSpec]:
+    """The buffers with a row for every sample, over all programs of a bundle."""
+    graphs = [manifest.graphs[level.graph] for level in manifest.levels] + [manifest.graphs[UPDATE]]
+    specs = {spec.name: spec for graph in graphs for spec in (*graph.inputs, *graph.outputs)}
+    return {name: spec for name, spec in specs.items() if spec.shape[0] == "B"}
+
+
+def deviations(results: Mapping[str, FloatArray]) -> dict[int, FloatArray]:
+    """The deviations (B, H/p, W/p) among a step's results, by patch."""
+    return {int(name.removeprefix(DEVIATION)): value for name, value in results.items() if name.startswith(DEVIATION)}
