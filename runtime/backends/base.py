@@ -8,7 +8,6 @@ The denoising loop does not call the levels' engines itself: a backend's `Denois
 backend computes, on the host or on the GPU.
 """
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,11 +17,7 @@ from threading import Lock
 import numpy as np
 from numpy.typing import NDArray
 
-from ddit.runtime.backends.device.cuda import why_no_gpu
 from ddit.runtime.bundle import Bundle, Manifest
-from ddit.runtime.errors import DditError
-
-log = logging.getLogger(__name__)
 
 FloatArray = NDArray[np.float32]
 Array = FloatArray | NDArray[np.int64]
@@ -172,36 +167,3 @@ class HostDenoiser(Denoiser):
 def deviations(outputs: Mapping[str, FloatArray]) -> dict[int, FloatArray]:
     """The step graph's deviations by patch."""
     return {int(name.removeprefix(DEVIATION)): value for name, value in outputs.items() if name.startswith(DEVIATION)}
-
-
-def open_backend(name: str | None, bundle: Bundle, threads: int | None = None) -> Backend:
-    """A backend by name: ``cpu``, ``cuda``, ``tensorrt``, or the name of any ONNX Runtime execution provider.
-
-    None is the fastest that this machine can run. Raises `BackendError` where it cannot run the one asked for.
-    """
-    if name is None:
-        return _fastest_backend(bundle, threads)
-    if name == "tensorrt":
-        from ddit.runtime.backends.tensorrt.backend import TensorRTBackend
-
-        return TensorRTBackend(bundle)
-    if name == "cuda":
-        from ddit.runtime.backends.onnxruntime.cuda import CudaBackend
-
-        return CudaBackend(bundle)
-    from ddit.runtime.backends.onnxruntime.host import OnnxRuntimeBackend
-
-    return OnnxRuntimeBackend(bundle, name, threads)
-
-
-def _fastest_backend(bundle: Bundle, threads: int | None) -> Backend:
-    """TensorRT where the bundle has this machine's engines, else CUDA, else the CPU; the log says why."""
-    if reason := why_no_gpu():
-        log.info("no GPU: %s", reason)
-        return open_backend("cpu", bundle, threads)
-    for name in ("tensorrt", "cuda"):
-        try:
-            return open_backend(name, bundle, threads)
-        except DditError as error:
-            log.warning("not %s: %s", name, error)
-    return open_backend("cpu", bundle, threads)
