@@ -13,8 +13,8 @@ from ddit.exporter.graphs.trace import export_graph
 from ddit.exporter.graphs.weights import WeightFiles
 from ddit.exporter.parity import Report, check_bundle
 from ddit.profiles import Profile
-from ddit.runtime.backends.tensorrt.store import FOLDER as ENGINES
-from ddit.runtime.backends.tensorrt.store import PlanStore
+from ddit.runtime.backends.artifacts import FOLDER as ENGINES
+from ddit.runtime.backends.artifacts import EngineStore
 from ddit.runtime.bundle import MANIFEST, Bundle, Manifest, file_info
 from ddit.runtime.bundle.manifest import DecoderInfo, GraphInfo, LevelInfo, ScheduleInfo
 from ddit.runtime.errors import ModelError, UsageError
@@ -78,7 +78,7 @@ def export_bundle(model: FluxModel, out: Path, *, profile: Profile, opset: int, 
             made_with={name: version(name) for name in MADE_WITH},
         )
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    PlanStore(Bundle(out, manifest)).prune()
+    EngineStore(Bundle(out, manifest)).prune()
     return manifest
 
 
@@ -117,7 +117,7 @@ def _appearing(out: Path) -> Iterator[Path]:
             out.rename(old)
             if (
                 old / ENGINES
-            ).is_dir():  # a plan is found by its graph's content, so those of unchanged graphs still fit
+            ).is_dir():  # an engine is found by its graph's content, so those of unchanged graphs still fit
                 (old / ENGINES).rename(partial / ENGINES)
         partial.rename(out)
     except OSError as error:

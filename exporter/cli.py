@@ -13,17 +13,18 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ddit.profiles import Profile, ProfileError, load_profile
 from ddit.runtime import shapes
-from ddit.runtime.backends.tensorrt.store import BuilderOptions
+from ddit.runtime.backends import registry
+from ddit.runtime.backends.artifacts import DEFAULT_BACKEND
+from ddit.runtime.backends.registry import BackendKind
 from ddit.runtime.bundle import Bundle
 from ddit.runtime.bundle.manifest import Dtype
 from ddit.runtime.console import DditGroup, say, set_up_logging
 from ddit.runtime.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
-    from ddit.runtime.backends.tensorrt.builder import EngineBuilder
+    from ddit.runtime.backends.building import EngineBuilder
 
 FLUX_DEV = "black-forest-labs/FLUX.1-dev"
-OPTIMIZATION_LEVEL = 3  # TensorRT's own default
 
 
 class Levels(click.ParamType):  # type: ignore[type-arg]
@@ -41,6 +42,30 @@ class Levels(click.ParamType):  # type: ignore[type-arg]
         if not all(part.isdecimal() and int(part) > 0 for part in parts):
             self.fail(f"{value!r}: give patch sizes separated by commas, as in 2,4,8", param, ctx)
         return tuple(sorted({int(part) for part in parts}))
+
+
+class BuiltBackend(click.ParamType):  # type: ignore[type-arg]
+    """A backend whose engines must be built."""
+
+    name = "backend"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """The names, as a choice shows them."""
+        return f"[{'|'.join(self._kinds())}]"
+
+    def convert(
+        self, value: str | BackendKind, param: click.Parameter | None, ctx: click.Context | None
+    ) -> BackendKind:
+        """``"tensorrt"`` → what the registry knows of it."""
+        if isinstance(value, BackendKind):
+            return value
+        kinds = self._kinds()
+        if value not in kinds:
+            self.fail(f"{value!r} is no backend with engines to build; there is: {', '.join(kinds)}", param, ctx)
+        return kinds[value]
+
+    def _kinds(self) -> dict[str, BackendKind]:
+        return {kind.name: kind for kind in registry.kinds() if kind.needs_build}
 
 
 @click.group(cls=DditGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -77,7 +102,7 @@ def main(verbose: int) -> None:
 @click.option(
     "--engines",
     "backend",
-    type=click.Choice(["tensorrt"]),
+    type=BuiltBackend(),
     help="Also build this machine's engines, as ddit-export engines does.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
@@ -90,12 +115,12 @@ def flux(
     dtype: Dtype | None,
     opset: int,
     out: Path | None,
-    backend: str | None,
+    backend: BackendKind | None,
     as_json: bool,
 ) -> None:
     """Export a FLUX.1 pipeline."""
     # before the work, not after it: whatever would keep the engines from being built
-    builder = _builder(BuilderOptions(optimization_level=OPTIMIZATION_LEVEL), None) if backend else None
+    builder = _builder(backend) if backend else None
     _require_libraries()
     # heavy imports here, so that --help and usage errors answer at once
     from ddit.exporter.adapter import load_adapter
@@ -160,14 +185,19 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]
 
 @main.command()
 @click.argument("path", metavar="BUNDLE", type=click.Path(path_type=Path))
+@click.option(
+    "--backend",
+    type=BuiltBackend(),
+    default=DEFAULT_BACKEND,
+    show_default=True,
+    help="Which backend's engines to build.",
+)
 @click.option("--level", "levels", type=int, multiple=True, help="Build only these levels' engines.  [default: all]")
 @click.option("--profile", help="Shape profile: a name or a .toml file.  [default: the bundle's]")
 @click.option(
     "--optimization-level",
     type=click.IntRange(0, 5),
-    default=OPTIMIZATION_LEVEL,
-    show_default=True,
-    help="How long the builder searches.",
+    help="How long the builder searches.  [default: its own choice]",
 )
 @click.option(
     "--timing-cache",
@@ -178,36 +208,41 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
 def engines(
     path: Path,
+    backend: BackendKind,
     levels: tuple[int, ...],
     profile: str | None,
-    optimization_level: int,
+    optimization_level: int | None,
     timing_cache: Path | None,
     workspace: int | None,
     as_json: bool,
 ) -> None:
-    """Build a bundle's TensorRT engines on the machine that will run them. Needs no torch."""
+    """Build a bundle's engines on the machine that will run them. Needs no torch."""
     bundle = Bundle.open(path)
     manifest = bundle.manifest
     chosen = _profile(profile) if profile else manifest.profile
     wanted = {manifest.level(patch).graph for patch in levels or manifest.patches}
     others = {level.graph for level in manifest.levels} - wanted
-    builder = _builder(BuilderOptions(optimization_level=optimization_level, workspace=workspace), timing_cache)
+    builder = _builder(backend, timing_cache=timing_cache, optimization_level=optimization_level, workspace=workspace)
     built = builder.build(bundle, chosen, [graph for graph in manifest.graphs if graph not in others])
     if as_json:
-        click.echo(json.dumps([{"built": one.new, "key": one.plan.info.key, **one.plan.info.model_dump(mode="json")}
+        click.echo(json.dumps([{"new": one.new, "key": one.engine.info.key, **one.engine.info.model_dump(mode="json")}
                                for one in built], indent=2))  # fmt: skip
         return
-    new = [one.plan.info for one in built if one.new]
+    new = [one.engine.info for one in built if one.new]
     say(
         f"{path}: {len(new)} engines built in {sum(info.seconds for info in new):.0f} s, {len(built) - len(new)} were "
         f"there already; for {builder.target}"
     )
 
 
-def _builder(options: BuilderOptions, timing_cache: Path | None) -> "EngineBuilder":
-    from ddit.runtime.backends.tensorrt.builder import EngineBuilder
-
-    return EngineBuilder(options, timing_cache, say, _build_progress)
+def _builder(kind: BackendKind, **options: object) -> "EngineBuilder":
+    """The builder of a backend, with the options that were given (not None)."""
+    assert kind.builder is not None
+    given = {name: value for name, value in options.items() if value is not None}
+    if unknown := given.keys() - set(kind.build_options):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(unknown))
+        raise UsageError(f"the engines of {kind.name} are built without {names}; leave it out")
+    return kind.builder(say, _build_progress, **given)
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
-from ddit.runtime.backends.tensorrt.store import PlanStore
+from ddit.runtime.backends.artifacts import EngineStore
+from ddit.runtime.backends.registry import kinds, open_backend
 from ddit.runtime.bundle import Bundle
 from ddit.runtime.console import DditGroup, say, set_up_logging
 from ddit.runtime.denoise import Progress
@@ -28,10 +29,19 @@ from ddit.runtime.trace import Trace
 
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 JSON = click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
-BACKEND = click.option(
-    "--backend",
-    help="tensorrt, cuda, cpu, or an ONNX Runtime execution provider by name.  [default: the fastest here]",
-)
+
+
+class BackendOption(click.Option):
+    """An option whose help lists the backends that are registered when somebody asks."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """The option and its help."""
+        known = "; ".join(f"{kind.name}: {kind.description}" for kind in kinds())
+        self.help = f"{known}; or an ONNX Runtime execution provider by name.  [default: the fastest here]"
+        return super().get_help_record(ctx)
+
+
+BACKEND = click.option("--backend", cls=BackendOption)
 THREADS = click.option("--threads", type=click.IntRange(1), help="Threads of one graph.  [default: all cores]")
 
 
@@ -174,12 +184,12 @@ def inspect(bundle: Path, as_json: bool) -> None:
     Levels, tensors, shapes, profile, adapter state, parity, sizes, engines.
     """
     opened = Bundle.open(bundle)
-    manifest, plans = opened.manifest, PlanStore(opened).plans()
+    manifest, engines = opened.manifest, EngineStore(opened).engines()
     if as_json:
-        infos = [{"key": plan.info.key, **plan.info.model_dump(mode="json")} for plan in plans]
+        infos = [{"key": engine.info.key, **engine.info.model_dump(mode="json")} for engine in engines]
         click.echo(json.dumps({**manifest.model_dump(mode="json"), "plans": infos}, indent=2))
         return
-    show(bundle, manifest, plans)
+    show(bundle, manifest, engines)
 
 
 @main.command()
@@ -192,23 +202,22 @@ def verify(bundle: Path, backend: str | None, threads: int | None, as_json: bool
 
     Compares every file with its hash, loads every graph, and reproduces the exporter's parity values.
     """
-    from ddit.runtime.backends.base import open_backend
     from ddit.runtime.tools.verify import verify_graphs
 
     opened = Bundle.open(bundle)
     files = list(opened.verify_files())
-    plans = PlanStore(opened).plans()
-    for plan in plans:
-        plan.verify()
-    engines = open_backend(backend, opened, threads)
-    checks = list(verify_graphs(engines))
+    engines = EngineStore(opened).engines()
+    for engine in engines:
+        engine.verify()
+    running = open_backend(backend, opened, threads)
+    checks = list(verify_graphs(running))
     unchecked = sorted(opened.manifest.graphs.keys() - {check.graph for check in checks})
     failed = [check for check in checks if not check.passed]
     if as_json:
         report = {
             "files": len(files),
-            "plans": len(plans),
-            "backend": engines.name,
+            "plans": len(engines),
+            "backend": running.name,
             "checks": [{**dataclasses.asdict(check), "passed": check.passed} for check in checks],
             "without_reference": unchecked,
             "passed": not failed,
@@ -221,7 +230,7 @@ def verify(bundle: Path, backend: str | None, threads: int | None, as_json: bool
             table.add_row(
                 check.graph, str(check.case), check.tensor, f"{check.error:.1e}", f"{check.tolerance:g}", verdict
             )
-        Console().print(f"{len(files) + len(plans)} files have their recorded hash; backend: {engines}")
+        Console().print(f"{len(files) + len(engines)} files have their recorded hash; backend: {running}")
         Console().print(table)
         for name in unchecked:
             say(f"warning: {name} was not compared: no reference values of it fit the engines, or it has none")
@@ -254,14 +263,15 @@ def bench(
 
     Median milliseconds, tokens, peak memory.
     """
-    from ddit.runtime.backends.base import open_backend
     from ddit.runtime.tools.bench import Job
     from ddit.runtime.tools.bench import bench as measure
 
     opened = Bundle.open(bundle)
     manifest = opened.manifest
     chosen = open_backend(backend, opened, threads).name
-    measured = measure(Job(bundle, chosen, threads, height, width), manifest.patches, repeat)
+    height, width = manifest.picture_size(height=height, width=width)
+    manifest.sizes(height=height, width=width, text=manifest.text_length)
+    measured = measure(Job(bundle, chosen, threads, height, width), manifest, repeat)
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(one) for one in measured], indent=2))
         return

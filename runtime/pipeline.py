@@ -9,7 +9,8 @@ from time import perf_counter
 import numpy as np
 from PIL import Image
 
-from ddit.runtime.backends.base import Backend, FloatArray, open_backend
+from ddit.runtime.backends.base import Backend, FloatArray
+from ddit.runtime.backends.registry import open_backend
 from ddit.runtime.bundle import Bundle
 from ddit.runtime.bundle.manifest import Costs
 from ddit.runtime.conditioning.guidance import guidance_inputs
@@ -61,7 +62,7 @@ class Pipeline:
         """Open a bundle's folder. Graphs are loaded when they are first needed.
 
         Args:
-            backend: ``tensorrt``, ``cuda``, ``cpu`` or an ONNX Runtime execution provider; the fastest here when None.
+            backend: a name, see `ddit.runtime.backends.registry`; the fastest here when None.
             threads: of one graph on the CPU; all cores when None.
 
         Raises:

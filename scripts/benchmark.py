@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddit.runtime import Bundle, Pipeline
+from ddit.runtime.backends.artifacts import EngineStore
 from ddit.runtime.backends.base import Array, Backend, FloatArray, Start
-from ddit.runtime.backends.tensorrt.store import PlanStore
 from ddit.runtime.bundle.manifest import GraphInfo
 from ddit.runtime.conditioning.positions import level_tables
 from ddit.runtime.console import DditCommand, say, set_up_logging
@@ -260,7 +260,7 @@ def random_start(bundle: Bundle, height: int, width: int) -> Start:
 def openings(pipeline: Pipeline, height: int, width: int) -> Iterator[list[str]]:
     """What every level adds to the GPU's memory when it is opened, and by its first run; the native one comes first.
 
-    ONNX Runtime has the weights on the GPU when a session is open, TensorRT loads a plan for the first run.
+    ONNX Runtime has the weights on the GPU when a session is open, TensorRT loads an engine for the first run.
     """
     manifest, backend = pipeline.bundle.manifest, pipeline.backend
     sizes = manifest.sizes(height=height, width=width, text=manifest.text_length)
@@ -283,9 +283,9 @@ def memory(pipeline: Pipeline, opened: Table) -> Table:
     table.append(["held on the GPU after all of this", "–" if used is None else f"{used / 1e6:,.0f}"])
     manifest = pipeline.bundle.manifest
     levels = [manifest.level(patch) for patch in manifest.patches]
-    if pipeline.backend.name == "tensorrt":
-        plans = [plan.info for plan in PlanStore(pipeline.bundle).plans()]
-        scratch = {level.patch: max(info.scratch for info in plans if info.graph == level.graph) for level in levels}
+    stored = [engine.info for engine in EngineStore(pipeline.bundle).engines()]
+    if built := [info for info in stored if info.backend == pipeline.backend.name]:
+        scratch = {level.patch: max(info.scratch for info in built if info.graph == level.graph) for level in levels}
         table += [[f"scratch memory of level {patch}", f"{value / 1e6:,.1f}"] for patch, value in scratch.items()]
         table.append(["scratch memory of the levels, shared: their maximum", f"{max(scratch.values()) / 1e6:,.1f}"])
         table.append(["scratch memory of the levels, if it were not: their sum", f"{sum(scratch.values()) / 1e6:,.1f}"])

@@ -14,8 +14,8 @@ from scenes import sample_scenes
 
 from conftest import make_once, run
 from ddit.runtime import Bundle, Pipeline
-from ddit.runtime.backends.base import open_backend
 from ddit.runtime.backends.onnxruntime import host as onnxruntime
+from ddit.runtime.backends.registry import open_backend
 from ddit.runtime.cli import main as ddit_run
 
 EXPORT = """

@@ -1,13 +1,11 @@
 """Backends: what opens a bundle's graphs and runs them.
 
-    >>> backend = open_backend("cpu", bundle)  # doctest: +SKIP
-    >>> backend.engine("vae_decoder").run({"latent": latent})["image"]  # doctest: +SKIP
+    open_backend("cpu", bundle).engine("vae_decoder").run({"latent": latent})["image"]
 
 Encoders and decoder are run through their engines. Denoising steps run in a `Workspace`, which holds the state of the
 samples that run together where the backend computes: on the host or on the GPU.
 """
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from threading import Lock
@@ -15,13 +13,9 @@ from threading import Lock
 import numpy as np
 from numpy.typing import NDArray
 
-from ddit.runtime.backends.device.cuda import why_no_gpu
 from ddit.runtime.bundle import Bundle
 from ddit.runtime.bundle.manifest import TensorSpec
-from ddit.runtime.errors import DditError
 from ddit.runtime.step import Program
-
-log = logging.getLogger(__name__)
 
 FloatArray = NDArray[np.float32]
 Array = FloatArray | NDArray[np.int64]
@@ -107,36 +101,3 @@ class Backend(ABC):
 
     def give_back(self, workspaces: Sequence[Workspace]) -> None:  # noqa: B027
         """Take back workspaces whose samples are done; a later run of the same size may get them."""
-
-
-def open_backend(name: str | None, bundle: Bundle, threads: int | None = None) -> Backend:
-    """A backend by name: ``cpu``, ``cuda``, ``tensorrt``, or the name of any ONNX Runtime execution provider.
-
-    None is the fastest that this machine can run. Raises `BackendError` where it cannot run the one asked for.
-    """
-    if name is None:
-        return _fastest_backend(bundle, threads)
-    if name == "tensorrt":
-        from ddit.runtime.backends.tensorrt.backend import TensorRTBackend
-
-        return TensorRTBackend(bundle)
-    if name == "cuda":
-        from ddit.runtime.backends.onnxruntime.cuda import CudaBackend
-
-        return CudaBackend(bundle)
-    from ddit.runtime.backends.onnxruntime.host import OnnxRuntimeBackend
-
-    return OnnxRuntimeBackend(bundle, name, threads)
-
-
-def _fastest_backend(bundle: Bundle, threads: int | None) -> Backend:
-    """TensorRT where the bundle has this machine's engines, else CUDA, else the CPU; the log says why."""
-    if reason := why_no_gpu():
-        log.info("no GPU: %s", reason)
-        return open_backend("cpu", bundle, threads)
-    for name in ("tensorrt", "cuda"):
-        try:
-            return open_backend(name, bundle, threads)
-        except DditError as error:
-            log.warning("not %s: %s", name, error)
-    return open_backend("cpu", bundle, threads)

@@ -4,19 +4,30 @@ import multiprocessing
 import resource
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import cycle, islice
 from math import prod
 from multiprocessing.pool import Pool
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ddit.runtime import shapes
+from ddit.runtime.backends.base import Backend
+from ddit.runtime.backends.registry import open_backend
+from ddit.runtime.bundle import Bundle, Manifest
+from ddit.runtime.conditioning.guidance import guidance_inputs
 from ddit.runtime.pipeline import Pipeline
 from ddit.runtime.policies import Fixed
+from ddit.runtime.request import Request
+from ddit.runtime.session import Session
+from ddit.runtime.step import sample_buffers
 
-BLOCK = 5  # steps of one level in a row, of which the first two warm the caches up again
-WARM_UP = 2
+ROUNDS = 5
+WARM_UP = 2  # steps of every pattern before those that count
 
 
 @dataclass(frozen=True)
@@ -40,46 +51,91 @@ class Job:
     path: Path
     backend: str
     threads: int | None
-    height: int | None
-    width: int | None
+    height: int
+    width: int
 
-    def times(self, patches: tuple[int, ...], rounds: int) -> dict[int, list[float]]:
-        """Milliseconds of steps, by level; the levels take turns, so that a machine that slows down slows all alike."""
-        block = tuple(patch for patch in patches for _ in range(BLOCK))
-        pipeline = Pipeline.open(self.path, backend=self.backend, threads=self.threads)
-        trace = pipeline("bench", schedule=Fixed(block * (1 + rounds)), height=self.height, width=self.width).trace
-        times: dict[int, list[float]] = {patch: [] for patch in patches}
-        for number, record in enumerate(trace.steps):
-            if number >= len(block) and number % BLOCK >= WARM_UP:
-                times[record.level].append(record.milliseconds)
-        return times
+    def times(self, patches: tuple[int, ...], repeat: int) -> dict[int, list[float]]:
+        """Milliseconds of ``repeat`` steps or a few more, by level."""
+        backend = open_backend(self.backend, Bundle.open(self.path), self.threads)
+        patterns = [(patch,) for patch in patches]
+        each = -(-repeat // ROUNDS)
+        times = time_steps(backend, patterns, height=self.height, width=self.width, repeat=each)
+        return {patch: times[(patch,)] for patch in patches}
 
-    def memory(self, patch: int) -> tuple[float, float | None, int, int]:
-        """A level's memory on the host and on the GPU in MB (10⁶ bytes), and its image and text tokens."""
+    def memory(self, patch: int) -> tuple[float, float | None]:
+        """A level's memory on the host and on the GPU in MB (10⁶ bytes), with the text encoders and the decoder."""
         pipeline = Pipeline.open(self.path, backend=self.backend, threads=self.threads)
-        trace = pipeline("bench", schedule=Fixed((patch,) * 3), height=self.height, width=self.width).trace
+        pipeline("bench", schedule=Fixed((patch,) * 3), height=self.height, width=self.width)
         on_gpu = pipeline.backend.memory_used()
-        manifest = pipeline.bundle.manifest
-        sizes = shapes.to_symbols(manifest.latent, {"height": trace.height, "width": trace.width})
-        tokens = prod(side // patch for side in sizes.values())
-        on_host, on_gpu_mb = peak_memory_mb(), None if on_gpu is None else on_gpu / 1e6
-        return on_host, on_gpu_mb, tokens, manifest.text_length
+        return peak_memory_mb(), None if on_gpu is None else on_gpu / 1e6
 
 
-def bench(job: Job, patches: tuple[int, ...], repeat: int) -> list[Measurement]:
+def bench(job: Job, manifest: Manifest, repeat: int) -> list[Measurement]:
     """Time ``repeat`` steps of every level, or a few more, in one process, and take each level's memory in another."""
     with _process() as pool:
-        times = pool.apply(job.times, (patches, -(-repeat // (BLOCK - WARM_UP))))
+        times = pool.apply(job.times, (manifest.patches, repeat))
+    sides = shapes.to_symbols(manifest.latent, {"height": job.height, "width": job.width}).values()
     measurements = []
-    for patch in patches:
+    for patch in manifest.patches:
         with _process() as pool:
-            on_host, on_gpu, image_tokens, text_tokens = pool.apply(job.memory, (patch,))
+            on_host, on_gpu = pool.apply(job.memory, (patch,))
         values = times[patch]
-        median = statistics.median(values)
         measurements.append(
-            Measurement(patch, image_tokens, text_tokens, median, min(values), max(values), on_host, on_gpu)
+            Measurement(
+                level=patch,
+                image_tokens=prod(side // patch for side in sides),
+                text_tokens=manifest.text_length,
+                milliseconds=statistics.median(values),
+                fastest=min(values),
+                slowest=max(values),
+                peak_memory_mb=on_host,
+                gpu_memory_mb=on_gpu,
+            )
         )
     return measurements
+
+
+def time_steps(
+    backend: Backend,
+    patterns: Sequence[tuple[int, ...]],
+    *,
+    height: int,
+    width: int,
+    repeat: int,
+    rounds: int = ROUNDS,
+) -> dict[tuple[int, ...], list[float]]:
+    """Milliseconds of ``rounds`` times ``repeat`` steps whose levels follow each pattern, after warming up.
+
+    The patterns take turns, so that a machine that slows down slows all alike.
+    """
+    times: dict[tuple[int, ...], list[float]] = {pattern: [] for pattern in patterns}
+    for _ in range(rounds):
+        for pattern in patterns:
+            times[pattern] += _time_steps(backend, pattern, height, width, repeat)
+    return times
+
+
+def _time_steps(backend: Backend, pattern: tuple[int, ...], height: int, width: int, repeat: int) -> list[float]:
+    """Steps of one run with random conditions: what the numbers are does not change how long they take."""
+    manifest = backend.bundle.manifest
+    warm_up = WARM_UP * len(pattern)
+    levels = tuple(islice(cycle(pattern), warm_up + repeat))
+    run = Request("bench", schedule=Fixed(levels), height=height, width=width).resolve(manifest, str(backend))
+    session = Session(backend)
+    sample = session.admit(run, random_conditions(manifest, run.sizes))
+    while not sample.done:
+        session.step()
+    session.retire(sample)
+    return [record.milliseconds for record in sample.trace.steps[warm_up:]]
+
+
+def random_conditions(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, NDArray[np.float32]]:
+    """Seeded values for the levels' inputs that stay the same in a run, for one sample."""
+    rng = np.random.default_rng(0)
+    names = [name for encoder in manifest.encoders for name in encoder.feeds.values()]
+    specs = sample_buffers(manifest)
+    drawn = {name: rng.standard_normal(specs[name].resolve({**sizes, "B": 1})[1:], np.float32) for name in names}
+    return {**drawn, **guidance_inputs(manifest.guidance, manifest.guidance.default)}
 
 
 @contextmanager

@@ -7,13 +7,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ddit.runtime.backends.tensorrt.store import Plan
+from ddit.runtime.backends.artifacts import StoredEngine
 from ddit.runtime.bundle import Manifest
 from ddit.runtime.bundle.manifest import ScheduleInfo
 
 
-def show(bundle: Path, manifest: Manifest, plans: Sequence[Plan]) -> None:
-    """Print a bundle's settings, levels, graphs and TensorRT engines."""
+def show(bundle: Path, manifest: Manifest, engines: Sequence[StoredEngine]) -> None:
+    """Print a bundle's settings, levels, graphs and engines."""
     console = Console()
     revision = f"@{manifest.model.revision[:12]}" if manifest.model.revision else ""
     total = sum(info.size for info in manifest.files.values())
@@ -35,8 +35,8 @@ def show(bundle: Path, manifest: Manifest, plans: Sequence[Plan]) -> None:
         )
     console.print(_levels_table(manifest))
     console.print(_graphs_table(manifest))
-    for target in sorted({str(plan.info.target) for plan in plans}):
-        console.print(_plans_table(target, [plan for plan in plans if str(plan.info.target) == target]))
+    for backend, built_for in sorted({(engine.info.backend, engine.info.built_for) for engine in engines}):
+        console.print(_engines_table(backend, built_for, engines))
     console.print("made with " + ", ".join(f"{name} {version}" for name, version in manifest.made_with.items()))
 
 
@@ -74,11 +74,12 @@ def _graphs_table(manifest: Manifest) -> Table:
     return table
 
 
-def _plans_table(target: str, plans: Sequence[Plan]) -> Table:
-    """The engines that were built for one kind of machine."""
-    title = f"Engines for {target}"
+def _engines_table(backend: str, built_for: str, engines: Sequence[StoredEngine]) -> Table:
+    """The engines that were built for a backend and one kind of machine."""
+    title = f"Engines for {built_for}\nBackend {backend}"
     table = Table("graph", "profile", "size", "built", "key", title=title, title_justify="left")
-    for info in sorted((plan.info for plan in plans), key=lambda info: (info.graph, info.built)):
+    infos = [engine.info for engine in engines if (engine.info.backend, engine.info.built_for) == (backend, built_for)]
+    for info in sorted(infos, key=lambda info: (info.graph, info.built)):
         size = f"{info.size / 1e6:,.0f} MB"
         built = datetime.fromisoformat(info.built).strftime("%Y-%m-%d %H:%M")
         table.add_row(info.graph, info.profile.name, size, built, info.key)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddit.runtime.backends.base import Backend
+from ddit.runtime.backends.registry import kind_of
 from ddit.runtime.bundle.manifest import Dtype
 from ddit.runtime.errors import BundleError, UsageError
 
@@ -64,13 +65,13 @@ class Check:
 def verify_graphs(backend: Backend) -> Iterator[Check]:
     """Run every graph on the exporter's inputs and compare with the original model's outputs.
 
-    Accelerators compute float32 products in TF32, so that on anything but a CPU every graph is held to the tolerance of
-    half precision. Inputs of a size that the backend's engines were not built for are left out.
+    Accelerators compute float32 products in TF32, so that on a backend that is not `exact_float32` every graph is held
+    to the tolerance of half precision. Inputs of a size that the backend's engines were not built for are left out.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    manifest = backend.bundle.manifest
+    manifest, exact = backend.bundle.manifest, kind_of(backend.name).exact_float32
     try:
         arrays = load_file(backend.bundle.file(REFERENCE_FILE))
     except (SafetensorError, OSError) as error:
@@ -88,7 +89,7 @@ def verify_graphs(backend: Backend) -> Iterator[Check]:
         except UsageError as error:  # engines may have been built for fewer sizes than the bundle was exported for
             log.info("%s, case %s: %s", graph, case, error)
             continue
-        dtype: Dtype = manifest.graphs[graph].dtype if backend.name == "cpu" else "fp16"
+        dtype: Dtype = manifest.graphs[graph].dtype if exact else "fp16"
         for name, expected in arrays.items():
             if name.startswith(prefix + "output/"):
                 tensor = name.removeprefix(prefix + "output/")

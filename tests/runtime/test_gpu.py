@@ -9,8 +9,8 @@ import pytest
 from conftest import run
 from ddit.exporter.cli import main as export
 from ddit.runtime import Bundle, Pipeline
-from ddit.runtime.backends.base import open_backend
 from ddit.runtime.backends.device.cuda import why_no_gpu
+from ddit.runtime.backends.registry import open_backend
 from ddit.runtime.errors import DditError
 from ddit.runtime.policies import Fixed
 from ddit.runtime.tools.verify import verify_graphs

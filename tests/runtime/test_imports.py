@@ -17,8 +17,8 @@ def loaded_after(statement: str) -> set[str]:
 
 def test_importing_the_runtime_imports_nothing_heavy():
     modules = (
-        *("", ".cli", ".tools.verify", ".tools.bench", ".backends.tensorrt.store", ".backends.tensorrt.backend"),
-        ".backends.onnxruntime.cuda",
+        *("", ".cli", ".tools.verify", ".tools.bench", ".backends.artifacts", ".backends.tensorrt.backend"),
+        *(".backends.registry", ".backends.building", ".backends.onnxruntime.cuda"),
     )
     loaded = loaded_after("import " + ", ".join(f"ddit.runtime{module}" for module in modules))
     assert not loaded & set(HEAVY)

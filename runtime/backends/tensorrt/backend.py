@@ -1,7 +1,7 @@
-"""TensorRT: one plan per graph, all on one stream and with one block of scratch memory.
+"""TensorRT: one engine per graph, all on one stream and with one block of scratch memory.
 
-Plans come from the bundle's engine store (`ddit.runtime.backends.tensorrt.store`); ``ddit-export engines`` builds
-them. Nothing runs at the same time, so that the largest engine's scratch memory serves them all.
+Engines come from the bundle's store (`ddit.runtime.backends.artifacts`); ``ddit-export engines`` builds them. Nothing
+runs at the same time, so that the largest engine's scratch memory serves them all.
 """
 
 import logging
@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from ddit.runtime import shapes
-from ddit.runtime.backends.device.cuda import DeviceArray, DeviceMemory, Gpu
+from ddit.runtime.backends.artifacts import EngineStore, StoredEngine
+from ddit.runtime.backends.device.cuda import DeviceArray, DeviceMemory
 from ddit.runtime.backends.device.workspace import Bound, DeviceBackend, DeviceEngine
 from ddit.runtime.backends.tensorrt import compat
-from ddit.runtime.backends.tensorrt.store import Plan, PlanStore, Target, choose
+from ddit.runtime.backends.tensorrt.engines import choose, this_target
 from ddit.runtime.bundle import Bundle
 from ddit.runtime.bundle.manifest import GraphInfo, TensorSpec
 from ddit.runtime.errors import BackendError
@@ -23,11 +24,6 @@ from ddit.runtime.errors import BackendError
 log = logging.getLogger(__name__)
 
 NUMPY_TYPES = {"FLOAT": np.float32, "INT32": np.int32, "INT64": np.int64}
-
-
-def this_target(trt: Any, gpu: Gpu) -> Target:
-    """What plans must be built with and for to run here."""
-    return Target(tensorrt=trt.__version__, gpu=gpu.name, compute_capability=gpu.capability)
 
 
 class TensorRTBound(Bound):
@@ -45,48 +41,48 @@ class TensorRTBound(Bound):
 
 
 class TensorRTEngine(DeviceEngine):
-    """The plans of one graph, of which those are loaded that hold the sizes asked for."""
+    """One graph's engines of several profiles, of which those are loaded that hold the sizes asked for."""
 
-    def __init__(self, backend: "TensorRTBackend", info: GraphInfo, plans: Sequence[Plan]):
+    def __init__(self, backend: "TensorRTBackend", info: GraphInfo, stored: Sequence[StoredEngine]):
         super().__init__(backend, info)
         self._trt_backend = backend
-        self._plans = list(plans)
+        self._stored = list(stored)
         self._loaded: dict[str, Any] = {}
 
     def dtype(self, spec: TensorSpec) -> DTypeLike:
-        """float32, and for token ids what the plan takes: TensorRT before 10 has no int64."""
-        engine = next(iter(self._loaded.values()), None) or self._load(self._plans[0])
+        """float32, and for token ids what the engine takes: TensorRT before 10 has no int64."""
+        engine = next(iter(self._loaded.values()), None) or self._load(self._stored[0])
         return NUMPY_TYPES[engine.get_tensor_dtype(spec.name).name]
 
     def bind(self, arrays: Mapping[str, DeviceArray], *, replayed: bool) -> Bound:
         """An execution context of its own, so that captured graphs keep what they were captured with."""
         specs, latent = self.info.inputs, self.backend.bundle.manifest.latent
         sizes = shapes.infer((spec.shape for spec in specs), (arrays[spec.name].shape for spec in specs))
-        plan, index = choose(self._plans, shapes.to_names(latent, sizes))
-        backend, engine = self._trt_backend, self._load(plan)
+        stored, index = choose(self._stored, shapes.to_names(latent, sizes))
+        backend, engine, graph = self._trt_backend, self._load(stored), stored.info.graph
         context = compat.create_context(backend.trt, engine)
-        scratch = backend.scratch(plan.info.scratch)
+        scratch = backend.scratch(stored.info.scratch)
         compat.set_scratch(context, scratch.address, scratch.nbytes)
         if not context.set_optimization_profile_async(index, backend.gpu.stream):
-            raise BackendError(f"TensorRT could not choose profile {index} of {plan.info.graph}")
+            raise BackendError(f"TensorRT could not choose profile {index} of {graph}")
         backend.gpu.synchronize()
         for spec in self.info.inputs:
             if not context.set_input_shape(spec.name, arrays[spec.name].shape):
-                raise BackendError(f"TensorRT refuses shape {arrays[spec.name].shape} of {plan.info.graph}.{spec.name}")
+                raise BackendError(f"TensorRT refuses shape {arrays[spec.name].shape} of {graph}.{spec.name}")
         for name, array in arrays.items():
             context.set_tensor_address(name, array.address)
-        return TensorRTBound(context, backend.gpu.stream, plan.info.graph)
+        return TensorRTBound(context, backend.gpu.stream, graph)
 
-    def _load(self, plan: Plan) -> Any:
-        key = plan.info.key
+    def _load(self, stored: StoredEngine) -> Any:
+        key = stored.info.key
         if key not in self._loaded:
-            log.info("loading %s: %s, %.0f MB", plan.info.graph, key, plan.info.size / 1e6)
-            self._loaded[key] = self._trt_backend.deserialize(plan)
+            log.info("loading %s: %s, %.0f MB", stored.info.graph, key, stored.info.size / 1e6)
+            self._loaded[key] = self._trt_backend.deserialize(stored)
         return self._loaded[key]
 
 
 class TensorRTBackend(DeviceBackend):
-    """One TensorRT runtime. Raises `BackendError` where there is no GPU, no TensorRT, or a plan is missing."""
+    """One TensorRT runtime. Raises `BackendError` where there is no GPU, no TensorRT, or an engine is missing."""
 
     name = "tensorrt"
     captures = True
@@ -95,35 +91,38 @@ class TensorRTBackend(DeviceBackend):
         self.trt = compat.import_tensorrt()
         super().__init__(bundle)  # asks the driver first: TensorRT's runtime crashes without a GPU
         self.target = this_target(self.trt, self.gpu)
-        store = PlanStore(bundle)
-        self.plans = {graph: store.find(graph, self.target) for graph in bundle.manifest.graphs}
+        store = EngineStore(bundle)
+        self.stored = {graph: store.find(graph, self.target) for graph in bundle.manifest.graphs}
         self._logger = compat.make_logger(self.trt)
         self._runtime = self.trt.Runtime(self._logger)
         self._loaded: set[str] = set()
         self._scratch: list[DeviceMemory] = []
 
     def _open(self, graph: str) -> DeviceEngine:
-        return TensorRTEngine(self, self.bundle.graph(graph), self.plans[graph])
+        return TensorRTEngine(self, self.bundle.graph(graph), self.stored[graph])
 
     def check(self, *, height: int, width: int, text: int, batch: int) -> None:
-        """See that every graph has a plan for the sizes and that those not yet loaded fit into the GPU's memory.
+        """See that every graph has a whole engine for the sizes, and that those not yet loaded fit into GPU memory.
 
         Raises `UsageError` and `BackendError`.
         """
         asked = {"height": height, "width": width, "text": text, "batch": batch}
-        chosen = [choose(plans, asked)[0] for plans in self.plans.values()]
-        self.check_memory([plan for plan in chosen if plan.info.key not in self._loaded])
+        chosen = [choose(stored, asked)[0] for stored in self.stored.values()]
+        missing = [one for one in chosen if one.info.key not in self._loaded]
+        for one in missing:
+            one.check()
+        self.check_memory(missing)
 
-    def check_memory(self, plans: Sequence[Plan]) -> None:
-        """Raise `BackendError` with needed and free bytes where plans would not fit."""
+    def check_memory(self, stored: Sequence[StoredEngine]) -> None:
+        """Raise `BackendError` with needed and free bytes where engines would not fit."""
         held = self._scratch[-1].nbytes if self._scratch else 0
-        scratch = max((plan.info.scratch for plan in plans), default=0)
-        needed = sum(plan.info.size for plan in plans) + max(0, scratch - held)
-        if plans and needed > (free := self.gpu.free_bytes()):
+        scratch = max((one.info.scratch for one in stored), default=0)
+        needed = sum(one.info.size for one in stored) + max(0, scratch - held)
+        if stored and needed > (free := self.gpu.free_bytes()):
             raise BackendError(
                 f"GPU memory is too small: the engines need {needed / 1e9:.2f} GB ({scratch / 1e9:.2f} GB of it "
                 f"scratch memory), {free / 1e9:.2f} GB of {self.gpu.name} are free; stop other programs, or build "
-                "engines for smaller sizes: ddit-export engines BUNDLE --profile PROFILE"
+                f"engines for smaller sizes: {stored[0].build_command} --profile PROFILE"
             )
 
     def scratch(self, nbytes: int) -> DeviceMemory:
@@ -132,15 +131,15 @@ class TensorRTBackend(DeviceBackend):
         A smaller block from before is kept: contexts and captured graphs still point to it.
         """
         if not self._scratch or self._scratch[-1].nbytes < nbytes:
-            largest = max(plan.info.scratch for plans in self.plans.values() for plan in plans)
+            largest = max(one.info.scratch for stored in self.stored.values() for one in stored)
             self._scratch.append(DeviceMemory(self.gpu, max(nbytes, largest)))
         return self._scratch[-1]
 
-    def deserialize(self, plan: Plan) -> Any:
-        """Load a plan."""
-        engine = self._runtime.deserialize_cuda_engine(plan.map())
+    def deserialize(self, stored: StoredEngine) -> Any:
+        """Load an engine."""
+        engine = self._runtime.deserialize_cuda_engine(stored.map())
         if engine is None:
             reason = self._logger.errors[-1] if self._logger.errors else "no reason given"
-            raise BackendError(f"TensorRT could not load {plan.file}: {reason}; run ddit-export engines again")
-        self._loaded.add(plan.info.key)
+            raise BackendError(f"TensorRT could not load {stored.file}: {reason}; run: {stored.build_command}")
+        self._loaded.add(stored.info.key)
         return engine

@@ -1,57 +1,49 @@
-"""A bundle's graphs → TensorRT plans in its engine store. Needs TensorRT, Polygraphy and the GPU to run on, no torch.
+"""A bundle's graphs → TensorRT engines in its store. Needs TensorRT, Polygraphy and the GPU to run on, no torch.
 
-One plan per graph, with one optimisation profile per entry of the shape profile. What is built already is not built
-again; a second process that builds the same plan waits and then finds it.
+One engine per graph, with one optimisation profile per entry of the shape profile. Its file is a plan, as TensorRT
+calls a serialized engine.
 """
 
-import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from collections.abc import Sequence
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 from ddit.profiles import BOUNDS, Profile
 from ddit.runtime import shapes
+from ddit.runtime.backends.artifacts import Target
+from ddit.runtime.backends.building import EngineBuilder, Progress, Report
 from ddit.runtime.backends.device.cuda import Gpu
 from ddit.runtime.backends.tensorrt import compat
-from ddit.runtime.backends.tensorrt.backend import this_target
-from ddit.runtime.backends.tensorrt.store import (
-    BuilderOptions,
-    Plan,
-    PlanInfo,
-    PlanStore,
-    Target,
-    content_hash,
-    plan_key,
-)
+from ddit.runtime.backends.tensorrt.engines import OPTIMIZATION_LEVEL, BuilderOptions, this_target
 from ddit.runtime.bundle import Bundle, Manifest
 from ddit.runtime.bundle.manifest import GraphInfo
 from ddit.runtime.errors import BackendError, UsageError
 
-Report = Callable[[str], None]
-# told a phase's name, steps done and their number, while the block lasts
-Progress = Callable[[str], AbstractContextManager[Callable[[str, int, int], None]]]
-
 OPSETS = "opset 23 is for TensorRT 10.15 and newer, 18 to 22 for 10.0 and newer, 17 for 8.6 (ddit-export flux --opset)"
 
 
-@dataclass(frozen=True)
-class Built:
-    """A plan, and whether it was built now."""
+class TensorRTBuilder(EngineBuilder):
+    """Builds on this machine's GPU. Raises `BackendError` where there is no GPU, TensorRT or Polygraphy.
 
-    plan: Plan
-    new: bool
+    Args:
+        timing_cache: file of kernel timings; the user's for this GPU model and TensorRT version when None.
+        optimization_level: how long TensorRT searches, 0 to 5.
+        workspace: most bytes of scratch memory of a kernel; all that the GPU has when None.
+    """
 
+    file = "engine.plan"
 
-class EngineBuilder:
-    """Builds plans on this machine's GPU. Raises `BackendError` where there is no GPU, TensorRT or Polygraphy."""
-
-    def __init__(self, options: BuilderOptions, timing_cache: Path | None, report: Report, progress: Progress):
+    def __init__(
+        self,
+        report: Report,
+        progress: Progress,
+        *,
+        timing_cache: Path | None = None,
+        optimization_level: int = OPTIMIZATION_LEVEL,
+        workspace: int | None = None,
+    ):
         self.trt = compat.import_tensorrt()
         try:
             import onnx_ir  # noqa: F401
@@ -61,50 +53,12 @@ class EngineBuilder:
                 f"building engines needs {error.name}; install it with: pip install 'ddit[tensorrt]'"
             ) from None
         self.gpu = Gpu()  # asks the driver first: TensorRT crashes without a GPU
-        self.target = this_target(self.trt, self.gpu)
-        self.options = options
+        self.settings = BuilderOptions(optimization_level=optimization_level, workspace=workspace)
+        super().__init__(this_target(self.trt, self.gpu), self.settings.model_dump(), report, progress)
         self.timing_cache = timing_cache or default_timing_cache(self.target)
-        self.report = report
-        self.progress = progress
 
-    def build(self, bundle: Bundle, profile: Profile, graphs: Sequence[str]) -> list[Built]:
-        """Build the plans of graphs that are not there yet, in order.
-
-        Raises `UsageError` for a profile that the bundle cannot serve, `BackendError` where TensorRT fails; plans that
-        were finished before stay.
-        """
-        check_profile(bundle.manifest, profile)
-        return [self._ensure(bundle, profile, graph) for graph in graphs]
-
-    def _ensure(self, bundle: Bundle, profile: Profile, graph: str) -> Built:
-        store = PlanStore(bundle)
-        content = content_hash(bundle, graph)
-        key = plan_key(graph, content, profile, self.target, self.options)
-        with store.lock(key):
-            plan = store.get(key)
-            if plan and plan.whole:
-                self.report(f"{graph}: built already ({key})")
-                return Built(plan, False)
-            self.report(f"{graph}: building")
-            start = perf_counter()
-            with store.merged_weights(key) as merged:
-                serialized, scratch = self._serialize(bundle, profile, graph, merged)
-            info = PlanInfo(
-                graph=graph,
-                content=content,
-                profile=profile,
-                target=self.target,
-                options=self.options,
-                size=len(serialized),
-                sha256=hashlib.sha256(serialized).hexdigest(),
-                scratch=scratch,
-                built=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                seconds=round(perf_counter() - start, 1),
-            )
-            return Built(store.put(info, serialized), True)
-
-    def _serialize(self, bundle: Bundle, profile: Profile, graph: str, merged: str) -> tuple[memoryview, int]:
-        """A plan's bytes, and the scratch memory that its contexts need; ``merged`` is a file for merged weights."""
+    def _build(self, bundle: Bundle, profile: Profile, graph: str, temporary: str) -> tuple[memoryview, int]:
+        """A plan, and the scratch memory that its contexts need; merged weights lie in the temporary file."""
         import onnx_ir as ir
         from polygraphy.backend.trt import engine_bytes_from_network
         from polygraphy.exception import PolygraphyException
@@ -119,10 +73,10 @@ class EngineBuilder:
         parser = trt.OnnxParser(network, logger)
         file = bundle.file(info.file)
         model = ir.load(file)
-        merge_lora(model, bundle.path, merged)
+        merge_lora(model, bundle.path, temporary)
         # the path is only for the weights' files, which lie beside it
         if not parser.parse(ir.to_proto(model).SerializeToString(), str(file)):
-            raise BackendError(f"TensorRT {self.target.tensorrt} cannot read {graph}: {parser_error(parser)}; {OPSETS}")
+            raise BackendError(f"TensorRT {trt.__version__} cannot read {graph}: {parser_error(parser)}; {OPSETS}")
         compat.let_attention_decompose(trt, network)
         with self.progress(graph) as report, G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
             monitor = compat.progress_monitor(trt, report)
@@ -155,9 +109,9 @@ class EngineBuilder:
         typed = compat.strongly_typed(trt)
         if info.dtype == "bf16" and not typed:
             raise UsageError(
-                f"TensorRT {self.target.tensorrt} has no bfloat16; export the bundle with --dtype fp16 --opset 17"
+                f"TensorRT {trt.__version__} has no bfloat16; export the bundle with --dtype fp16 --opset 17"
             )
-        workspace = self.options.workspace
+        workspace = self.settings.workspace
         config = create_config(
             builder,
             network,
@@ -166,7 +120,7 @@ class EngineBuilder:
             tf32=True,  # as ONNX Runtime and torch's accelerators compute float32 products
             memory_pool_limits={trt.MemoryPoolType.WORKSPACE: workspace} if workspace else None,
             tactic_sources=compat.own_tactic_sources(trt),
-            builder_optimization_level=self.options.optimization_level,
+            builder_optimization_level=self.settings.optimization_level,
             progress_monitor=monitor,
         )
         compat.share_profiles(trt, config)
@@ -209,24 +163,8 @@ class EngineBuilder:
                 partial = path.with_name(f"{path.name}.partial")
                 partial.write_bytes(bytes(timings.serialize()))
                 os.replace(partial, path)
-        except OSError as error:  # the plan is built all the same
+        except OSError as error:  # the engine is built all the same
             self.report(f"warning: the timing cache {path} cannot be written: {error.strerror or error}")
-
-
-def check_profile(manifest: Manifest, profile: Profile) -> None:
-    """Raise `UsageError` unless every size of a profile lies in what the bundle was exported and checked for."""
-    for entry in profile.entry:
-        for bound in BOUNDS:
-            sizes = entry.at(bound)
-            if not manifest.profile.contains(**sizes):
-                raise UsageError(
-                    f"profile {profile.name!r} ({entry}) leaves the bundle's own ({manifest.profile}); "
-                    "export the bundle with the larger profile, or choose a smaller one"
-                )
-            try:
-                shapes.check(manifest.latent, manifest.patches, sizes)
-            except UsageError as error:
-                raise UsageError(f"profile {profile.name!r}: {error}") from None
 
 
 def optimization_profiles(manifest: Manifest, info: GraphInfo, profile: Profile) -> list[Any]:
@@ -255,7 +193,7 @@ def parser_error(parser: Any) -> str:
 def default_timing_cache(target: Target) -> Path:
     """A file in the user's cache folder, for every GPU model and TensorRT version one of its own."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = re.sub(r"[^\w.]+", "-", f"{target.gpu}-{target.tensorrt}")
+    name = re.sub(r"[^\w.]+", "-", f"{target.needs['gpu']}-{target.needs['tensorrt']}")
     return root / "ddit" / f"timing-{name}.cache"
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 
+import benchmark
 import numpy as np
 import onnx
 import pytest
@@ -15,8 +16,8 @@ import pytest
 from conftest import run
 from ddit.exporter.cli import main as export
 from ddit.runtime import Bundle, Pipeline
+from ddit.runtime.backends.artifacts import EngineStore
 from ddit.runtime.backends.onnxruntime import host as onnxruntime
-from ddit.runtime.backends.tensorrt.store import PlanStore
 from ddit.runtime.cli import main as ddit_run
 from ddit.runtime.errors import BackendError, UsageError
 from ddit.runtime.policies import Decision, Fixed, Policy
@@ -73,7 +74,8 @@ def test_engines_are_built_once_and_make_the_same_picture(machine):
     assert result.exit_code == 0, result.stderr
     plans = json.loads(result.stdout)
     assert [plan["graph"] for plan in plans] == list(Bundle.open(machine.bundle).manifest.graphs)
-    assert all(plan["built"] for plan in plans)
+    assert all(plan["built"] and plan["new"] for plan in plans)
+    assert {plan["backend"] for plan in plans} == {"tensorrt"}
     assert {plan["graph"]: plan["scratch"] for plan in plans} == {
         plan["graph"]: SCRATCH.get(plan["graph"], 512) for plan in plans
     }
@@ -233,6 +235,12 @@ def test_scratch_memory_is_the_largest_engine_s(built):
     assert built.cuda.used - before == scratch.nbytes
 
 
+def test_the_benchmark_tells_the_levels_scratch_memory(built):
+    table = benchmark.memory(Pipeline.open(built.bundle, backend="tensorrt"), [])
+    shown = [f"{SCRATCH[level] / 1e6:,.1f}" for level in ("level-2", "level-4")]
+    assert table[2:4] == [["scratch memory of level 2", shown[0]], ["scratch memory of level 4", shown[1]]]
+
+
 @pytest.mark.parametrize(
     ("gpu", "version", "words"),
     [
@@ -312,7 +320,7 @@ def test_what_the_builder_reports_becomes_a_line(one_machine, failure, words):
 
 
 def test_a_killed_builder_leaves_a_store_that_works(one_machine):
-    store = PlanStore(Bundle.open(one_machine.bundle))
+    store = EngineStore(Bundle.open(one_machine.bundle))
     store.folder.mkdir()
     assert one_machine.build("--level", 2).exit_code == 0
     key = one_machine.plans()[0].parent.name
@@ -339,7 +347,7 @@ def test_timings_are_kept_per_gpu_and_merged(one_machine, tmp_path):
 
 
 def test_a_second_builder_waits_and_finds_it_built(one_machine):
-    store = PlanStore(Bundle.open(one_machine.bundle))
+    store = EngineStore(Bundle.open(one_machine.bundle))
     assert one_machine.build().exit_code == 0
     key = one_machine.plans()[0].parent.name
     results = []
@@ -374,6 +382,7 @@ def test_inspect_shows_the_engines_and_verify_runs_them(built):
     assert all(plan["target"]["gpu"] == "Fake GPU" for plan in plans)
     text = run(ddit_run, "inspect", built.bundle).stdout
     assert f"Engines for Fake GPU (compute capability 9.0), TensorRT {plans[0]['target']['tensorrt']}" in text
+    assert "Backend tensorrt" in text
     assert all(plan["key"] in text for plan in plans)  # in 80 columns
 
     verified = json.loads(run(ddit_run, "verify", built.bundle, "--json").stdout)
@@ -407,8 +416,8 @@ def test_a_bundle_and_its_engines_in_one_go(tiny_pipeline, opset17_bundle, tmp_p
 
 def test_engines_of_graphs_that_are_gone_are_deleted(built):
     opened = Bundle.open(built.bundle)
-    PlanStore(opened).prune()
+    EngineStore(opened).prune()
     assert len(built.plans()) == 6
     opened.manifest.files["level-4.onnx"] = opened.manifest.files["level-2.onnx"]
-    PlanStore(opened).prune()
+    EngineStore(opened).prune()
     assert len(built.plans()) == 5
