@@ -21,12 +21,12 @@ from ddit.runtime.errors import DditError, UsageError
 from ddit.runtime.policies.schedule import Fixed
 
 try:
-    from evaluation_report import Facts, Measured, write_report
-    from evaluation_store import Settings, Store, describe_machine, make_missing
-    from flops import level_flops
-    from metrics import METRICS, Frechet, Pictures, Sample, load, why_not
-    from prompts import PROMPT_SEED, read_prompts
-    from scenes import BACKGROUNDS, Scene, balanced_scenes, render
+    from command_line.prompts import PROMPT_SEED, read_prompts
+    from demo_model.scenes import BACKGROUNDS, Scene, balanced_scenes, render
+    from evaluation.flops import level_flops
+    from evaluation.metrics import METRICS, Frechet, Pictures, Sample, load, why_not
+    from evaluation.report import Facts, Measured, write_report
+    from evaluation.store import Settings, Store, describe_machine, make_missing
 except ModuleNotFoundError as error:
     raise SystemExit(f"error: {error.name} is not installed: pip install 'ddit[cpu,evaluate]'") from None
 

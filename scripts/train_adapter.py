@@ -23,32 +23,32 @@ from ddit.profiles import ProfileError, load_profile
 from ddit.runtime import shapes
 from ddit.runtime.console import DditCommand, set_up_logging
 from ddit.runtime.errors import DditError, UsageError
+from ddit.runtime.files import whole
 from ddit.runtime.tools.bench import peak_memory_mb
 
 try:
     import torch
     from accelerate import Accelerator
     from diffusers import FluxTransformer2DModel
-    from distillation import Distillation
-    from encoding import (
+
+    from command_line.prompts import read_prompts
+    from ddit.exporter.adapter import load_adapter
+    from ddit.exporter.families.flux.model import NATIVE_PATCH, TORCH_DTYPES, FluxModel, load_component
+    from ddit.exporter.levels import FLUX_ATTENTION, FLUX_FEED_FORWARD, AdapterConfig
+    from demo_model.scenes import sample_scenes
+    from training.distillation import Distillation
+    from training.encoding import (
         Picture,
         encode_once,
         find_pictures,
         longest_text,
         picture_encoder,
-        random_text,
         text_encoder,
     )
-    from prompts import read_prompts
-    from random_model import random_transformer
-    from scenes import sample_scenes
-    from states import Draws, Noised, StateSource, Trajectories
-    from trainee import Trainee, train
-    from training import Ema, Training, whole
-
-    from ddit.exporter.adapter import load_adapter
-    from ddit.exporter.families.flux.model import NATIVE_PATCH, TORCH_DTYPES, FluxModel, load_component
-    from ddit.exporter.levels import FLUX_ATTENTION, FLUX_FEED_FORWARD, AdapterConfig
+    from training.loop import Ema, Training
+    from training.random_weights import random_text, random_transformer
+    from training.states import Draws, Noised, StateSource, Trajectories
+    from training.trainee import Trainee, train
 except ModuleNotFoundError as error:
     raise SystemExit(f"error: {error.name} is not installed: pip install 'ddit[train]'") from None
 

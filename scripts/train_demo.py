@@ -19,18 +19,28 @@ from time import perf_counter
 import click
 import torch
 import torch.nn.functional as F
-from demo_model import PATCH, TEXT_LENGTH, TINY, Sizes, make_clip, make_scheduler, make_t5, make_transformer, make_vae
 from diffusers import FluxPipeline
-from distillation import Distillation, States, level_tables
 from PIL import Image, ImageDraw
-from scene_classifier import SceneClassifier
-from scenes import Scene, render, sample_scenes
 from torch import Tensor, nn
-from training import Ema, Training, keep
 
 from ddit.exporter.adapter import save_adapter
 from ddit.exporter.families.flux.model import FluxLevel
 from ddit.exporter.levels import AdapterConfig, Level
+from demo_model.classifier import SceneClassifier
+from demo_model.parts import (
+    PATCH,
+    TEXT_LENGTH,
+    TINY,
+    Sizes,
+    make_clip,
+    make_scheduler,
+    make_t5,
+    make_transformer,
+    make_vae,
+)
+from demo_model.scenes import Scene, render, sample_scenes
+from training.distillation import Distillation, States, level_tables
+from training.loop import Ema, Training, keep
 
 SHIFT = 1.6487  # e^0.5: what FLUX's scheduler does to the noise levels at 256 image tokens
 EMPTY_CAPTION_SHARE = 0.1

@@ -4,17 +4,16 @@ import csv
 import json
 from pathlib import Path
 
-import evaluate
-import evaluation_store
-import metrics
-import prompts
 import pytest
 from PIL import Image
-from scenes import balanced_scenes
 
+import evaluate
+import prompts
 from conftest import run
 from ddit.runtime import Pipeline, Result
 from ddit.runtime.trace import StepRecord, Trace
+from demo_model.scenes import balanced_scenes
+from evaluation import metrics, store
 
 SIZE = ("--height", 64, "--width", 64)
 STEPS = ("--steps", 4)
@@ -212,7 +211,7 @@ def test_pictures_that_ran_together_share_the_time():
         steps = [StepRecord(i, 1.0, level, 10.0 * level, {}) for i, level in enumerate(levels)]
         return Result(Image.new("RGB", (1, 1)), Trace("", 0, 1, 1, 0.0, 0.0, "cpu", {}, steps), None)
 
-    assert evaluation_store.shares([result(2, 2), result(2, 4), result(2, 4)]) == pytest.approx(
+    assert store.shares([result(2, 2), result(2, 4), result(2, 4)]) == pytest.approx(
         [20 / 3 + 20, 20 / 3 + 20, 20 / 3 + 20]
     )
-    assert evaluation_store.shares([result(2, 4)]) == [60.0]
+    assert store.shares([result(2, 4)]) == [60.0]

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-from distillation import States
-from encoding import Rows
 from torch import Tensor
 
 from ddit.exporter.families.flux.model import NATIVE_PATCH
 from ddit.runtime.bundle.manifest import FlowMatchEulerInfo
 from ddit.runtime.samplers.sigmas import sigmas
+from training.distillation import States
+from training.encoding import Rows
 
 POOL_BATCHES, POOL_LEAST = 8, 64  # trajectories under way: so many batches of them, and so many at least
 

@@ -6,13 +6,13 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from distillation import Distillation
-from states import StateSource
-from training import Ema, Log, Progress, Training, keep
 
 from ddit.exporter.adapter import save_adapter
 from ddit.runtime.errors import DditError
 from ddit.runtime.files import whole
+from training.distillation import Distillation
+from training.loop import Ema, Log, Progress, Training, keep
+from training.states import StateSource
 
 
 @dataclass

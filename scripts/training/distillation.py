@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
-from training import Training
 
 from ddit.exporter.adapter import Adapter
 from ddit.exporter.families.flux.model import NATIVE_PATCH, FluxLevel, rotary_positions
 from ddit.exporter.levels import AdapterConfig, Level
 from ddit.runtime.conditioning.positions import rotary_tables
+from training.loop import Training
 
 
 @dataclass(frozen=True)

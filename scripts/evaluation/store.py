@@ -19,7 +19,6 @@ from platform import machine, processor
 from typing import Any
 
 import numpy as np
-from metrics import Pictures, Sample
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -29,6 +28,7 @@ from ddit.runtime.console import say
 from ddit.runtime.errors import DditError, UsageError
 from ddit.runtime.files import whole
 from ddit.runtime.policies.schedule import Fixed
+from evaluation.metrics import Pictures, Sample
 
 READ_AT_ONCE = 25
 

@@ -16,12 +16,13 @@ from diffusers import AutoencoderKL
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from training import Training, whole
 
 from ddit.exporter.families.flux.model import TORCH_DTYPES, FluxModel, load_component
 from ddit.exporter.models import Source
 from ddit.runtime.bundle.manifest import Dtype
 from ddit.runtime.errors import DditError, ModelError, UsageError
+from ddit.runtime.files import whole
+from training.loop import Training
 
 FILE_ROWS = 256
 CALL_ROWS = {"text": 32, "pictures": 4}  # encoded together: pictures of a megapixel take gigabytes in the VAE
@@ -120,13 +121,6 @@ def longest_text(flux: FluxModel, random_weights: bool) -> int:
         return LONGEST_TEXT
     config: dict[str, Any] = flux.source.config("tokenizer_2", "tokenizer_config.json")
     return min(int(config.get("model_max_length", LONGEST_TEXT)), LONGEST_TEXT)
-
-
-def random_text(flux: FluxModel, count: int, length: int, device: torch.device) -> Rows:
-    """Embeddings of no prompt in particular."""
-    config, dtype = flux.transformer_config, TORCH_DTYPES[flux.dtype]
-    context = torch.randn(count, length, config["joint_attention_dim"], dtype=dtype)
-    return Rows([{"context": context, "pooled": torch.randn(count, config["pooled_projection_dim"])}], device)
 
 
 @dataclass(frozen=True)
