@@ -101,10 +101,11 @@ def train(seconds: float, *, batch: int = 64, size: int = SEEN_SIZE, device: str
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             logits = classifier(_disturb(render(scenes, size, device)))
             # the mean over six shapes is a sixth of what choosing one would cost
-            loss = 6 * sum(F.binary_cross_entropy_with_logits(logits[n], truth[n]) for n in ("shape", "colour"))
-            loss = loss + sum(F.cross_entropy(logits[n], truth[n]) for n in ("background", "count"))
+            shape, colour = (F.binary_cross_entropy_with_logits(logits[n], truth[n]) for n in ("shape", "colour"))
+            background, count = (F.cross_entropy(logits[n], truth[n]) for n in ("background", "count"))
+            loss = 6 * (shape + colour) + (background + count)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         step += 1
         if step % 500 == 0:

@@ -61,12 +61,12 @@ class Distillation:
         transformer.requires_grad_(False)
         self.run = run
         levels = {patch: FluxLevel(transformer, patch, config) for patch in patches}
-        for patch, level in levels.items():
+        for patch, coarse in levels.items():
             if not resize:
-                level.embed.reset_parameters()
-                level.head.reset_parameters()
+                coarse.embed.reset_parameters()
+                coarse.head.reset_parameters()
             if start is not None:
-                start.apply(level, patch)
+                start.apply(coarse, patch)
         self.levels: dict[int, Level] = {**levels}
         self.groups = [{"params": list(level.own_parameters().values())} for level in self.levels.values()]
         self.own = nn.ParameterList([parameter for group in self.groups for parameter in group["params"]])
@@ -105,7 +105,9 @@ class Distillation:
         for patch in self.levels:
             velocity = self._velocity(patch, states)
             loss = F.mse_loss(velocity, target)
-            (share * loss).backward()  # level by level: the next one's activations take the place of this one's
+            torch.autograd.backward(
+                share * loss
+            )  # level by level: the next one's activations take the place of this one's
             self.run.note(f"level {patch}", loss / variance)
             velocities[patch] = velocity.detach()
         return velocities

@@ -79,17 +79,17 @@ class Training:
     @property
     def device(self) -> torch.device:
         """This process's device."""
-        return self.accelerator.device
+        return torch.device(self.accelerator.device)
 
     @property
     def rank(self) -> int:
         """This process's number."""
-        return self.accelerator.process_index
+        return int(self.accelerator.process_index)
 
     @property
     def world(self) -> int:
         """Processes that train together, one a GPU."""
-        return self.accelerator.num_processes
+        return int(self.accelerator.num_processes)
 
     def steps(
         self, seconds: float, optimizer: torch.optim.Optimizer, what: str, progress: Progress | None = None
@@ -151,7 +151,7 @@ class Training:
 
     def update(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """One optimiser step on a loss."""
-        loss.backward()
+        torch.autograd.backward(loss)
         self.step(optimizer)
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:

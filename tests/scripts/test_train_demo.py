@@ -15,7 +15,9 @@ from ddit.exporter.levels import AdapterConfig
 from ddit.exporter.models import find_model
 from demo_model import parts
 from demo_model.classifier import SceneClassifier
+from demo_model.results import sample, save_model
 from demo_model.scenes import render, sample_scenes
+from demo_model.stages import TEST_SEED, Denoiser, Run
 
 SIZES = parts.TINY
 PROMPT = "two small red stars on a striped background"
@@ -30,15 +32,15 @@ def trained(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def saved(trained, tmp_path) -> tuple[train_demo.Run, train_demo.Denoiser]:
+def saved(trained, tmp_path) -> tuple[Run, Denoiser]:
     """A pipeline with random weights everywhere; two steps leave the velocity near 0, which would hide mistakes."""
     (tmp_path / "vae").symlink_to(trained / "vae")
-    settings = train_demo.Run(out=tmp_path, sizes=SIZES, scenes=2, batch=2, max_steps=2)
-    denoiser = train_demo.Denoiser(SIZES)
+    settings = Run(out=tmp_path, sizes=SIZES, scenes=2, batch=2, max_steps=2)
+    denoiser = Denoiser(SIZES)
     with torch.no_grad():
         for parameter in denoiser.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    train_demo.save_model(settings, denoiser, {})
+    save_model(settings, denoiser, {})
     return settings, denoiser.eval()
 
 
@@ -100,10 +102,10 @@ def test_sampler_agrees_with_the_saved_pipeline(saved):
     # the tiny picture has 16 tokens where the demo's has 256, and the shift of the noise levels follows their number
     pipeline.scheduler.register_to_config(base_image_seq_len=16)
     native = FluxLevel(denoiser.transformer, parts.PATCH)
-    ours = train_demo.sample(settings, denoiser, native, parts.PATCH, [PROMPT], guidance=3.0)
+    ours = sample(settings, denoiser, native, parts.PATCH, [PROMPT], guidance=3.0)
 
     side, channels = SIZES.picture // 8, SIZES.latent_channels
-    noise = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(train_demo.TEST_SEED))
+    noise = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(TEST_SEED))
     theirs = pipeline(
         PROMPT,
         height=SIZES.picture,
