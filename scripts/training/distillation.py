@@ -21,7 +21,7 @@ from training.loop import Training
 
 @dataclass(frozen=True)
 class States:
-    """A batch of noisy latents and what the transformer is told of them."""
+    """A batch of noisy latents and the transformer's other inputs."""
 
     latent: Tensor  # (B, C, H, W) float32
     sigma: Tensor  # (B,) noise levels
@@ -96,7 +96,8 @@ class Distillation:
     def backward(self, states: States, share: float = 1.0) -> dict[int, Tensor]:
         """Add the gradient of every level's error to its own parameters; returns all levels' velocities (B, C, H, W).
 
-        ``share``: of these states in the optimiser's step. The losses noted are shares of the teacher's variance.
+        ``share`` is the weight of this batch in the optimiser's step. The losses in the report are divided by the
+        variance of the teacher's velocity.
         """
         with torch.no_grad():
             target = self._velocity(NATIVE_PATCH, states)

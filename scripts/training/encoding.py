@@ -1,7 +1,7 @@
 """Prompts and pictures, encoded once: training needs their embeddings and latents, but not the encoders.
 
-Rows are kept in files of a few hundred, named by a hash of what they were made from: an interrupted run loses one
-file's work, and whatever changes is encoded again.
+Rows are kept in files of 256, each named by a hash of its inputs. An interrupted run loses at most one file's work, and
+inputs that change are encoded again.
 """
 
 import hashlib
@@ -67,9 +67,9 @@ def encode_once(
 
     Args:
         what: ``text`` or ``pictures``, the files' first word.
-        identity: all else that the rows depend on.
-        items: their ``repr`` tells them apart.
-        load: loads the encoder; called where something is missing, and freed after.
+        identity: everything else that the rows depend on, as the model and its precision.
+        items: items with the same ``repr`` are taken for the same.
+        load: loads the encoder; called only where rows are missing. The encoder is freed afterwards.
     """
     groups = [items[start : start + FILE_ROWS] for start in range(0, len(items), FILE_ROWS)]
     files = []

@@ -1,4 +1,4 @@
-"""An adapter in training: what changes, the files in which that is kept, and the loop."""
+"""An adapter in training: its state, its checkpoints, and the loop."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from training.states import StateSource
 
 @dataclass
 class Trainee:
-    """What training changes, and the files in which it is kept."""
+    """The state that training changes, saved to checkpoints and restored from them."""
 
     run: Training
     out: Path
