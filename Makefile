@@ -33,12 +33,12 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The packages live in exporter/, runtime/ and profiles/ and import as ddit.*: links show mypy that layout.
+# The packages live in exporter/, runtime/ and profiles/ and import as ddit.*: links show mypy that layout. Commands
+# and the packages beside them import from scripts/, as they do when they run.
 types: setup
 	mkdir -p build/types/ddit
 	for package in exporter runtime profiles; do ln -sfn ../../../$$package build/types/ddit/$$package; done
-	MYPYPATH=build/types $(BIN)/mypy --namespace-packages --explicit-package-bases \
-		-p ddit.exporter -p ddit.runtime -p ddit.profiles
+	MYPYPATH=build/types:scripts $(BIN)/mypy --namespace-packages --explicit-package-bases build/types/ddit scripts
 
 unit: setup
 	$(BIN)/pytest -n 2

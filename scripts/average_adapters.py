@@ -1,4 +1,4 @@
-"""Average adapters of one training: between an early and a late one there may be a better one than either.
+"""Average adapters of one training: the mean of an early and a late one may be better than either.
 
     python scripts/average_adapters.py early.safetensors late.safetensors --weights 1,1 --out adapter.safetensors
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import click
 import numpy as np
@@ -154,7 +155,7 @@ def pictures(
     table = [columns.split("|")]
     for height, width in shapes:
         schedule = reference.schedule(text, steps=steps, height=height, width=width)
-        options = {"seed": SEED, "steps": steps, "schedule": schedule, "height": height, "width": width}
+        options: dict[str, Any] = {"seed": SEED, "steps": steps, "schedule": schedule, "height": height, "width": width}
         for pipeline in (reference, measured):
             pipeline(prompts[0], **options)  # prepares the engines
         for prompt in prompts:
@@ -209,7 +210,8 @@ def timings(pipeline: Pipeline, height: int, width: int, repeat: int) -> Table:
     """Median milliseconds of a step at every level, and what a switch between two adds to their own times."""
     manifest = pipeline.bundle.manifest
     patches = manifest.patches
-    patterns = [(patch,) for patch in patches] + [(manifest.native, patch) for patch in patches[1:]]
+    patterns: list[tuple[int, ...]] = [(patch,) for patch in patches]
+    patterns += [(manifest.native, patch) for patch in patches[1:]]
     rounds: dict[tuple[int, ...], list[float]] = {pattern: [] for pattern in patterns}
     for _ in range(5):  # in turn, so that a machine that slows down slows all of them
         for pattern in patterns:

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import click
 import torch
-from demo_model import Sizes, make_clip, make_t5
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 
 from ddit.exporter.adapter import save_adapter
 from ddit.exporter.cli import Levels
-from ddit.exporter.families.flux.model import NATIVE_PATCH, TORCH_DTYPES, FluxLevel, FluxModel
-from ddit.exporter.levels import AdapterConfig
+from ddit.exporter.families.flux.model import NATIVE_PATCH, TORCH_DTYPES, FluxModel
 from ddit.exporter.models import DEFAULTS_FILE, ExportDefaults, find_model, quiet_libraries
 from ddit.runtime.bundle.manifest import Dtype
 from ddit.runtime.console import DditCommand, say, set_up_logging
 from ddit.runtime.errors import UsageError
+from demo_model.parts import Sizes, make_clip, make_t5
+from training.random_weights import random_level, random_transformer
 
 T5_LENGTH = 512  # text tokens of FLUX.1-dev
 ADAPTER = "adapter.safetensors"
@@ -77,26 +77,6 @@ def main(
         defaults = defaults.model_copy(update={"adapter": ADAPTER})
     (out / DEFAULTS_FILE).write_text(defaults.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
     say(f"written to {out}")
-
-
-def random_transformer(config: dict[str, object], dtype: torch.dtype, device: torch.device) -> FluxTransformer2DModel:
-    """A transformer of a configuration with torch's initial weights, made in place: 12 billion in float32 are 48 GB."""
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            return FluxTransformer2DModel.from_config(config)
-    finally:
-        torch.set_default_dtype(usual)
-
-
-def random_level(transformer: FluxTransformer2DModel, patch: int) -> FluxLevel:
-    """A coarse level whose additions are as if trained: none of them is zero."""
-    level = FluxLevel(transformer, patch, AdapterConfig())
-    with torch.no_grad():
-        for parameter in level.own_parameters().values():
-            parameter.add_(torch.randn_like(parameter) * 0.01)
-    return level
 
 
 if __name__ == "__main__":

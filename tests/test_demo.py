@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scene_classifier import SceneClassifier
-from scenes import sample_scenes
 
 from conftest import make_once, run
 from ddit.runtime import Bundle, Pipeline
 from ddit.runtime.backends.onnxruntime import host as onnxruntime
 from ddit.runtime.backends.registry import open_backend
 from ddit.runtime.cli import main as ddit_run
+from demo_model.classifier import SceneClassifier
+from demo_model.scenes import sample_scenes
 
 EXPORT = """
 import sys, time

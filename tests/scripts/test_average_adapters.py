@@ -1,10 +1,10 @@
 """Averaging adapters: the mean, what has none, and bad input in one line."""
 
-import average_adapters
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import average_adapters
 from conftest import run
 from ddit.exporter.adapter import Adapter, load_adapter
 

@@ -3,7 +3,6 @@
 import re
 
 import benchmark
-
 from conftest import run
 from ddit.runtime.policies.schedule import Dynamic, Native
 from ddit.runtime.trace import StepRecord, Trace

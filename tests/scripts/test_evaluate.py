@@ -4,17 +4,17 @@ import csv
 import json
 from pathlib import Path
 
-import evaluate
-import evaluation_store
-import metrics
-import prompts
 import pytest
 from PIL import Image
-from scenes import balanced_scenes
 
+import evaluate
+import prompts
 from conftest import run
 from ddit.runtime import Pipeline, Result
 from ddit.runtime.trace import StepRecord, Trace
+from demo_model.scenes import balanced_scenes
+from evaluation import measure, metrics, store
+from evaluation.samples import read_samples
 
 SIZE = ("--height", 64, "--width", 64)
 STEPS = ("--steps", 4)
@@ -24,7 +24,7 @@ NAMES = ("native", "dynamic:tau=1e9", "fixed:8x1,4x1,2x2")
 
 @pytest.fixture(autouse=True)
 def _few_scenes(monkeypatch):
-    monkeypatch.setattr(evaluate, "DATA_SCENES", 20)
+    monkeypatch.setattr(measure, "DATA_SCENES", 20)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def finished(tiny_bundle, tmp_path_factory) -> tuple[Path, str]:
     """The folder of a finished run over three scenes, and what was said."""
     out = tmp_path_factory.mktemp("evaluate") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "DATA_SCENES", 20)
+        patch.setattr(measure, "DATA_SCENES", 20)
         result = run(evaluate.main, tiny_bundle, "--prompts", "scenes:3", *SIZE, *STEPS, *SCHEDULES, "--out", out)
     assert result.exit_code == 0, result.stderr
     return out, result.stderr
@@ -199,12 +199,12 @@ def test_a_longer_list_of_scenes_goes_on_from_a_shorter_one():
     scenes = balanced_scenes(12, 5)
     assert [scene.plain for scene in scenes] == [True, False] * 6
     assert balanced_scenes(7, 5) == scenes[:7]
-    assert evaluate.read_samples("scenes:12", 1)[:4] == evaluate.read_samples("scenes:4", 1)
-    assert evaluate.read_samples("scenes:12", 2)[8:] == evaluate.read_samples("scenes:4-12", 2)
+    assert read_samples("scenes:12", 1)[:4] == read_samples("scenes:4", 1)
+    assert read_samples("scenes:12", 2)[8:] == read_samples("scenes:4-12", 2)
     printed = run(prompts.main, "scenes:4-12").stdout.splitlines()
-    assert printed == [one.prompt for one in evaluate.read_samples("scenes:4-12", 1)]
-    dotted = evaluate.read_samples("scenes:40", 1, "dotted")
-    assert dotted == [one for one in evaluate.read_samples("scenes:40", 1) if one.scene.background == "dotted"] != []
+    assert printed == [one.prompt for one in read_samples("scenes:4-12", 1)]
+    dotted = read_samples("scenes:40", 1, "dotted")
+    assert dotted == [one for one in read_samples("scenes:40", 1) if one.scene.background == "dotted"] != []
 
 
 def test_pictures_that_ran_together_share_the_time():
@@ -212,7 +212,7 @@ def test_pictures_that_ran_together_share_the_time():
         steps = [StepRecord(i, 1.0, level, 10.0 * level, {}) for i, level in enumerate(levels)]
         return Result(Image.new("RGB", (1, 1)), Trace("", 0, 1, 1, 0.0, 0.0, "cpu", {}, steps), None)
 
-    assert evaluation_store.shares([result(2, 2), result(2, 4), result(2, 4)]) == pytest.approx(
+    assert store.shares([result(2, 2), result(2, 4), result(2, 4)]) == pytest.approx(
         [20 / 3 + 20, 20 / 3 + 20, 20 / 3 + 20]
     )
-    assert evaluation_store.shares([result(2, 4)]) == [60.0]
+    assert store.shares([result(2, 4)]) == [60.0]

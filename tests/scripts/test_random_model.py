@@ -1,7 +1,6 @@
 """scripts/random_model.py on a tiny configuration."""
 
 import random_model
-
 from conftest import run
 from ddit.exporter.adapter import load_adapter
 from ddit.exporter.cli import main as export

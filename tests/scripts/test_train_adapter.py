@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_adapter
 from PIL import Image
 from safetensors.torch import load_file
-from states import Trajectories
-from trainee import Trainee
 
+import train_adapter
 from conftest import run
 from ddit.exporter.adapter import load_adapter
 from ddit.exporter.cli import main as export
 from ddit.runtime import Bundle
+from training.states import Trajectories
+from training.trainee import Trainee
 
 PROMPTS = ("a red circle", "two blue stars on a striped background", "a large green square")
 SMALL = ("--height", 64, "--width", 64, "--text-length", 12, "--rank", 4, "--residual-width", 8, "--precision", "fp32")

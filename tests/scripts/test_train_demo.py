@@ -3,21 +3,23 @@
 import json
 from pathlib import Path
 
-import demo_model
 import pytest
 import torch
-import train_demo
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from scene_classifier import SceneClassifier
-from scenes import render, sample_scenes
 
+import train_demo
 from conftest import run
 from ddit.exporter.adapter import load_adapter
 from ddit.exporter.families.flux.model import FluxLevel
 from ddit.exporter.levels import AdapterConfig
 from ddit.exporter.models import find_model
+from demo_model import parts
+from demo_model.classifier import SceneClassifier
+from demo_model.results import sample, save_model
+from demo_model.scenes import render, sample_scenes
+from demo_model.stages import TEST_SEED, Denoiser, Run
 
-SIZES = demo_model.TINY
+SIZES = parts.TINY
 PROMPT = "two small red stars on a striped background"
 
 
@@ -30,15 +32,15 @@ def trained(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def saved(trained, tmp_path) -> tuple[train_demo.Run, train_demo.Denoiser]:
+def saved(trained, tmp_path) -> tuple[Run, Denoiser]:
     """A pipeline with random weights everywhere; two steps leave the velocity near 0, which would hide mistakes."""
     (tmp_path / "vae").symlink_to(trained / "vae")
-    settings = train_demo.Run(out=tmp_path, sizes=SIZES, scenes=2, batch=2, max_steps=2)
-    denoiser = train_demo.Denoiser(SIZES)
+    settings = Run(out=tmp_path, sizes=SIZES, scenes=2, batch=2, max_steps=2)
+    denoiser = Denoiser(SIZES)
     with torch.no_grad():
         for parameter in denoiser.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    train_demo.save_model(settings, denoiser, {})
+    save_model(settings, denoiser, {})
     return settings, denoiser.eval()
 
 
@@ -86,9 +88,9 @@ def test_tokens_are_those_of_the_saved_pipeline(saved):
     pipeline = FluxPipeline.from_pretrained(settings.out / "model")
     ids = denoiser.tokenize([PROMPT, ""])
     for row, tokenizer in enumerate((pipeline.tokenizer, pipeline.tokenizer_2)):
-        again = tokenizer([PROMPT, ""], padding="max_length", max_length=demo_model.TEXT_LENGTH, return_tensors="pt")
+        again = tokenizer([PROMPT, ""], padding="max_length", max_length=parts.TEXT_LENGTH, return_tensors="pt")
         assert torch.equal(ids[:, row], again.input_ids)
-        assert tokenizer.model_max_length == demo_model.TEXT_LENGTH
+        assert tokenizer.model_max_length == parts.TEXT_LENGTH
     assert not (ids[:, 1] == denoiser.t5_tokenizer.unk_token_id).any()
     assert pipeline.text_encoder.config.eos_token_id == pipeline.tokenizer.eos_token_id  # where CLIP pools
 
@@ -99,18 +101,18 @@ def test_sampler_agrees_with_the_saved_pipeline(saved):
     pipeline.set_progress_bar_config(disable=True)
     # the tiny picture has 16 tokens where the demo's has 256, and the shift of the noise levels follows their number
     pipeline.scheduler.register_to_config(base_image_seq_len=16)
-    native = FluxLevel(denoiser.transformer, demo_model.PATCH)
-    ours = train_demo.sample(settings, denoiser, native, demo_model.PATCH, [PROMPT], guidance=3.0)
+    native = FluxLevel(denoiser.transformer, parts.PATCH)
+    ours = sample(settings, denoiser, native, parts.PATCH, [PROMPT], guidance=3.0)
 
     side, channels = SIZES.picture // 8, SIZES.latent_channels
-    noise = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(train_demo.TEST_SEED))
+    noise = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(TEST_SEED))
     theirs = pipeline(
         PROMPT,
         height=SIZES.picture,
         width=SIZES.picture,
         num_inference_steps=2,
         guidance_scale=3.0,
-        max_sequence_length=demo_model.TEXT_LENGTH,
+        max_sequence_length=parts.TEXT_LENGTH,
         latents=FluxPipeline._pack_latents(noise, 1, channels, side, side),
         output_type="latent",
     ).images

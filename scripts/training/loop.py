@@ -1,4 +1,4 @@
-"""What the training scripts share: a loop with a budget on any number of processes, averages, logs, whole files."""
+"""The training loop: a budget of time and steps on any number of processes, weight averages, logs, checkpoints."""
 
 import csv
 from collections.abc import Iterable, Iterator
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ddit.runtime.files import whole
 
 REPORT_SECONDS = 10.0
-FIRST_REPORT = 10  # steps; what comes before is compiling and allocating, and left out of the rate
+FIRST_REPORT = 10  # steps; they compile and allocate, so the rate leaves them out
 WARM_UP = 200  # steps
 
 
@@ -24,15 +24,15 @@ WARM_UP = 200  # steps
 class Progress:
     """How far training has come, over all its runs."""
 
-    step: int = 0  # that are done, the one under way included
+    step: int = 0  # steps that have begun
     seconds: float = 0.0
 
 
 class Log:
-    """A row of numbers a report: a CSV file, and TensorBoard where that is installed."""
+    """Writes every report's numbers to a CSV file, and to TensorBoard where that is installed."""
 
     def __init__(self, folder: Path, step: int):
-        """Go on after ``step``; what an interrupted run wrote later than its last checkpoint is dropped."""
+        """Continue after ``step``: rows that an interrupted run wrote after its last checkpoint are dropped."""
         self._path = folder / "log.csv"
         self._rows: list[dict[str, Any]] = []
         if self._path.exists():
@@ -79,17 +79,17 @@ class Training:
     @property
     def device(self) -> torch.device:
         """This process's device."""
-        return self.accelerator.device
+        return torch.device(self.accelerator.device)
 
     @property
     def rank(self) -> int:
         """This process's number."""
-        return self.accelerator.process_index
+        return int(self.accelerator.process_index)
 
     @property
     def world(self) -> int:
         """Processes that train together, one a GPU."""
-        return self.accelerator.num_processes
+        return int(self.accelerator.num_processes)
 
     def steps(
         self, seconds: float, optimizer: torch.optim.Optimizer, what: str, progress: Progress | None = None
@@ -151,7 +151,7 @@ class Training:
 
     def update(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """One optimiser step on a loss."""
-        loss.backward()
+        torch.autograd.backward(loss)
         self.step(optimizer)
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -177,7 +177,7 @@ class Training:
 
     def compiled(self, module: nn.Module) -> nn.Module:
         """The module, compiled where that pays."""
-        return torch.compile(module, dynamic=False) if self.compile else module  # type: ignore[return-value]
+        return cast(nn.Module, torch.compile(module, dynamic=False)) if self.compile else module
 
 
 class Ema:

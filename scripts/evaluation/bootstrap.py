@@ -39,11 +39,13 @@ def estimate_ratio(numerators: ArrayLike, denominators: ArrayLike, seeds: int) -
 
 
 def _ratio(numerators: FloatArray, denominators: FloatArray, axis: int = -1) -> FloatArray:
-    return np.sum(numerators, axis=axis) / np.sum(denominators, axis=axis)
+    ratio: FloatArray = np.sum(numerators, axis=axis) / np.sum(denominators, axis=axis)
+    return ratio
 
 
 def _by_prompt(values: ArrayLike, seeds: int) -> FloatArray:
-    return np.asarray(values, dtype=np.float64).reshape(-1, seeds).mean(axis=1)
+    means: FloatArray = np.asarray(values, dtype=np.float64).reshape(-1, seeds).mean(axis=1)
+    return means
 
 
 def _bootstrap(statistic: Statistic, *samples: FloatArray) -> Estimate:

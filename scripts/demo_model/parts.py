@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from scenes import vocabulary
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from demo_model.scenes import vocabulary
 
 TEXT_LENGTH = 16  # the longest caption has 13 tokens, start and end included
 PATCH = 2

@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 import pytest
-from bootstrap import Estimate, estimate, estimate_ratio
+
+from evaluation.bootstrap import Estimate, estimate, estimate_ratio
 
 
 def test_the_interval_of_a_mean_holds_it_and_narrows():

@@ -1,6 +1,5 @@
 """Operations counted in a bundle's graphs are those that torch counts in the original model."""
 
-import flops
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
@@ -9,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddit.runtime import Bundle
 from ddit.runtime.errors import UsageError
+from evaluation import flops
 
 TEXT = 16  # tokens of the tiny pipeline's prompts
 

@@ -1,6 +1,6 @@
 """A small classifier of `scenes`: it judges whether a picture shows what its prompt says.
 
-classifier = SceneClassifier.load("scripts/scene_classifier.safetensors")
+classifier = SceneClassifier.load()
 classifier.judge(pictures, scenes)         # {"shape": [True, …], "colour": …, "background": …, "count": …}
 """
 
@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 
-import click
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, render, sample_scenes
 from torch import Tensor, nn
+
+from demo_model.scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, render, sample_scenes
 
 WEIGHTS = Path(__file__).with_name("scene_classifier.safetensors")
 NAMES = list(COLOURS)
@@ -101,10 +101,11 @@ def train(seconds: float, *, batch: int = 64, size: int = SEEN_SIZE, device: str
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             logits = classifier(_disturb(render(scenes, size, device)))
             # the mean over six shapes is a sixth of what choosing one would cost
-            loss = 6 * sum(F.binary_cross_entropy_with_logits(logits[n], truth[n]) for n in ("shape", "colour"))
-            loss = loss + sum(F.cross_entropy(logits[n], truth[n]) for n in ("background", "count"))
+            shape, colour = (F.binary_cross_entropy_with_logits(logits[n], truth[n]) for n in ("shape", "colour"))
+            background, count = (F.cross_entropy(logits[n], truth[n]) for n in ("background", "count"))
+            loss = 6 * (shape + colour) + (background + count)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         step += 1
         if step % 500 == 0:
@@ -117,16 +118,3 @@ def train(seconds: float, *, batch: int = 64, size: int = SEEN_SIZE, device: str
         right += [all(values) for values in zip(*judged.values(), strict=True)]
     print(f"classifier: {step} steps, all heads right on {sum(right) / len(right):.2%} of unseen scenes", flush=True)
     return classifier
-
-
-@click.command()
-@click.option("--seconds", default=1200.0, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=WEIGHTS, help="Where to write the weights.")
-def main(seconds: float, out: Path) -> None:
-    """Train the classifier."""
-    torch.manual_seed(0)
-    train(seconds, device="cuda" if torch.cuda.is_available() else "cpu").save(out)
-
-
-if __name__ == "__main__":
-    main()

@@ -20,12 +20,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scene_classifier import SceneClassifier
-from scenes import Scene
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 
 from ddit.runtime.errors import DditError, UsageError
+from demo_model.classifier import SceneClassifier
+from demo_model.scenes import Scene
 
 Pictures = NDArray[np.uint8]
 

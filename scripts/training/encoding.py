@@ -1,7 +1,7 @@
 """Prompts and pictures, encoded once: training needs their embeddings and latents, but not the encoders.
 
-Rows are kept in files of a few hundred, named by a hash of what they were made from: an interrupted run loses one
-file's work, and whatever changes is encoded again.
+Rows are kept in files of 256, each named by a hash of its inputs. An interrupted run loses at most one file's work, and
+inputs that change are encoded again.
 """
 
 import hashlib
@@ -16,12 +16,13 @@ from diffusers import AutoencoderKL
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from training import Training, whole
 
 from ddit.exporter.families.flux.model import TORCH_DTYPES, FluxModel, load_component
 from ddit.exporter.models import Source
 from ddit.runtime.bundle.manifest import Dtype
 from ddit.runtime.errors import DditError, ModelError, UsageError
+from ddit.runtime.files import whole
+from training.loop import Training
 
 FILE_ROWS = 256
 CALL_ROWS = {"text": 32, "pictures": 4}  # encoded together: pictures of a megapixel take gigabytes in the VAE
@@ -66,9 +67,9 @@ def encode_once(
 
     Args:
         what: ``text`` or ``pictures``, the files' first word.
-        identity: all else that the rows depend on.
-        items: their ``repr`` tells them apart.
-        load: loads the encoder; called where something is missing, and freed after.
+        identity: everything else that the rows depend on, as the model and its precision.
+        items: items with the same ``repr`` are taken for the same.
+        load: loads the encoder; called only where rows are missing. The encoder is freed afterwards.
     """
     groups = [items[start : start + FILE_ROWS] for start in range(0, len(items), FILE_ROWS)]
     files = []
@@ -120,13 +121,6 @@ def longest_text(flux: FluxModel, random_weights: bool) -> int:
         return LONGEST_TEXT
     config: dict[str, Any] = flux.source.config("tokenizer_2", "tokenizer_config.json")
     return min(int(config.get("model_max_length", LONGEST_TEXT)), LONGEST_TEXT)
-
-
-def random_text(flux: FluxModel, count: int, length: int, device: torch.device) -> Rows:
-    """Embeddings of no prompt in particular."""
-    config, dtype = flux.transformer_config, TORCH_DTYPES[flux.dtype]
-    context = torch.randn(count, length, config["joint_attention_dim"], dtype=dtype)
-    return Rows([{"context": context, "pooled": torch.randn(count, config["pooled_projection_dim"])}], device)
 
 
 @dataclass(frozen=True)

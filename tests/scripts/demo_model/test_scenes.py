@@ -3,9 +3,10 @@
 import math
 
 import pytest
-import scenes
 import torch
-from scene_classifier import labels
+
+from demo_model import scenes
+from demo_model.classifier import labels
 
 
 @pytest.fixture(scope="module")

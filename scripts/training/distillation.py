@@ -11,17 +11,17 @@ import torch
 import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
-from training import Training
 
 from ddit.exporter.adapter import Adapter
 from ddit.exporter.families.flux.model import NATIVE_PATCH, FluxLevel, rotary_positions
 from ddit.exporter.levels import AdapterConfig, Level
 from ddit.runtime.conditioning.positions import rotary_tables
+from training.loop import Training
 
 
 @dataclass(frozen=True)
 class States:
-    """A batch of noisy latents and what the transformer is told of them."""
+    """A batch of noisy latents and the transformer's other inputs."""
 
     latent: Tensor  # (B, C, H, W) float32
     sigma: Tensor  # (B,) noise levels
@@ -61,12 +61,12 @@ class Distillation:
         transformer.requires_grad_(False)
         self.run = run
         levels = {patch: FluxLevel(transformer, patch, config) for patch in patches}
-        for patch, level in levels.items():
+        for patch, coarse in levels.items():
             if not resize:
-                level.embed.reset_parameters()
-                level.head.reset_parameters()
+                coarse.embed.reset_parameters()
+                coarse.head.reset_parameters()
             if start is not None:
-                start.apply(level, patch)
+                start.apply(coarse, patch)
         self.levels: dict[int, Level] = {**levels}
         self.groups = [{"params": list(level.own_parameters().values())} for level in self.levels.values()]
         self.own = nn.ParameterList([parameter for group in self.groups for parameter in group["params"]])
@@ -96,7 +96,8 @@ class Distillation:
     def backward(self, states: States, share: float = 1.0) -> dict[int, Tensor]:
         """Add the gradient of every level's error to its own parameters; returns all levels' velocities (B, C, H, W).
 
-        ``share``: of these states in the optimiser's step. The losses noted are shares of the teacher's variance.
+        ``share`` is the weight of this batch in the optimiser's step. The losses in the report are divided by the
+        variance of the teacher's velocity.
         """
         with torch.no_grad():
             target = self._velocity(NATIVE_PATCH, states)
@@ -105,7 +106,9 @@ class Distillation:
         for patch in self.levels:
             velocity = self._velocity(patch, states)
             loss = F.mse_loss(velocity, target)
-            (share * loss).backward()  # level by level: the next one's activations take the place of this one's
+            torch.autograd.backward(
+                share * loss
+            )  # level by level: the next one's activations take the place of this one's
             self.run.note(f"level {patch}", loss / variance)
             velocities[patch] = velocity.detach()
         return velocities

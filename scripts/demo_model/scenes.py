@@ -150,11 +150,11 @@ def _thing(rng: random.Random, shape: str, colour: str, x: float, y: float, radi
 def _background_colours(rng: random.Random) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Two muted colours, a light and a darker one: never mistaken for a thing's colour, never as light as white."""
     hue, saturation = rng.uniform(0, 2 * math.pi), rng.uniform(0.0, 0.10)
-    tint = [saturation * math.cos(hue + shift) for shift in (0.0, 2.1, 4.2)]
+    red, green, blue = (saturation * math.cos(hue + shift) for shift in (0.0, 2.1, 4.2))
     dark, light = rng.uniform(0.36, 0.46), rng.uniform(0.62, 0.74)
-    pair = [tuple(value + part for part in tint) for value in (dark, light)]
+    pair = [(value + red, value + green, value + blue) for value in (dark, light)]
     rng.shuffle(pair)
-    return pair[0], pair[1]  # type: ignore[return-value]
+    return pair[0], pair[1]
 
 
 @torch.no_grad()

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from encoding import Rows
-from states import POOL_LEAST, Draws, Noised, Trajectories, sigma_table
 
 from ddit.runtime.bundle import Bundle
 from ddit.runtime.samplers.sigmas import sigmas
+from training.encoding import Rows
+from training.states import POOL_LEAST, Draws, Noised, Trajectories, sigma_table
 
 LATENT = (4, 8, 8)
 CPU = torch.device("cpu")

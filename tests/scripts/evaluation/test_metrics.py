@@ -2,16 +2,16 @@
 
 import math
 
-import metrics
 import numpy as np
 import pytest
 import torch
-from metrics import METRICS, Frechet, Sample, psnr, ssim, why_not
-from scenes import render, sample_scenes
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from ddit.runtime.errors import DditError, UsageError
+from demo_model.scenes import render, sample_scenes
+from evaluation import metrics
+from evaluation.metrics import METRICS, Frechet, Sample, psnr, ssim, why_not
 from tiny import clip_tokenizer
 
 SAMPLES = [Sample(0, "a red circle", 0), Sample(1, "a blue star", 1)]

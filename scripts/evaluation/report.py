@@ -13,11 +13,12 @@ from platform import python_version
 from statistics import median
 
 import numpy as np
-from bootstrap import CONFIDENCE, RESAMPLES, Estimate, estimate, estimate_ratio
-from evaluation_store import Record, Settings, Store, write_whole
 from matplotlib.figure import Figure
-from metrics import PSNR_CAP, Metric, Sample
 from PIL import Image, ImageDraw
+
+from evaluation.bootstrap import CONFIDENCE, RESAMPLES, Estimate, estimate, estimate_ratio
+from evaluation.metrics import PSNR_CAP, Metric, Sample
+from evaluation.store import Record, Settings, Store, write_whole
 
 PACKAGES = ("ddit", "onnxruntime", "torch", "numpy", "scipy", "scikit-image", "torchmetrics", "transformers")
 GRID_PROMPTS, GRID_SIDE, GRID_CAPTION = 6, 192, 18

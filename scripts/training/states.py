@@ -1,23 +1,23 @@
 """Where the noisy latents come from that coarse levels are trained on.
 
-`Trajectories` are what a sampler goes through: the teacher's velocity at a state is the target there and also what
-leads to the next state, so that a trajectory costs nothing beside the training on it. `Noised` are latents of pictures
-with noise: z = (1 − σ) x + σ noise.
+`Trajectories` are the states that a sampler goes through. The teacher's velocity at a state is the target there, and it
+also leads to the next state, so a trajectory costs no extra call of the model. `Noised` are latents of pictures with
+noise: z = (1 − σ) x + σ noise.
 """
 
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-from distillation import States
-from encoding import Rows
 from torch import Tensor
 
 from ddit.exporter.families.flux.model import NATIVE_PATCH
 from ddit.runtime.bundle.manifest import FlowMatchEulerInfo
 from ddit.runtime.samplers.sigmas import sigmas
+from training.distillation import States
+from training.encoding import Rows
 
-POOL_BATCHES, POOL_LEAST = 8, 64  # trajectories under way: so many batches of them, and so many at least
+POOL_BATCHES, POOL_LEAST = 8, 64  # size of the pool: 8 batches, but at least 64 trajectories
 
 
 class StateSource(Protocol):
@@ -28,15 +28,15 @@ class StateSource(Protocol):
         ...
 
     def advance(self, velocities: Mapping[int, Tensor]) -> None:
-        """What the levels, by patch, made of that batch: velocities (B, C, H, W)."""
+        """Move on with the velocities (B, C, H, W) that every level, by patch, gave for that batch."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on from here."""
+        """Everything that a later run needs to continue from here."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from such a state."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""An adapter in training: what changes, the files in which that is kept, and the loop."""
+"""An adapter in training: its state, its checkpoints, and the loop."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -6,18 +6,18 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from distillation import Distillation
-from states import StateSource
-from training import Ema, Log, Progress, Training, keep
 
 from ddit.exporter.adapter import save_adapter
 from ddit.runtime.errors import DditError
 from ddit.runtime.files import whole
+from training.distillation import Distillation
+from training.loop import Ema, Log, Progress, Training, keep
+from training.states import StateSource
 
 
 @dataclass
 class Trainee:
-    """What training changes, and the files in which it is kept."""
+    """The state that training changes, saved to checkpoints and restored from them."""
 
     run: Training
     out: Path

@@ -19,7 +19,6 @@ from platform import machine, processor
 from typing import Any
 
 import numpy as np
-from metrics import Pictures, Sample
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -29,6 +28,7 @@ from ddit.runtime.console import say
 from ddit.runtime.errors import DditError, UsageError
 from ddit.runtime.files import whole
 from ddit.runtime.policies.schedule import Fixed
+from evaluation.metrics import Pictures, Sample
 
 READ_AT_ONCE = 25
 
@@ -178,7 +178,7 @@ def make_missing(
     say(f"{total - todo} of {total} pictures are there already, {todo} to make")
     if not jobs:
         return
-    options = {
+    options: dict[str, Any] = {
         "height": settings.height,
         "width": settings.width,
         "guidance": settings.guidance,
@@ -186,7 +186,7 @@ def make_missing(
     }
     patches = pipeline.bundle.manifest.patches
     for batch in sorted({len(some) for _, some in jobs}):  # the first run at a size is slow
-        pipeline.batch(["warm up"] * batch, seeds=[0] * batch, schedule=Fixed(patches), **options)  # type: ignore[arg-type]
+        pipeline.batch(["warm up"] * batch, seeds=[0] * batch, schedule=Fixed(patches), **options)
     store.claim(settings)  # only now: a request that the bundle refuses leaves the folder free for another
     console = Console(stderr=True)
     for schedule, some in track(
@@ -197,7 +197,7 @@ def make_missing(
             seeds=[sample.seed for sample in some],
             steps=store.steps,
             schedule=schedule,
-            **options,  # type: ignore[arg-type]
+            **options,
         )
         for sample, result, milliseconds in zip(some, results, shares(results), strict=True):
             store.put(schedule, sample, result, milliseconds)
