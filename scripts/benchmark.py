@@ -10,29 +10,29 @@ import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import click
 import numpy as np
 from numpy.typing import NDArray
 
-from ddit.runtime import Bundle, Pipeline
+from ddit.runtime import Pipeline
 from ddit.runtime.backends.artifacts import EngineStore
-from ddit.runtime.backends.base import Array, Backend, FloatArray, Start
-from ddit.runtime.bundle.manifest import GraphInfo
+from ddit.runtime.backends.base import Array
+from ddit.runtime.bundle import Manifest
 from ddit.runtime.conditioning.positions import level_tables
 from ddit.runtime.console import DditCommand, say, set_up_logging
 from ddit.runtime.errors import UsageError
-from ddit.runtime.policies.schedule import Dynamic, Schedule
+from ddit.runtime.policies import Dynamic, Policy
+from ddit.runtime.tools.bench import time_steps
+from ddit.runtime.tools.samples import sample_inputs
 from ddit.runtime.tools.verify import relative_error
 from ddit.runtime.trace import Trace
 
 PROMPT, SEED = "a red circle on a striped background", 7
-WARM_UP = 5
 Table = list[list[str]]
 
 
@@ -116,7 +116,7 @@ def agreement(reference: Pipeline, measured: Pipeline, shapes: Sequence[tuple[in
         row = [name]
         for height, width in shapes:
             sizes = manifest.sizes(height=height, width=width, text=manifest.text_length)
-            inputs = random_inputs(info, sizes)
+            inputs = inputs_of(manifest, name, sizes)
             expected = reference.backend.engine(name).run(inputs)
             actual = measured.backend.engine(name).run(inputs)
             row.append(f"{max(relative_error(actual[key], value) for key, value in expected.items()):.1e}")
@@ -124,22 +124,11 @@ def agreement(reference: Pipeline, measured: Pipeline, shapes: Sequence[tuple[in
     return table
 
 
-def random_inputs(info: GraphInfo, sizes: dict[str, int]) -> dict[str, Array]:
-    """Seeded inputs in the tensors' own ranges: unit normal latents, noise levels in [0, 1], real rotary tables."""
-    rng = np.random.default_rng(0)
-    inputs: dict[str, Array] = {}
-    for spec in info.inputs:
-        shape = spec.resolve(sizes)
-        if spec.dtype == "int64":
-            inputs[spec.name] = rng.integers(0, 4, shape)  # tokens that every vocabulary has
-        elif spec.name.startswith("rope_"):
-            angles = np.outer(np.arange(shape[0] * shape[1]), 1 / 100 ** np.linspace(0, 1, shape[2])).reshape(shape)
-            inputs[spec.name] = (np.cos(angles) if spec.name == "rope_cos" else np.sin(angles)).astype(np.float32)
-        elif spec.name in ("timestep", "guidance", "dt"):
-            inputs[spec.name] = np.full(shape, {"timestep": 0.7, "guidance": 2.0, "dt": -0.02}[spec.name], np.float32)
-        else:
-            inputs[spec.name] = rng.standard_normal(shape, dtype=np.float32)
-    return inputs
+def inputs_of(manifest: Manifest, name: str, sizes: Mapping[str, int]) -> dict[str, Array]:
+    """Seeded inputs of a graph; a level's with its real rotary tables."""
+    patch = next((level.patch for level in manifest.levels if level.graph == name), None)
+    tables = level_tables(manifest.positions, manifest.latent, manifest.native, patch, sizes) if patch else None
+    return sample_inputs(manifest.graphs[name].inputs, sizes, tables=tables)
 
 
 def pictures(
@@ -154,7 +143,7 @@ def pictures(
     columns = "size|prompt|steps per level|chosen alike|σ apart: median, most|closest to τ|PSNR|CPU ms|ms"
     table = [columns.split("|")]
     for height, width in shapes:
-        schedule = reference.schedule(text, steps=steps, height=height, width=width)
+        schedule = reference.policy(text, steps=steps, height=height, width=width)
         options: dict[str, Any] = {"seed": SEED, "steps": steps, "schedule": schedule, "height": height, "width": width}
         for pipeline in (reference, measured):
             pipeline(prompts[0], **options)  # prepares the engines
@@ -184,14 +173,14 @@ def statistics_apart(expected: Trace, actual: Trace) -> str:
     return f"{statistics.median(apart):.1%}, {max(apart):.1%}" if apart else "–"
 
 
-def closest_call(schedule: Schedule, trace: Trace) -> str:
+def closest_call(schedule: Policy, trace: Trace) -> str:
     """How near σ_p came to its threshold where it decided a level."""
     if not isinstance(schedule, Dynamic):
         return "–"
     distances = [
         abs(trace.steps[step - 1].statistic[patch] / schedule.threshold(patch, step - 1) - 1)
         for step in range(schedule.warmup, len(trace.steps))
-        if schedule.decides(trace.levels[:step])
+        if schedule.judges(trace.levels[:step])
         for patch in schedule.coarse
     ]
     return f"{min(distances):.2%}" if distances else "–"
@@ -209,14 +198,9 @@ def psnr(picture: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
 def timings(pipeline: Pipeline, height: int, width: int, repeat: int) -> Table:
     """Median milliseconds of a step at every level, and what a switch between two adds to their own times."""
     manifest = pipeline.bundle.manifest
-    patches = manifest.patches
-    patterns: list[tuple[int, ...]] = [(patch,) for patch in patches]
-    patterns += [(manifest.native, patch) for patch in patches[1:]]
-    rounds: dict[tuple[int, ...], list[float]] = {pattern: [] for pattern in patterns}
-    for _ in range(5):  # in turn, so that a machine that slows down slows all of them
-        for pattern in patterns:
-            rounds[pattern].append(step_milliseconds(pipeline.backend, pattern, height, width, repeat))
-    times = {pattern: statistics.median(values) for pattern, values in rounds.items()}
+    patterns = [(patch,) for patch in manifest.patches] + [(manifest.native, patch) for patch in manifest.coarse]
+    measured = time_steps(pipeline.backend, patterns, height=height, width=width, repeat=repeat)
+    times = {pattern: pattern_milliseconds(pattern, values) for pattern, values in measured.items()}
     native = times[(manifest.native,)]
     table = [["steps", "ms a step", "against native", "ms a switch"]]
     for pattern, value in times.items():
@@ -228,32 +212,9 @@ def timings(pipeline: Pipeline, height: int, width: int, repeat: int) -> Table:
     return table
 
 
-def step_milliseconds(backend: Backend, pattern: tuple[int, ...], height: int, width: int, repeat: int) -> float:
-    """Mean milliseconds of a step when levels follow a pattern, after a warm-up."""
-    start = random_start(backend.bundle, height, width)
-    steps = WARM_UP * len(pattern) + repeat
-    with backend.denoiser(start) as denoiser:
-        for number in range(steps):
-            if number == WARM_UP * len(pattern):
-                begin = perf_counter()
-            denoiser.step(number % (len(start.sigmas) - 1), pattern[number % len(pattern)], [0])
-        return (perf_counter() - begin) * 1000 / repeat
-
-
-def random_start(bundle: Bundle, height: int, width: int) -> Start:
-    """A run's start with random conditions: what the numbers are does not change how long they take."""
-    manifest = bundle.manifest
-    sizes = manifest.sizes(height=height, width=width, text=manifest.text_length)
-    level = bundle.graph(manifest.level(manifest.native).graph)
-    inputs = random_inputs(level, sizes)
-
-    def tables(patch: int) -> tuple[FloatArray, FloatArray]:
-        found = level_tables(manifest.positions, manifest.latent, manifest.native, patch, sizes)
-        return found["rope_cos"], found["rope_sin"]
-
-    conditions = {name: inputs[name] for name in ("context", "pooled", "guidance") if name in inputs}
-    sigmas = np.linspace(1, 0.9, 51, dtype=np.float32)
-    return Start(inputs["latent"], conditions, sigmas, tables, manifest.carry)  # type: ignore[arg-type]
+def pattern_milliseconds(pattern: tuple[int, ...], values: Sequence[float]) -> float:
+    """Milliseconds of a step: the mean over the pattern's levels of each one's median."""
+    return statistics.mean(statistics.median(values[place :: len(pattern)]) for place in range(len(pattern)))
 
 
 # ---- memory ----
@@ -271,7 +232,7 @@ def openings(pipeline: Pipeline, height: int, width: int) -> Iterator[list[str]]
         graph = manifest.level(patch).graph
         engine = backend.engine(graph)
         used.append(backend.memory_used())
-        engine.run(random_inputs(pipeline.bundle.graph(graph), sizes))
+        engine.run(inputs_of(manifest, graph, sizes))
         used.append(backend.memory_used())
         for what, before, after in zip(("opening", "the first run of"), used[-3:-1], used[-2:], strict=True):
             if before is not None and after is not None:

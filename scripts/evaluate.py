@@ -20,7 +20,7 @@ from ddit.runtime import Bundle, Pipeline
 from ddit.runtime.bundle import MANIFEST
 from ddit.runtime.console import DditCommand, say, set_up_logging
 from ddit.runtime.errors import UsageError
-from ddit.runtime.policies.schedule import Fixed
+from ddit.runtime.policies import Fixed
 
 try:
     from demo_model.scenes import BACKGROUNDS
@@ -126,7 +126,7 @@ def find_settings(config: Config, bundle: Bundle) -> Settings:
 def check_schedules(pipeline: Pipeline, schedules: Sequence[str], steps: int) -> None:
     """See that every schedule can be read and has the right number of steps. Raises `UsageError`."""
     for text in schedules:
-        schedule = pipeline.schedule(text)
+        schedule = pipeline.policy(text)
         if isinstance(schedule, Fixed) and len(schedule.levels) != steps:
             raise UsageError(f"{text} has {len(schedule.levels)} steps, not {steps}; all schedules need as many")
 

@@ -104,14 +104,15 @@ def time_steps(
     repeat: int,
     rounds: int = ROUNDS,
 ) -> dict[tuple[int, ...], list[float]]:
-    """Milliseconds of ``rounds`` times ``repeat`` steps whose levels follow each pattern, after warming up.
+    """Milliseconds of ``rounds`` times ``repeat`` steps, or a few more, whose levels follow each pattern.
 
     The patterns take turns, so that a machine that slows down slows all alike.
     """
     times: dict[tuple[int, ...], list[float]] = {pattern: [] for pattern in patterns}
     for _ in range(rounds):
         for pattern in patterns:
-            times[pattern] += _time_steps(backend, pattern, height, width, repeat)
+            whole = -(-repeat // len(pattern)) * len(pattern)  # every round begins with the pattern's first level
+            times[pattern] += _time_steps(backend, pattern, height, width, whole)
     return times
 
 

@@ -27,7 +27,7 @@ from ddit.runtime import Pipeline, Result
 from ddit.runtime.console import say
 from ddit.runtime.errors import DditError, UsageError
 from ddit.runtime.files import whole
-from ddit.runtime.policies.schedule import Fixed
+from ddit.runtime.policies import Fixed
 from evaluation.metrics import Pictures, Sample
 
 READ_AT_ONCE = 25

@@ -4,7 +4,7 @@ import re
 
 import benchmark
 from conftest import run
-from ddit.runtime.policies.schedule import Dynamic, Native
+from ddit.runtime.policies import Dynamic, Native
 from ddit.runtime.trace import StepRecord, Trace
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 
-import benchmark
 import numpy as np
 import onnx
 import pytest
 
+import benchmark
 from conftest import run
 from ddit.exporter.cli import main as export
 from ddit.runtime import Bundle, Pipeline
