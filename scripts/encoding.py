@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from training import Training, whole
 
-from ddit.exporter.families.flux.model import TORCH_DTYPES, FluxModel, load_component
+from ddit.exporter.components import TORCH_DTYPES, load_component
+from ddit.exporter.families.flux.model import Flux as FluxModel
 from ddit.exporter.models import Source
 from ddit.runtime.bundle.manifest import Dtype
 from ddit.runtime.errors import DditError, ModelError, UsageError

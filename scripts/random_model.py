@@ -16,7 +16,9 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 
 from ddit.exporter.adapter import save_adapter
 from ddit.exporter.cli import Levels
-from ddit.exporter.families.flux.model import NATIVE_PATCH, TORCH_DTYPES, FluxLevel, FluxModel
+from ddit.exporter.components import TORCH_DTYPES
+from ddit.exporter.families.flux.model import Flux as FluxModel
+from ddit.exporter.families.flux.modules import FEED_FORWARD, NATIVE_PATCH, FluxLevel
 from ddit.exporter.levels import AdapterConfig
 from ddit.exporter.models import DEFAULTS_FILE, ExportDefaults, find_model, quiet_libraries
 from ddit.runtime.bundle.manifest import Dtype
@@ -73,7 +75,7 @@ def main(
     pipeline.save_pretrained(out)
     defaults = ExportDefaults(levels=levels, dtype=dtype)
     if coarse := {patch: random_level(transformer, patch) for patch in levels if patch != NATIVE_PATCH}:
-        save_adapter(out / ADAPTER, coarse, base_model=out.resolve().name, dtype=TORCH_DTYPES[dtype])
+        save_adapter(out / ADAPTER, coarse, base_model=out.resolve().name, family="flux", dtype=TORCH_DTYPES[dtype])
         defaults = defaults.model_copy(update={"adapter": ADAPTER})
     (out / DEFAULTS_FILE).write_text(defaults.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
     say(f"written to {out}")
@@ -92,7 +94,7 @@ def random_transformer(config: dict[str, object], dtype: torch.dtype, device: to
 
 def random_level(transformer: FluxTransformer2DModel, patch: int) -> FluxLevel:
     """A coarse level whose additions are as if trained: none of them is zero."""
-    level = FluxLevel(transformer, patch, AdapterConfig())
+    level = FluxLevel(transformer, patch, AdapterConfig(targets=FEED_FORWARD))
     with torch.no_grad():
         for parameter in level.own_parameters().values():
             parameter.add_(torch.randn_like(parameter) * 0.01)

@@ -13,7 +13,7 @@ from distillation import States
 from encoding import Rows
 from torch import Tensor
 
-from ddit.exporter.families.flux.model import NATIVE_PATCH
+from ddit.exporter.families.flux.modules import NATIVE_PATCH
 from ddit.runtime.bundle.manifest import FlowMatchEulerInfo
 from ddit.runtime.samplers.sigmas import sigmas
 

@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 import click
 
-from ddit.exporter.cli import FLUX_DEV, Levels
+from ddit.exporter.cli import Levels
+from ddit.exporter.families import FLUX
 from ddit.exporter.models import find_model, quiet_libraries
 from ddit.profiles import ProfileError, load_profile
 from ddit.runtime import shapes
@@ -47,8 +48,10 @@ try:
     from training import Ema, Training, whole
 
     from ddit.exporter.adapter import load_adapter
-    from ddit.exporter.families.flux.model import NATIVE_PATCH, TORCH_DTYPES, FluxModel, load_component
-    from ddit.exporter.levels import FLUX_ATTENTION, FLUX_FEED_FORWARD, AdapterConfig
+    from ddit.exporter.components import TORCH_DTYPES, load_component
+    from ddit.exporter.families.flux.model import Flux as FluxModel
+    from ddit.exporter.families.flux.modules import ATTENTION, FEED_FORWARD, NATIVE_PATCH
+    from ddit.exporter.levels import AdapterConfig
 except ModuleNotFoundError as error:
     raise SystemExit(f"error: {error.name} is not installed: pip install 'ddit[train]'") from None
 
@@ -56,7 +59,7 @@ SETTINGS, ENCODED = "run.json", "encoded"
 SCENES_SEED = 1  # the demo model's training scenes; the evaluation takes others
 RANDOM_PROMPTS = 16
 MAX_STEPS = 10_000
-LORA = {"feed-forward": FLUX_FEED_FORWARD, "all": (*FLUX_FEED_FORWARD, *FLUX_ATTENTION)}
+LORA = {"feed-forward": FEED_FORWARD, "all": (*FEED_FORWARD, *ATTENTION)}
 RATES = {"adamw": 1e-4, "prodigy": 1.0}
 
 
@@ -126,7 +129,7 @@ class Settings:
 
 
 @click.command(cls=DditCommand, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--model", default=FLUX_DEV, show_default=True, help="Hub id, local diffusers folder, or 'demo'.")
+@click.option("--model", default=FLUX.model, show_default=True, help="Hub id, local diffusers folder, or 'demo'.")
 @click.option("--revision", help="Branch, tag or commit of the model on the hub.")
 @click.option("--levels", type=Levels(), help="Patch sizes to train, as in 4,8.  [default: the model's, or 4]")
 @click.option("--prompts", help="A file with a prompt a line, or scenes:N or scenes:START-STOP, the demo's.")
@@ -282,7 +285,7 @@ def main(
         run,
         load_transformer(flux, run.device, random_weights),
         patches,
-        AdapterConfig(rank, float(rank), LORA[lora], residual_width, identity),
+        AdapterConfig(rank, float(rank), residual_width, identity, targets=LORA[lora]),
         latent_size(flux, height, width),
         checkpointing=gradient_checkpointing,
         resize=resize,

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from training import Ema, Training, keep
 
 from ddit.exporter.adapter import save_adapter
-from ddit.exporter.families.flux.model import FluxLevel
+from ddit.exporter.families.flux.modules import FEED_FORWARD, FluxLevel
 from ddit.exporter.levels import AdapterConfig, Level
 
 SHIFT = 1.6487  # e^0.5: what FLUX's scheduler does to the noise levels at 256 image tokens
@@ -220,7 +220,8 @@ def stage_adapter(
     """Distil coarse levels from the frozen native one."""
     latents, ids = data
     denoiser.requires_grad_(False)
-    distillation = Distillation(run, denoiser.transformer, patches, AdapterConfig(), latents.shape[2:])
+    config = AdapterConfig(targets=FEED_FORWARD)
+    distillation = Distillation(run, denoiser.transformer, patches, config, latents.shape[2:])
     kept = run.out / "adapter.pt"
     if kept.exists():
         distillation.own.load_state_dict(torch.load(kept, map_location=run.device))
@@ -329,7 +330,7 @@ def save_model(run: Run, denoiser: Denoiser, levels: dict[int, Level]) -> Path:
     )
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
     if levels:
-        save_adapter(folder / "adapter.safetensors", levels, base_model="demo", dtype=torch.float16)
+        save_adapter(folder / "adapter.safetensors", levels, base_model="demo", family="flux", dtype=torch.float16)
     return folder
 
 

@@ -44,7 +44,7 @@ class ExportedGraph:
         """Point the initializers at the written weight files and save ``<name>.onnx``; returns the file's name."""
         for name, (weight_file, stored) in self.places.items():
             initializer = self.model.graph.initializers[name]
-            initializer.const_value = weights.reference(weight_file, stored)
+            initializer.const_value = weights.external_tensor(weight_file, stored)
             initializer.name = stored  # so that a host can find and share weights without reading ONNX
         file = f"{self.job.name}.onnx"
         ir.save(self.model, folder / file)

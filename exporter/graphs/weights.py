@@ -103,7 +103,7 @@ class WeightFiles:
         """Bytes of one file's tensors."""
         return sum(weight.nbytes for weight in self._files[file].values())
 
-    def reference(self, file: str, key: str) -> ir.ExternalTensor:
+    def external_tensor(self, file: str, key: str) -> ir.ExternalTensor:
         """The tensor as ONNX external data, after `write`."""
         weight = self._files[file][key]
         return ir.ExternalTensor(

@@ -13,7 +13,7 @@ from scenes import render, sample_scenes
 
 from conftest import run
 from ddit.exporter.adapter import load_adapter
-from ddit.exporter.families.flux.model import FluxLevel
+from ddit.exporter.families.flux.modules import FEED_FORWARD, FluxLevel
 from ddit.exporter.levels import AdapterConfig
 from ddit.exporter.models import find_model
 
@@ -60,7 +60,7 @@ def test_adapter_fits_the_model(trained):
     transformer = FluxTransformer2DModel.from_pretrained(trained / "model" / "transformer")
     assert set(adapter.configs) == {4, 8}
     for patch, config in adapter.configs.items():
-        assert config == AdapterConfig()
+        assert config == AdapterConfig(targets=FEED_FORWARD)
         adapter.apply(FluxLevel(transformer, patch, config), patch)
 
 
