@@ -71,7 +71,7 @@ class Adapter:
             "base_model": self.base_model,
             "levels": json.dumps({str(patch): asdict(config) for patch, config in self.configs.items()}),
         }
-        # not save_file, whose files nobody but their owner may read
+        # not save_file, which makes files that only their owner may read
         self.path.write_bytes(save(dict(self.tensors), metadata=metadata))
 
 

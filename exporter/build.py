@@ -23,7 +23,7 @@ from ddit.runtime.errors import ModelError, UsageError
 
 # The paper's values (arXiv 2602.16968, section 4.1). τ belongs to a model and a step count, so these are a start only.
 PAPER = ScheduleInfo(tau=0.001, rho=0.4, warmup=3)
-CARRY = 0.5  # of detail (docs/method.md), which the paper does not have; on the demo model 0.3 to 1 are alike
+CARRY = 0.5  # share of kept detail (docs/method.md); the paper has nothing of the kind
 MADE_WITH = ("ddit", "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
@@ -37,7 +37,7 @@ def export_bundle(family: Family, out: Path, *, profile: Profile, opset: int, re
         ModelError, ParityError, UsageError: nothing is left behind then, and an older bundle stays as it was.
     """
     with _appearing(out) as folder:
-        # first what is quickly done and often wrong
+        # first what takes a moment and often fails
         sampler, encoders, jobs = family.sampler, family.save_tokenizers(folder), family.jobs()
         weights = WeightFiles(folder)
         graphs = []
@@ -100,13 +100,13 @@ def _schedule(family: Family) -> ScheduleInfo:
     given = {name: value for name in ScheduleInfo.model_fields if (value := getattr(defaults, name)) is not None}
     known = given["smooth"][0].statistic if "smooth" in given else {}
     if known and not {patch for patch in family.levels if patch != family.native} <= known.keys():
-        del given["smooth"], given["tau"]  # it says nothing of these levels
+        del given["smooth"], given["tau"]  # the curve lacks a level, and τ is a multiple of the curve
     return PAPER.model_copy(update=given)
 
 
 @contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
-    """A temporary sibling of ``out`` that takes its place when the block ends well, and vanishes when it does not."""
+    """A temporary folder beside ``out``, which becomes ``out`` when the block ends and is removed when it fails."""
     if out.exists() and not (out / MANIFEST).is_file():
         raise UsageError(f"{out} exists and is not a bundle; choose another --out")
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
@@ -118,7 +118,7 @@ def _appearing(out: Path) -> Iterator[Path]:
         yield partial
         if out.exists():
             out.rename(old)
-            # a plan is found by its graph's content, so those of unchanged graphs still fit
+            # a plan's key is made of its graph's content, so that plans of unchanged graphs stay valid
             if (old / ENGINES).is_dir():
                 (old / ENGINES).rename(partial / ENGINES)
         partial.rename(out)
@@ -134,7 +134,7 @@ def _appearing(out: Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(out: Path) -> None:
-    """Remove what exports of the same bundle left that were killed outright."""
+    """Remove the temporary folders of earlier exports to ``out`` that were killed."""
     for path in out.parent.glob(f".{out.name}.partial-*"):
         process = path.name.rpartition("-")[2]
         if not (process.isdecimal() and Path(f"/proc/{process}").exists()):

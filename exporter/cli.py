@@ -107,7 +107,7 @@ def export(
     as_json: bool,
 ) -> None:
     """Export a pipeline of a family, and say what came of it."""
-    # before the work, not after it: whatever would keep the engines from being built
+    # first, so that a missing TensorRT or GPU is reported before the export, not after it
     builder = _builder(BuilderOptions(optimization_level=OPTIMIZATION_LEVEL), None) if backend else None
     _require_libraries()
     # heavy imports here, so that --help and usage errors answer at once
@@ -241,7 +241,7 @@ def _profile(name: str) -> Profile:
 
 
 def _require_libraries() -> None:
-    """See that torch and its companions are there, and keep them quiet: this command says itself what it does."""
+    """Raise `ModelError` unless torch and the libraries around it are installed; silence their messages."""
     from ddit.exporter.models import quiet_libraries
 
     try:

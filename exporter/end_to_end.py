@@ -25,8 +25,9 @@ from ddit.exporter.parity import (
     roomy_device,
 )
 from ddit.profiles import Profile
+from ddit.runtime import shapes
 from ddit.runtime.backends.onnxruntime.host import OnnxRuntimeEngine, open_session
-from ddit.runtime.bundle.manifest import ParityResult, TextEncoderInfo
+from ddit.runtime.bundle.manifest import Dtype, ParityResult, TextEncoderInfo
 from ddit.runtime.conditioning.text import Tokenizer
 from ddit.runtime.samplers.sigmas import noise, sigmas
 from ddit.runtime.tools.verify import relative_error, tolerance
@@ -37,7 +38,7 @@ FloatArray = NDArray[np.float32]
 
 NAME = "pipeline"  # in the manifest's list of parity results
 PROMPTS = ("a red circle on a striped background", "two small squares")
-STEPS = 2  # the first of so few is long: the velocity shows in where it ends
+STEPS = 2  # few, so that the first step is long and an error of the velocity is not lost in the noise
 
 
 def check_pipeline(
@@ -61,7 +62,7 @@ def check_pipeline(
     report("running a step of the original pipeline")
     sizes = parity_cases(family, profile)[1]
     prompts = [PROMPTS[row % len(PROMPTS)] for row in range(sizes["B"])]
-    start = np.concatenate([noise(seed, family_shape(family, sizes)) for seed in range(sizes["B"])])
+    start = np.concatenate([noise(seed, _one_latent(family, sizes)) for seed in range(sizes["B"])])
     guidance = family.guidance.default
     with exact_float32():
         expected = family.original_step(
@@ -73,34 +74,34 @@ def check_pipeline(
             device=roomy_device(sum(map(float32_bytes, chosen.values()))),
         )
     actual = _bundle_step(family, chosen, folder, encoders, prompts, start, guidance, sizes)
+    dtype: Dtype = next((job.dtype for job in chosen.values() if job.dtype != "fp32"), "fp32")
     results = []
     for tensor, graph in (("latent", native), ("image", family.decoder.graph)):
-        half = chosen[native].dtype if chosen[native].dtype != "fp32" else chosen[graph].dtype
         result = ParityResult(
             graph=NAME,
             tensor=tensor,
             case=0,
             sizes=sizes,
             error=relative_error(actual[tensor], expected[tensor]),
-            tolerance=tolerance(graph, half, expected[tensor].shape),
+            tolerance=tolerance(graph, dtype, expected[tensor].shape),
             checked="full",
         )
         results.append(accepted(result, "the bundle as a whole"))
     return results
 
 
-def family_shape(family: Family, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """One sample's latent."""
-    return tuple(1 if dim == "B" else dim if isinstance(dim, int) else sizes[dim] for dim in family.latent.shape)
+def _one_latent(family: Family, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of one sample's latent, the batch's axis included."""
+    return shapes.resolve(family.latent.shape, {**sizes, "B": 1})
 
 
 def _why_not(jobs: Sequence[GraphJob]) -> str | None:
     """Why the check cannot be done on this machine."""
     for job in jobs:
         if not onnxruntime_runs(job):
-            return f"graph {job.name} in {job.dtype} is nothing for this machine; ddit-run verify checks it on another"
+            return f"this machine's CPU cannot run graph {job.name} in {job.dtype}; try ddit-run verify on one that can"
     if not fits(sum(map(float32_bytes, jobs))):
-        return "in float32 the original pipeline does not fit in this machine's memory"
+        return "the original does not fit in this machine's memory in float32; export on a larger one to have it"
     return None
 
 
@@ -114,7 +115,7 @@ def _bundle_step(
     guidance: float,
     sizes: Mapping[str, int],
 ) -> dict[str, FloatArray]:
-    """The bundle's first of `STEPS` native steps as a host does it: the ``latent`` then, and its ``image``."""
+    """The first of `STEPS` native steps, as a host runs the bundle: the ``latent`` after it, and its ``image``."""
 
     def run(graph: str, **values: NDArray[np.float32] | NDArray[np.int64]) -> dict[str, FloatArray]:
         # whatever else the step graph takes is zero at first

@@ -37,7 +37,7 @@ Array = NDArray[np.float32] | NDArray[np.int64]
 Arrays = dict[str, Array]
 Report = Callable[[str], None]
 
-ROOM = 1.25  # memory that weights need with the work on them, as a multiple of their size
+ROOM = 1.25  # memory that a model needs when it runs, as a multiple of its weights' size
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ def float32_bytes(job: GraphJob) -> int:
 def roomy_device(size: int) -> torch.device:
     """A GPU where there is one that holds so many bytes of weights (a large model takes minutes on a CPU), or the CPU.
 
-    The caller sees to it that the CPU's memory holds them.
+    Ask `fits` first whether the CPU's memory holds them.
     """
     if torch.cuda.is_available() and ROOM * size < torch.cuda.mem_get_info()[0]:
         return torch.device("cuda")
@@ -152,12 +152,12 @@ def check_bundle(
         else:
             elsewhere.add(job.name)
     if elsewhere:
-        # inside the bundle's folder, which is on the disk that has the space and vanishes if this is interrupted
+        # inside the bundle's folder: that disk has the space, and an interrupted export removes the folder
         reduced = folder / "reduced"
         reduced.mkdir()
         results += _check_reduced(family, elsewhere, reduced, cases, opset, report)
         shutil.rmtree(reduced)
-    # not save_file, whose files nobody but their owner may read
+    # not save_file, which makes files that only their owner may read
     (folder / REFERENCE_FILE).write_bytes(save(references))
     return results
 

@@ -4,8 +4,8 @@ For flow matching an Euler step is z' = z + Δσ·v. The first difference Δ¹ =
 which would lose digits; the second and third are differences of stored ones (DDiT, arXiv 2602.16968; docs/method.md).
 Everything is float32: in half precision third differences drown in rounding.
 
-A coarse level sees less detail than the native one, so what that made out is carried on (docs/method.md): the detail of
-a coarse step's estimate of the clean latent is drawn towards that of the last native step.
+A coarse level sees less detail than the native one, so the detail that the last native step found is carried on
+(docs/method.md): it replaces a share of the detail in a coarse step's estimate of the clean latent.
 """
 
 import math
@@ -68,7 +68,7 @@ class StepGraph(nn.Module):
 
 
 def patch_detail(values: Tensor, patch: int) -> Tensor:
-    """What every patch's mean leaves of it: (B, C, H, W), the same shape."""
+    """The values minus the mean of their patch: (B, C, H, W) → the same shape."""
     batch, channels, height, width = values.shape
     grid = values.reshape(batch, channels, height // patch, patch, width // patch, patch)
     return (grid - grid.mean(dim=(3, 5), keepdim=True)).reshape(values.shape)
