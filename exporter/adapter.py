@@ -71,7 +71,7 @@ class Adapter:
             "base_model": self.base_model,
             "levels": json.dumps({str(patch): asdict(config) for patch, config in self.configs.items()}),
         }
-        # not save_file, whose files nobody but their owner may read
+        # not save_file, which makes files that only their owner may read
         self.path.write_bytes(save(dict(self.tensors), metadata=metadata))
 
 
@@ -80,7 +80,7 @@ def save_adapter(
     levels: Mapping[int, Level],
     *,
     base_model: str,
-    family: str = "flux",
+    family: str,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write the own parameters of coarse levels, by patch size, as one adapter file."""
@@ -108,6 +108,7 @@ def load_adapter(path: Path | str) -> Adapter:
                     f"{path} has adapter format {metadata['format_version']}, this version reads up to "
                     f"{FORMAT_VERSION}; update ddit"
                 )
+            family = metadata["family"]
             configs = {
                 int(patch): AdapterConfig(**{**config, "targets": tuple(config["targets"])})
                 for patch, config in json.loads(metadata["levels"]).items()
@@ -117,4 +118,4 @@ def load_adapter(path: Path | str) -> Adapter:
         raise AdapterError(f"adapter file {path} does not exist") from None
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise AdapterError(f"adapter file {path} cannot be read: {error}") from error
-    return Adapter(path, metadata.get("base_model", "unknown"), metadata.get("family", "flux"), configs, tensors)
+    return Adapter(path, metadata.get("base_model", "unknown"), family, configs, tensors)

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from ddit.exporter.families.flux.model import NATIVE_PATCH, FluxModel
+from ddit.exporter.end_to_end import check_pipeline
+from ddit.exporter.families.base import Family
+from ddit.exporter.graphs.job import level_name
 from ddit.exporter.graphs.trace import export_graph
 from ddit.exporter.graphs.weights import WeightFiles
 from ddit.exporter.parity import Report, check_bundle
@@ -16,17 +18,17 @@ from ddit.profiles import Profile
 from ddit.runtime.backends.artifacts import FOLDER as ENGINES
 from ddit.runtime.backends.artifacts import EngineStore
 from ddit.runtime.bundle import MANIFEST, Bundle, Manifest, file_info
-from ddit.runtime.bundle.manifest import DecoderInfo, GraphInfo, LevelInfo, ScheduleInfo
+from ddit.runtime.bundle.manifest import GraphInfo, LevelInfo, ScheduleInfo
 from ddit.runtime.errors import ModelError, UsageError
 
 # The paper's values (arXiv 2602.16968, section 4.1). τ belongs to a model and a step count, so these are a start only.
 PAPER = ScheduleInfo(tau=0.001, rho=0.4, warmup=3)
-CARRY = 0.5  # of detail (docs/method.md), which the paper does not have; on the demo model 0.3 to 1 are alike
+CARRY = 0.5  # share of kept detail (docs/method.md); the paper has nothing of the kind
 MADE_WITH = ("ddit", "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
-def export_bundle(model: FluxModel, out: Path, *, profile: Profile, opset: int, report: Report) -> Manifest:
-    """Export a model and write the bundle to ``out``, replacing a bundle that is there.
+def export_bundle(family: Family, out: Path, *, profile: Profile, opset: int, report: Report) -> Manifest:
+    """Export a pipeline and write the bundle to ``out``, replacing a bundle that is there.
 
     Args:
         report: told in a few words what is being done.
@@ -35,8 +37,8 @@ def export_bundle(model: FluxModel, out: Path, *, profile: Profile, opset: int, 
         ModelError, ParityError, UsageError: nothing is left behind then, and an older bundle stays as it was.
     """
     with _appearing(out) as folder:
-        # first what is quickly done and often wrong
-        sampler, encoders, jobs = model.sampler, model.save_tokenizers(folder), model.jobs()
+        # first what takes a moment and often fails
+        sampler, encoders, jobs = family.sampler, family.save_tokenizers(folder), family.jobs()
         weights = WeightFiles(folder)
         graphs = []
         for job in jobs:
@@ -54,25 +56,26 @@ def export_bundle(model: FluxModel, out: Path, *, profile: Profile, opset: int, 
             )
             for graph in graphs
         }
-        parity = check_bundle(model, jobs, folder, profile, opset, report)
+        parity = check_bundle(family, jobs, folder, profile, opset, report)
+        parity += check_pipeline(family, jobs, folder, encoders, profile, report)
         report("hashing")
         manifest = Manifest(
-            family="flux",
-            model=model.source.info,
-            dtype=model.dtype,
+            family=family.info.name,
+            model=family.source.info,
+            dtype=family.dtype,
             opset=opset,
-            native=NATIVE_PATCH,
-            levels=tuple(_level_info(model, patch) for patch in model.levels),
+            native=family.native,
+            levels=tuple(_level_info(family, patch) for patch in family.levels),
             graphs=infos,
             profile=profile,
-            latent=model.latent,
+            latent=family.latent,
             encoders=encoders,
             sampler=sampler,
-            positions=model.positions,
-            guidance=model.guidance,
-            decoder=DecoderInfo(graph="vae_decoder"),
-            carry=CARRY if model.source.defaults.carry is None else model.source.defaults.carry,
-            schedule=_schedule(model),
+            positions=family.positions,
+            guidance=family.guidance,
+            decoder=family.decoder,
+            carry=CARRY if family.source.defaults.carry is None else family.source.defaults.carry,
+            schedule=_schedule(family),
             parity=tuple(parity),
             files={path.name: file_info(path) for path in sorted(folder.iterdir())},
             made_with={name: version(name) for name in MADE_WITH},
@@ -82,28 +85,28 @@ def export_bundle(model: FluxModel, out: Path, *, profile: Profile, opset: int, 
     return manifest
 
 
-def _level_info(model: FluxModel, patch: int) -> LevelInfo:
-    adapted = model.adapter is not None and patch in model.adapter.configs
+def _level_info(family: Family, patch: int) -> LevelInfo:
+    adapted = family.adapter is not None and patch in family.adapter.configs
     return LevelInfo(
         patch=patch,
-        graph=f"level-{patch}",
-        trained=patch == NATIVE_PATCH or adapted,
-        adapter_sha256=file_info(model.adapter.path).sha256 if model.adapter and adapted else None,
+        graph=level_name(patch),
+        trained=patch == family.native or adapted,
+        adapter_sha256=file_info(family.adapter.path).sha256 if family.adapter and adapted else None,
     )
 
 
-def _schedule(model: FluxModel) -> ScheduleInfo:
-    defaults = model.source.defaults
+def _schedule(family: Family) -> ScheduleInfo:
+    defaults = family.source.defaults
     given = {name: value for name in ScheduleInfo.model_fields if (value := getattr(defaults, name)) is not None}
     known = given["smooth"][0].statistic if "smooth" in given else {}
-    if known and not {patch for patch in model.levels if patch != NATIVE_PATCH} <= known.keys():
-        del given["smooth"], given["tau"]  # it says nothing of these levels
+    if known and not {patch for patch in family.levels if patch != family.native} <= known.keys():
+        del given["smooth"], given["tau"]  # the curve lacks a level, and τ is a multiple of the curve
     return PAPER.model_copy(update=given)
 
 
 @contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
-    """A temporary sibling of ``out`` that takes its place when the block ends well, and vanishes when it does not."""
+    """A temporary folder beside ``out``, which becomes ``out`` when the block ends and is removed when it fails."""
     if out.exists() and not (out / MANIFEST).is_file():
         raise UsageError(f"{out} exists and is not a bundle; choose another --out")
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
@@ -115,9 +118,8 @@ def _appearing(out: Path) -> Iterator[Path]:
         yield partial
         if out.exists():
             out.rename(old)
-            if (
-                old / ENGINES
-            ).is_dir():  # an engine is found by its graph's content, so those of unchanged graphs still fit
+            # an engine's key is made of its graph's content, so that engines of unchanged graphs stay valid
+            if (old / ENGINES).is_dir():
                 (old / ENGINES).rename(partial / ENGINES)
         partial.rename(out)
     except OSError as error:
@@ -132,7 +134,7 @@ def _appearing(out: Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(out: Path) -> None:
-    """Remove what exports of the same bundle left that were killed outright."""
+    """Remove the temporary folders of earlier exports to ``out`` that were killed."""
     for path in out.parent.glob(f".{out.name}.partial-*"):
         process = path.name.rpartition("-")[2]
         if not (process.isdecimal() and Path(f"/proc/{process}").exists()):

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ddit.exporter.families import families, find_family
+from ddit.exporter.families.base import FamilyInfo
 from ddit.profiles import Profile, ProfileError, load_profile
 from ddit.runtime import shapes
 from ddit.runtime.backends import registry
@@ -23,8 +26,6 @@ from ddit.runtime.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     from ddit.runtime.backends.building import EngineBuilder
-
-FLUX_DEV = "black-forest-labs/FLUX.1-dev"
 
 
 class Levels(click.ParamType):  # type: ignore[type-arg]
@@ -68,7 +69,20 @@ class BuiltBackend(click.ParamType):  # type: ignore[type-arg]
         return {kind.name: kind for kind in registry.kinds() if kind.needs_build}
 
 
-@click.group(cls=DditGroup, context_settings={"help_option_names": ["-h", "--help"]})
+class FamilyGroup(DditGroup):
+    """The commands below, and one that exports for every family that is registered."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All names, sorted."""
+        return sorted({*super().list_commands(ctx), *(info.name for info in families())})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of a name."""
+        made = {info.name: info for info in families()}
+        return export_command(made[cmd_name]) if cmd_name in made else super().get_command(ctx, cmd_name)
+
+
+@click.group(cls=FamilyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="ddit")
 @click.option("-v", "--verbose", count=True, help="Say more; twice for everything.")
 def main(verbose: int) -> None:
@@ -76,37 +90,35 @@ def main(verbose: int) -> None:
     set_up_logging(verbose)
 
 
-@main.command()
-@click.option("--model", default=FLUX_DEV, show_default=True, help="Hub id, local diffusers folder, or 'demo'.")
-@click.option("--revision", help="Branch, tag or commit of the model on the hub.")
-@click.option("--levels", type=Levels(), help="Patch sizes to export, as in 2,4,8.  [default: the model's, or 2,4]")
-@click.option(
-    "--adapter",
-    type=click.Path(path_type=Path),
-    help="Adapter file with the trained coarse levels.  [default: the model's, or none]",
-)
-@click.option("--profile", help="Shape profile: 256, 512, 1024, 2048 or a .toml file.  [default: the model's, or 1024]")
-@click.option(
-    "--dtype",
-    type=click.Choice(["fp32", "fp16", "bf16"]),
-    help="Arithmetic inside the graphs.  [default: the model's, or fp16]",
-)
-@click.option(
-    "--opset",
-    type=click.IntRange(17, 23),
-    default=23,
-    show_default=True,
-    help="ONNX opset of the graphs; 17 is for TensorRT 8.6.",
-)
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the bundle.  [default: MODEL.bundle]")
-@click.option(
-    "--engines",
-    "backend",
-    type=BuiltBackend(),
-    help="Also build this machine's engines, as ddit-export engines does.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
-def flux(
+def export_command(info: FamilyInfo) -> click.Command:
+    """The command that exports a family's pipelines."""
+    levels = ",".join(map(str, info.levels))
+    options = [
+        click.Option(["--model"], default=info.model, show_default=True,
+                     help="Hub id, local diffusers folder, or 'demo'."),
+        click.Option(["--revision"], help="Branch, tag or commit of the model on the hub."),
+        click.Option(["--levels"], type=Levels(),
+                     help=f"Patch sizes to export, as in 2,4,8.  [default: the model's, or {levels}]"),
+        click.Option(["--adapter"], type=click.Path(path_type=Path),
+                     help="Adapter file with the trained coarse levels.  [default: the model's, or none]"),
+        click.Option(["--profile"],
+                     help="Shape profile: 256, 512, 1024, 2048 or a .toml file.  "
+                          f"[default: the model's, or {info.profile}]"),
+        click.Option(["--dtype"], type=click.Choice(["fp32", "fp16", "bf16"]),
+                     help=f"Arithmetic inside the graphs.  [default: the model's, or {info.dtype}]"),
+        click.Option(["--opset"], type=click.IntRange(17, 23), default=23, show_default=True,
+                     help="ONNX opset of the graphs; 17 is for TensorRT 8.6."),
+        click.Option(["--out"], type=click.Path(path_type=Path), help="Folder of the bundle.  [default: MODEL.bundle]"),
+        click.Option(["--engines", "backend"], type=BuiltBackend(),
+                     help="Also build this machine's engines, as ddit-export engines does."),
+        click.Option(["--json", "as_json"], is_flag=True, help="Report as JSON on stdout."),
+    ]  # fmt: skip
+    help_text = f"Export a {info.title} pipeline."
+    return click.Command(info.name, params=[*options], callback=partial(export, info), help=help_text)
+
+
+def export(
+    info: FamilyInfo,
     model: str,
     revision: str | None,
     levels: tuple[int, ...] | None,
@@ -118,32 +130,32 @@ def flux(
     backend: BackendKind | None,
     as_json: bool,
 ) -> None:
-    """Export a FLUX.1 pipeline."""
-    # before the work, not after it: whatever would keep the engines from being built
+    """Export a pipeline of a family, and say what came of it."""
+    # first, so that a missing TensorRT or GPU is reported before the export, not after it
     builder = _builder(backend) if backend else None
     _require_libraries()
     # heavy imports here, so that --help and usage errors answer at once
     from ddit.exporter.adapter import load_adapter
     from ddit.exporter.build import export_bundle
-    from ddit.exporter.families.flux.model import NATIVE_PATCH, FluxModel
     from ddit.exporter.graphs.opset17 import LOWERED
     from ddit.exporter.models import find_model
 
     source = find_model(model, revision)
-    defaults = source.defaults
-    dtype = dtype or defaults.dtype or "fp16"
+    family_class = find_family(info.name)
+    native, defaults = family_class.native, source.defaults
+    dtype = dtype or defaults.dtype or info.dtype
     if opset == LOWERED and dtype == "bf16":
         raise UsageError(
             f"opset {LOWERED} is for TensorRT 8.6, which has no bfloat16; add --dtype fp16 or --dtype fp32"
         )
-    levels = levels or defaults.levels or (2, 4)
-    if NATIVE_PATCH not in levels:
-        raise UsageError(f"the native level {NATIVE_PATCH} must be among the levels: every schedule falls back to it")
-    asked = _profile(profile or defaults.profile or "1024")
+    levels = levels or defaults.levels or info.levels
+    if native not in levels:
+        raise UsageError(f"the native level {native} must be among the levels: every schedule falls back to it")
+    asked = _profile(profile or defaults.profile or info.profile)
     if adapter is None and defaults.adapter is not None:
         adapter = source.folder / defaults.adapter
     loaded = load_adapter(adapter) if adapter else None
-    untrained = [patch for patch in levels if patch != NATIVE_PATCH and not (loaded and patch in loaded.configs)]
+    untrained = [patch for patch in levels if patch != native and not (loaded and patch in loaded.configs)]
     if untrained:
         names = ", ".join(map(str, untrained))
         say(f"warning: no adapter for level {names}: pictures will suffer where a schedule uses it")
@@ -151,13 +163,13 @@ def flux(
         say("warning: bfloat16's rounding outweighs what the dynamic schedule looks at (docs/method.md); "
             "--dtype fp16 is better for it")  # fmt: skip
     out = out or Path(f"{source.info.id.rpartition('/')[2]}.bundle")
-    export = FluxModel(source, levels, dtype, loaded)
-    fitted = shapes.fit(asked, export.latent, levels)
-    manifest = export_bundle(export, out, profile=fitted, opset=opset, report=say)
+    family = family_class(source, levels, dtype, loaded)
+    fitted = shapes.fit(asked, family.latent, levels)
+    manifest = export_bundle(family, out, profile=fitted, opset=opset, report=say)
     if builder:
         builder.build(Bundle.open(out), fitted, list(manifest.graphs))
     worst = max(manifest.parity, key=lambda result: result.error / result.tolerance)
-    size = sum(info.size for info in manifest.files.values())
+    size = sum(file.size for file in manifest.files.values())
     if as_json:
         report = {"out": str(out), "levels": manifest.patches, "bytes": size, "untrained": untrained}
         click.echo(json.dumps({**report, "worst_parity": worst.model_dump()}))
@@ -263,7 +275,7 @@ def _profile(name: str) -> Profile:
 
 
 def _require_libraries() -> None:
-    """See that torch and its companions are there, and keep them quiet: this command says itself what it does."""
+    """Raise `ModelError` unless torch and the libraries around it are installed; silence their messages."""
     from ddit.exporter.models import quiet_libraries
 
     try:

@@ -9,23 +9,13 @@ base model. The trunk is frozen and shared; at the native level nothing is added
 import copy
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-# The feed-forward layers of FLUX's double blocks (both streams) and single blocks, where DDiT puts its LoRA.
-FLUX_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out")
-
-
-# Its attention layers, both streams: what LoRA usually adapts, and DDiT leaves alone.
-FLUX_ATTENTION = (
-    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
-    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
-)
 
 
 @dataclass(frozen=True)
@@ -34,7 +24,7 @@ class AdapterConfig:
 
     rank: int = 32  # of LoRA; 0 leaves it out
     alpha: float = 32.0
-    targets: tuple[str, ...] = FLUX_FEED_FORWARD  # ends of the dotted names of the layers that get LoRA
+    targets: tuple[str, ...] = field(kw_only=True)  # ends of the dotted names of the layers that get LoRA
     residual_width: int = 64  # channels inside the residual path; 0 leaves it out
     identity: bool = True  # one learned vector, added to every token
 
@@ -147,6 +137,7 @@ def add_lora(trunk: nn.Module, targets: Iterable[str], rank: int, alpha: float) 
 class Level(nn.Module):
     """Base of every family's level: a trunk shared with the other levels and what this level adds to it."""
 
+    dtype: torch.dtype  # of the arithmetic in the trunk
     trunk: Any  # torch types the attributes of a module as Tensor | Module, which fits no call
     config: AdapterConfig | None = None
     checkpointing: bool = False  # training computes a block's activations again instead of keeping them

@@ -57,11 +57,11 @@ class Source:
 
 
 def quiet_libraries() -> None:
-    """Stop diffusers and transformers from saying what they do: our commands say it themselves."""
+    """Silence diffusers and transformers: our commands report progress themselves."""
     import diffusers.utils.logging
     import transformers.utils.logging
 
-    warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")  # older versions of diffusers know no other name
+    warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")  # older diffusers need this name
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()
         library.disable_progress_bar()

@@ -15,7 +15,8 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 
 from ddit.exporter.adapter import save_adapter
 from ddit.exporter.cli import Levels
-from ddit.exporter.families.flux.model import NATIVE_PATCH, TORCH_DTYPES, FluxModel
+from ddit.exporter.components import TORCH_DTYPES
+from ddit.exporter.families.flux.model import Flux
 from ddit.exporter.models import DEFAULTS_FILE, ExportDefaults, find_model, quiet_libraries
 from ddit.runtime.bundle.manifest import Dtype
 from ddit.runtime.console import DditCommand, say, set_up_logging
@@ -53,7 +54,7 @@ def main(
         raise UsageError(f"{out} exists; choose another OUT")
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    flux = FluxModel(find_model(model), levels, dtype)
+    flux = Flux(find_model(model), levels, dtype)
     blocks = {"num_layers": double_blocks, "num_single_layers": single_blocks}
     config = flux.transformer_config | {name: count for name, count in blocks.items() if count}
     transformer = random_transformer(config, TORCH_DTYPES[dtype], device)
@@ -72,8 +73,10 @@ def main(
     )
     pipeline.save_pretrained(out)
     defaults = ExportDefaults(levels=levels, dtype=dtype)
-    if coarse := {patch: random_level(transformer, patch) for patch in levels if patch != NATIVE_PATCH}:
-        save_adapter(out / ADAPTER, coarse, base_model=out.resolve().name, dtype=TORCH_DTYPES[dtype])
+    if coarse := {patch: random_level(transformer, patch) for patch in levels if patch != flux.native}:
+        save_adapter(
+            out / ADAPTER, coarse, base_model=out.resolve().name, family=flux.info.name, dtype=TORCH_DTYPES[dtype]
+        )
         defaults = defaults.model_copy(update={"adapter": ADAPTER})
     (out / DEFAULTS_FILE).write_text(defaults.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
     say(f"written to {out}")

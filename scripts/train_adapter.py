@@ -24,7 +24,8 @@ try:
     from accelerate import Accelerator
     from diffusers import FluxTransformer2DModel
 
-    from ddit.exporter.families.flux.model import TORCH_DTYPES, FluxModel, load_component
+    from ddit.exporter.components import TORCH_DTYPES, load_component
+    from ddit.exporter.families.flux.model import Flux
     from training.config import Config
     from training.distillation import Distillation
     from training.encoding import encode_once, picture_encoder, text_encoder
@@ -115,7 +116,7 @@ def make_distillation(run: Training, plan: Plan) -> Distillation:
     )
 
 
-def load_transformer(flux: FluxModel, device: torch.device, random_weights: bool) -> FluxTransformer2DModel:
+def load_transformer(flux: Flux, device: torch.device, random_weights: bool) -> FluxTransformer2DModel:
     """The base model on the device."""
     if not random_weights:
         return load_component(FluxTransformer2DModel, flux.source.folder / "transformer", flux.dtype).to(device)

@@ -14,7 +14,7 @@ def trace_flux(folder: Path) -> dict[str, float]:
     import onnx_ir as ir
 
     from ddit.exporter.adapter import Adapter
-    from ddit.exporter.families.flux.model import FluxModel
+    from ddit.exporter.families.flux.model import Flux
     from ddit.exporter.graphs.trace import export_graph
     from ddit.exporter.graphs.weights import WeightFiles
     from ddit.exporter.levels import AdapterConfig
@@ -24,8 +24,8 @@ def trace_flux(folder: Path) -> dict[str, float]:
         def apply(self, level, patch, *, shortened=False):
             pass
 
-    adapter = Untouched(folder, "FLUX.1-dev", "flux", {4: AdapterConfig()}, {})
-    model = FluxModel(find_model(str(CONFIG)), (2, 4), "bf16", adapter)
+    adapter = Untouched(folder, "FLUX.1-dev", "flux", {4: AdapterConfig(targets=Flux.feed_forward)}, {})
+    model = Flux(find_model(str(CONFIG)), (2, 4), "bf16", adapter)
     report: dict[str, float] = {}
     weights = WeightFiles(folder)
     start = perf_counter()

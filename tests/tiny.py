@@ -1,6 +1,7 @@
 """A random FLUX pipeline of a few kilobytes with the real architecture, for tests."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
@@ -14,7 +15,7 @@ from transformers import (
 )
 
 from ddit.exporter.adapter import save_adapter
-from ddit.exporter.families.flux.model import FluxLevel
+from ddit.exporter.families.flux.modules import FEED_FORWARD, FluxLevel
 from ddit.exporter.levels import AdapterConfig
 
 WORDS = tuple(
@@ -76,7 +77,9 @@ def tiny_transformer(*, guidance: bool = True, layers: int = 1) -> FluxTransform
     return transformer.eval()
 
 
-def save_tiny_pipeline(folder: Path, *, guidance: bool = True, dtype: torch.dtype = torch.float32) -> Path:
+def save_tiny_pipeline(
+    folder: Path, *, guidance: bool = True, post_quant_conv: bool = False, dtype: torch.dtype = torch.float32
+) -> Path:
     """Write the pipeline as a diffusers folder; ``guidance`` as in FLUX.1-dev, without it as in FLUX.1-schnell."""
     torch.manual_seed(0)
     clip, t5 = clip_tokenizer(), t5_tokenizer()
@@ -90,7 +93,7 @@ def save_tiny_pipeline(folder: Path, *, guidance: bool = True, dtype: torch.dtyp
             latent_channels=CHANNELS,
             norm_num_groups=4,
             use_quant_conv=False,
-            use_post_quant_conv=False,
+            use_post_quant_conv=post_quant_conv,
             scaling_factor=0.7,
             shift_factor=0.1,
         ),
@@ -125,15 +128,21 @@ def save_tiny_pipeline(folder: Path, *, guidance: bool = True, dtype: torch.dtyp
     return folder
 
 
+def tiny_adapter_config(**settings: Any) -> AdapterConfig:
+    """An adapter's settings with LoRA in the feed-forward layers."""
+    return AdapterConfig(**{"targets": FEED_FORWARD, **settings})
+
+
 def save_tiny_adapter(path: Path, pipeline: Path, patches: tuple[int, ...] = (4, 8)) -> Path:
     """Write an adapter of random tensors, as if trained: nothing in it is zero."""
     transformer = FluxTransformer2DModel.from_pretrained(pipeline / "transformer")
     levels = {
-        patch: FluxLevel(transformer, patch, AdapterConfig(rank=4, alpha=8.0, residual_width=8)) for patch in patches
+        patch: FluxLevel(transformer, patch, tiny_adapter_config(rank=4, alpha=8.0, residual_width=8))
+        for patch in patches
     }
     with torch.no_grad():
         for level in levels.values():
             for parameter in level.own_parameters().values():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-    save_adapter(path, levels, base_model="tiny")
+    save_adapter(path, levels, base_model="tiny", family="flux")
     return path

@@ -1,0 +1,39 @@
+"""The model families that ddit-export knows. Importing this imports no torch: a family's module is loaded when used."""
+
+from ddit.exporter.families.base import Family, FamilyInfo
+
+_registry: dict[str, FamilyInfo] = {}
+
+
+def register(info: FamilyInfo) -> None:
+    """Make a family known under its name, which becomes a command of ddit-export."""
+    _registry[info.name] = info
+
+
+def families() -> tuple[FamilyInfo, ...]:
+    """Every family that is known, by name."""
+    return tuple(_registry[name] for name in sorted(_registry))
+
+
+def find_family(name: str) -> type[Family]:
+    """A family's class. Raises `KeyError` for a name that is not registered."""
+    return _registry[name].load()
+
+
+def _flux() -> type[Family]:
+    from ddit.exporter.families.flux.model import Flux
+
+    return Flux
+
+
+FLUX = FamilyInfo(
+    name="flux",
+    title="FLUX.1",
+    model="black-forest-labs/FLUX.1-dev",
+    levels=(2, 4),
+    dtype="fp16",
+    profile="1024",
+    load=_flux,
+)
+
+register(FLUX)

@@ -2,10 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ddit.runtime.bundle.manifest import Dtype, TensorSpec
+
+Original = Callable[..., Tensor | tuple[Tensor, ...]]
+Tables = Mapping[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -19,6 +26,44 @@ class GraphJob:
     dtype: Dtype  # of the arithmetic inside; inputs and outputs are float32
     values: Callable[[str], Tensor]  # a parameter's or buffer's value, by its dotted name in the module
     place: Callable[[str], tuple[str, str]]  # its file in the bundle and its name there
-    reference: Callable[[], nn.Module]  # the same module with its weights, for the parity check
+    # loads what the graph must agree with onto a device, in float32 from weights rounded to `dtype`: a function of the
+    # graph's inputs, by name, that gives its outputs, and that never goes through `module`
+    original: Callable[[torch.device], Original]
     trace_sizes: Mapping[str, int]
     vocabulary: int = 0  # of token ids among the inputs
+    tables: Callable[[Mapping[str, int]], Tables] = lambda sizes: {}  # inputs that follow from the sizes: positions
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the module's weights."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+
+def level_name(patch: int) -> str:
+    """The name of a level's graph."""
+    return f"level-{patch}"
+
+
+def floats(name: str, *shape: int | str) -> TensorSpec:
+    """A float32 tensor of a graph's signature."""
+    return TensorSpec(name=name, dtype="float32", shape=shape)
+
+
+def ids(name: str, *shape: int | str) -> TensorSpec:
+    """An int64 tensor of a graph's signature."""
+    return TensorSpec(name=name, dtype="int64", shape=shape)
+
+
+def loaded_job(name: str, module: nn.Module, **rest: Any) -> GraphJob:
+    """The job of a module that is small enough to be traced with its weights, which become ``<name>.safetensors``."""
+    state = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+    return GraphJob(
+        name=name,
+        module=module,
+        values=lambda key: state[key],
+        place=lambda key: (f"{name}.safetensors", key),
+        **rest,
+    )

@@ -65,7 +65,7 @@ def _lower_shape(node: ir.Node) -> None:
 
 
 def _lower_split(node: ir.Node) -> None:
-    """Into a number of parts: opset 17 knows equal parts only, where 18 lets the last be smaller."""
+    """A split into ``num_outputs`` parts: opset 17 has equal parts only, in opset 18 the last may be smaller."""
     node.attributes.pop("num_outputs", None)
     if len(node.inputs) == 2:  # the sizes are given
         return
@@ -108,7 +108,7 @@ def _lower_reduce(node: ir.Node) -> None:
 
 
 def _lower_resize(node: ir.Node) -> None:
-    """What 18 added goes, where it asks for nothing."""
+    """Remove the attributes that opset 18 added, where they have their default values."""
     for name, nothing in (("antialias", 0), ("keep_aspect_ratio_policy", "stretch"), ("axes", None)):
         attribute = node.attributes.pop(name, None)
         if attribute is not None and attribute.value != nothing:
@@ -131,6 +131,6 @@ def _constant(values: list[int]) -> ir.Node:
 
 
 def _replace(node: ir.Node, nodes: list[ir.Node]) -> None:
-    """Put nodes in a node's place; the last one's output takes the place of its own."""
+    """Replace a node by others; the last one's output replaces its own."""
     assert node.graph is not None
     ir.convenience.replace_nodes_and_values(node.graph, node, [node], nodes, node.outputs, nodes[-1].outputs)

@@ -24,7 +24,7 @@ from ddit.runtime.bundle.manifest import TensorSpec
 from ddit.runtime.errors import ModelError
 
 DTYPES = {"float32": torch.float32, "int64": torch.int64}
-FOLD_LIMIT = 4096  # elements: constants up to this size are folded, weights are far larger and are not held anyway
+FOLD_LIMIT = 4096  # elements of the largest constant that is folded; weights are larger, and have no values yet
 
 
 @dataclass
@@ -44,7 +44,7 @@ class ExportedGraph:
         """Point the initializers at the written weight files and save ``<name>.onnx``; returns the file's name."""
         for name, (weight_file, stored) in self.places.items():
             initializer = self.model.graph.initializers[name]
-            initializer.const_value = weights.reference(weight_file, stored)
+            initializer.const_value = weights.external_tensor(weight_file, stored)
             initializer.name = stored  # so that a host can find and share weights without reading ONNX
         file = f"{self.job.name}.onnx"
         ir.save(self.model, folder / file)
@@ -75,7 +75,7 @@ def export_graph(job: GraphJob, opset: int, weights: WeightFiles) -> ExportedGra
             raise ModelError(f"torch could not export {job.name}: {_root_cause(error)}") from error
     assert program is not None
     model: ir.Model = program.model
-    if model.opset_imports[""] != traced:  # torch falls back to another opset with no more than a log line
+    if model.opset_imports[""] != traced:  # torch may fall back to another opset and only log it
         raise ModelError(f"torch exported {job.name} at opset {model.opset_imports['']} instead of {traced}")
 
     parameters = {
@@ -87,7 +87,7 @@ def export_graph(job: GraphJob, opset: int, weights: WeightFiles) -> ExportedGra
     for name, initializer in list(model.graph.initializers.items()):
         if name not in parameters:
             continue
-        initializer.const_value = None  # not known yet: keeps the folding off it
+        initializer.const_value = None  # without a value it is not folded
         parameter = parameters[name]
         flip = name in transposed
         weight = Weight(
@@ -110,7 +110,7 @@ def export_graph(job: GraphJob, opset: int, weights: WeightFiles) -> ExportedGra
 
 
 def _root_cause(error: BaseException) -> str:
-    """The first line of the error at the bottom; those above only say in which of its phases the exporter was."""
+    """The first line of the first error in the chain; the later ones only name the exporter's phase."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
@@ -173,7 +173,7 @@ def _fold(model: ir.Model) -> None:
 
 
 def _tidy(model: ir.Model) -> None:
-    """Drop what does nothing or stands there twice."""
+    """Remove duplicate nodes and constants, and nodes without effect."""
     from onnx_ir.passes import common
 
     ir.passes.Sequential(
@@ -196,7 +196,7 @@ def _name_dimensions(model: ir.Model, job: GraphJob) -> None:
             if value.name != spec.name:
                 raise ModelError(f"{job.name} was exported with {value.name!r} where {spec.name!r} was expected")
             value.shape = ir.Shape(spec.shape)
-    for node in model.graph:  # traces of the Python source: of no use to who runs the graph, and they hold paths
+    for node in model.graph:  # traces of the Python source, with this machine's paths
         node.metadata_props.clear()
         node.doc_string = None
         for output in node.outputs:
@@ -210,8 +210,10 @@ def _name_dimensions(model: ir.Model, job: GraphJob) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence torch's exporter and onnxscript, which warn of much that is meant: dimensions that share a name, absent
-    torchvision, initializers without a value."""
+    """Silence torch's exporter and onnxscript.
+
+    They warn of what is intended here: dimensions that share a name, no torchvision, initializers without a value.
+    """
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

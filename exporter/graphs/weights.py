@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ddit.runtime.errors import ModelError
 
-ALIGNMENT = 4096  # of the first tensor, so that a mapping of the file is a mapping of aligned tensors
+ALIGNMENT = 4096  # bytes: where the first tensor begins is a multiple, so that a memory-mapped file is aligned
 
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
 IR_DTYPES = {
@@ -63,7 +63,7 @@ class WeightFiles:
         self._offsets: dict[str, dict[str, int]] = {}
 
     def add(self, file: str, name: str, weight: Weight) -> str:
-        """Register a tensor and return its name in the file; one that is there already is not stored twice."""
+        """Register a tensor and return its name in the file; a name that is registered already is stored once."""
         key = f"{name}.T" if weight.transposed else name
         self._files.setdefault(file, {}).setdefault(key, weight)
         return key
@@ -103,7 +103,7 @@ class WeightFiles:
         """Bytes of one file's tensors."""
         return sum(weight.nbytes for weight in self._files[file].values())
 
-    def reference(self, file: str, key: str) -> ir.ExternalTensor:
+    def external_tensor(self, file: str, key: str) -> ir.ExternalTensor:
         """The tensor as ONNX external data, after `write`."""
         weight = self._files[file][key]
         return ir.ExternalTensor(

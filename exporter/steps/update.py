@@ -4,8 +4,8 @@ For flow matching an Euler step is z' = z + Δσ·v. The first difference Δ¹ =
 which would lose digits; the second and third are differences of stored ones (DDiT, arXiv 2602.16968; docs/method.md).
 Everything is float32: in half precision third differences drown in rounding.
 
-A coarse level sees less detail than the native one, so what that made out is carried on (docs/method.md): the detail of
-a coarse step's estimate of the clean latent is drawn towards that of the last native step.
+A coarse level sees less detail than the native one, so the detail that the last native step found is carried on
+(docs/method.md): it replaces a share of the detail in a coarse step's estimate of the clean latent.
 """
 
 import math
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ddit.exporter.graphs.job import GraphJob
-from ddit.runtime.bundle.manifest import TensorSpec
+from ddit.exporter.graphs.job import GraphJob, Original, floats
+from ddit.exporter.steps import equations
 
 
 class StepGraph(nn.Module):
@@ -68,7 +68,7 @@ class StepGraph(nn.Module):
 
 
 def patch_detail(values: Tensor, patch: int) -> Tensor:
-    """What every patch's mean leaves of it: (B, C, H, W), the same shape."""
+    """The values minus the mean of their patch: (B, C, H, W) → the same shape."""
     batch, channels, height, width = values.shape
     grid = values.reshape(batch, channels, height // patch, patch, width // patch, patch)
     return (grid - grid.mean(dim=(3, 5), keepdim=True)).reshape(values.shape)
@@ -86,35 +86,32 @@ def step_job(channels: int, coarse: Sequence[int]) -> GraphJob:
     """The export job of a bundle's step graph."""
     unit = math.lcm(*coarse)
     picture = ("B", channels, "H", "W")
+    state = ("difference1", "difference2", "clean")
 
-    def state(name: str) -> TensorSpec:
-        return TensorSpec(name=name, dtype="float32", shape=picture)
+    def original(device: torch.device) -> Original:
+        def compute(**inputs: Tensor) -> tuple[Tensor, ...]:
+            arrays = {name: value.double().cpu().numpy() for name, value in inputs.items()}
+            return tuple(map(torch.from_numpy, equations.step(coarse, **arrays)))
 
-    def number(name: str) -> TensorSpec:
-        return TensorSpec(name=name, dtype="float32", shape=("B",))
+        return compute
 
-    module = StepGraph(coarse)
     return GraphJob(
         name="step",
-        module=module,
+        module=StepGraph(coarse),
         inputs=(
-            state("latent"),
-            state("velocity"),
-            number("timestep"),
-            number("dt"),
-            state("difference1"),
-            state("difference2"),
-            state("clean"),
-            number("refresh"),
-            *([TensorSpec(name="carry", dtype="float32", shape=("B", len(coarse)))] if coarse else []),
+            *(floats(name, *picture) for name in ("latent", "velocity")),
+            *(floats(name, "B") for name in ("timestep", "dt")),
+            *(floats(name, *picture) for name in state),
+            floats("refresh", "B"),
+            *([floats("carry", "B", len(coarse))] if coarse else []),
         ),
         outputs=(
-            *(state(name) for name in ("next_latent", "next_difference1", "next_difference2", "next_clean")),
-            *(TensorSpec(name=f"deviation_{p}", dtype="float32", shape=("B", f"H/{p}", f"W/{p}")) for p in coarse),
+            *(floats(f"next_{name}", *picture) for name in ("latent", *state)),
+            *(floats(f"deviation_{p}", "B", f"H/{p}", f"W/{p}") for p in coarse),
         ),
         dtype="fp32",
         values=lambda name: torch.empty(0),
         place=lambda name: ("", name),
-        reference=lambda: module,
+        original=original,
         trace_sizes={"B": 2, "H": 2 * unit, "W": 3 * unit},
     )

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from ddit.exporter.adapter import save_adapter
-from ddit.exporter.families.flux.model import FluxLevel
+from ddit.exporter.families.flux.modules import FluxLevel
 from ddit.exporter.levels import Level
 from demo_model.classifier import SceneClassifier
 from demo_model.parts import PATCH, make_scheduler
@@ -112,7 +112,7 @@ def save_model(run: Run, denoiser: Denoiser, levels: dict[int, Level]) -> Path:
     )
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
     if levels:
-        save_adapter(folder / "adapter.safetensors", levels, base_model="demo", dtype=torch.float16)
+        save_adapter(folder / "adapter.safetensors", levels, base_model="demo", family="flux", dtype=torch.float16)
     return folder
 
 

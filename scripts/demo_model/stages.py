@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, FluxPipeline
 from torch import Tensor, nn
 
+from ddit.exporter.families.flux.modules import FEED_FORWARD
 from ddit.exporter.levels import AdapterConfig, Level
 from demo_model.parts import PATCH, TEXT_LENGTH, Sizes, make_clip, make_t5, make_transformer, make_vae
 from demo_model.scenes import render, sample_scenes
@@ -196,7 +197,8 @@ def stage_adapter(
     """Distil coarse levels from the frozen native one."""
     latents, ids = data
     denoiser.requires_grad_(False)
-    distillation = Distillation(run, denoiser.transformer, patches, AdapterConfig(), latents.shape[2:])
+    config = AdapterConfig(targets=FEED_FORWARD)
+    distillation = Distillation(run, denoiser.transformer, patches, config, latents.shape[2:])
     kept = run.out / "adapter.pt"
     if kept.exists():
         distillation.own.load_state_dict(torch.load(kept, map_location=run.device))

@@ -7,11 +7,12 @@ from typing import Literal
 import click
 
 from command_line.options import option
-from ddit.exporter.cli import FLUX_DEV, Levels
-from ddit.exporter.levels import FLUX_ATTENTION, FLUX_FEED_FORWARD, AdapterConfig
+from ddit.exporter.cli import Levels
+from ddit.exporter.families import FLUX
+from ddit.exporter.levels import AdapterConfig
 
 MAX_STEPS = 10_000
-LORA = {"feed-forward": FLUX_FEED_FORWARD, "all": (*FLUX_FEED_FORWARD, *FLUX_ATTENTION)}
+LORA = ("feed-forward", "all")
 RATES = {"adamw": 1e-4, "prodigy": 1.0}
 POSITIVE = click.FloatRange(0, min_open=True)
 
@@ -45,7 +46,7 @@ class Config:
     """What was asked for. None leaves a value to the model, the profile or the optimizer."""
 
     # ---- the model and what it is trained on ----
-    model: str = option(default=FLUX_DEV, help="Hub id, local diffusers folder, or 'demo'.")
+    model: str = option(default=FLUX.model, help="Hub id, local diffusers folder, or 'demo'.")
     revision: str | None = option(help="Branch, tag or commit of the model on the hub.")
     levels: tuple[int, ...] | None = option(
         type=Levels(), help="Patch sizes to train, as in 4,8.  [default: the model's, or 4]"
@@ -115,4 +116,12 @@ class Config:
     @property
     def parts(self) -> AdapterConfig:
         """What each level gets beside its embedding and head."""
-        return AdapterConfig(self.rank, float(self.rank), LORA[self.lora], self.residual_width, self.identity)
+        family = FLUX.load()
+        targets = family.feed_forward if self.lora == "feed-forward" else (*family.feed_forward, *family.attention)
+        return AdapterConfig(
+            rank=self.rank,
+            alpha=float(self.rank),
+            targets=targets,
+            residual_width=self.residual_width,
+            identity=self.identity,
+        )

@@ -13,7 +13,8 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from ddit.exporter.adapter import Adapter
-from ddit.exporter.families.flux.model import NATIVE_PATCH, FluxLevel, rotary_positions
+from ddit.exporter.families.flux.model import rotary_positions
+from ddit.exporter.families.flux.modules import NATIVE_PATCH, FluxLevel
 from ddit.exporter.levels import AdapterConfig, Level
 from ddit.runtime.conditioning.positions import rotary_tables
 from training.loop import Training

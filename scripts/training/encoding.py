@@ -17,7 +17,8 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ddit.exporter.families.flux.model import TORCH_DTYPES, FluxModel, load_component
+from ddit.exporter.components import TORCH_DTYPES, load_component
+from ddit.exporter.families.flux.model import Flux
 from ddit.exporter.models import Source
 from ddit.runtime.bundle.manifest import Dtype
 from ddit.runtime.errors import DditError, ModelError, UsageError
@@ -115,7 +116,7 @@ def text_encoder(source: Source, dtype: Dtype, length: int, device: torch.device
     return encode
 
 
-def longest_text(flux: FluxModel, random_weights: bool) -> int:
+def longest_text(flux: Flux, random_weights: bool) -> int:
     """Tokens of a prompt, as `ddit-export` has them."""
     if random_weights:  # there may be no tokenizer
         return LONGEST_TEXT

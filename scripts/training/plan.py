@@ -8,7 +8,7 @@ from pathlib import Path
 
 from command_line.prompts import read_prompts
 from ddit.exporter.adapter import Adapter, load_adapter
-from ddit.exporter.families.flux.model import NATIVE_PATCH, FluxModel
+from ddit.exporter.families.flux.model import Flux
 from ddit.exporter.models import find_model
 from ddit.profiles import ProfileError, load_profile
 from ddit.runtime import shapes
@@ -28,7 +28,7 @@ class Plan:
     """A training with nothing left open."""
 
     config: Config
-    flux: FluxModel  # its levels are those to train
+    flux: Flux  # its levels are those to train
     height: int  # pixels
     width: int
     text_length: int  # tokens
@@ -40,10 +40,10 @@ class Plan:
     def make(cls, config: Config) -> "Plan":
         """Fill in what the options leave open. Raises `UsageError` for what cannot be trained."""
         source = find_model(config.model, config.revision)
-        patches = config.levels or tuple(patch for patch in source.defaults.levels or (4,) if patch != NATIVE_PATCH)
-        if NATIVE_PATCH in patches:
-            raise UsageError(f"level {NATIVE_PATCH} is the base model and needs no training; leave it out")
-        flux = FluxModel(source, patches, config.precision)
+        patches = config.levels or tuple(patch for patch in source.defaults.levels or (4,) if patch != Flux.native)
+        if Flux.native in patches:
+            raise UsageError(f"level {Flux.native} is the base model and needs no training; leave it out")
+        flux = Flux(source, patches, config.precision)
         if config.guidance and not flux.guidance.embedded:
             raise UsageError("this model takes no guidance scale (it was not distilled for one); leave it out")
         height, width = picture_size(flux, config.height, config.width)
@@ -133,7 +133,7 @@ def claim(out: Path, settings: Mapping[str, object]) -> None:
         part.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def picture_size(flux: FluxModel, height: int | None, width: int | None) -> tuple[int, int]:
+def picture_size(flux: Flux, height: int | None, width: int | None) -> tuple[int, int]:
     """Height and width in pixels, the profile's where they are not given. Raises `UsageError` if they do not fit."""
     try:
         usual = load_profile(flux.source.defaults.profile or "1024").entry[0]

@@ -3,7 +3,9 @@
 import torch
 from diffusers import FluxTransformer2DModel
 
-from ddit.exporter.families.flux.model import TORCH_DTYPES, FluxLevel, FluxModel
+from ddit.exporter.components import TORCH_DTYPES
+from ddit.exporter.families.flux.model import Flux
+from ddit.exporter.families.flux.modules import FEED_FORWARD, FluxLevel
 from ddit.exporter.levels import AdapterConfig
 from training.encoding import Rows
 
@@ -21,14 +23,14 @@ def random_transformer(config: dict[str, object], dtype: torch.dtype, device: to
 
 def random_level(transformer: FluxTransformer2DModel, patch: int) -> FluxLevel:
     """A coarse level whose additions are as if trained: none of them is zero."""
-    level = FluxLevel(transformer, patch, AdapterConfig())
+    level = FluxLevel(transformer, patch, AdapterConfig(targets=FEED_FORWARD))
     with torch.no_grad():
         for parameter in level.own_parameters().values():
             parameter.add_(torch.randn_like(parameter) * 0.01)
     return level
 
 
-def random_text(flux: FluxModel, count: int, length: int, device: torch.device) -> Rows:
+def random_text(flux: Flux, count: int, length: int, device: torch.device) -> Rows:
     """Embeddings of no prompt in particular."""
     config, dtype = flux.transformer_config, TORCH_DTYPES[flux.dtype]
     context = torch.randn(count, length, config["joint_attention_dim"], dtype=dtype)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ddit.exporter.families.flux.model import NATIVE_PATCH
+from ddit.exporter.families.flux.modules import NATIVE_PATCH
 from ddit.runtime.bundle.manifest import FlowMatchEulerInfo
 from ddit.runtime.samplers.sigmas import sigmas
 from training.distillation import States

@@ -44,7 +44,7 @@ class Trainee:
         content: dict[str, Any] = {"states": self.states.state_dict()}
         if self.run.rank == 0:
             with whole(self.adapter) as part, self.ema.stored():
-                save_adapter(part, self.distillation.levels, base_model=self.base_model)
+                save_adapter(part, self.distillation.levels, base_model=self.base_model, family="flux")
             content |= {
                 "own": own.state_dict(),
                 "ema": self.ema.shadow,

@@ -5,12 +5,11 @@ import torch
 from safetensors.torch import save_file
 
 from ddit.exporter.adapter import load_adapter, save_adapter
-from ddit.exporter.families.flux.model import FluxLevel
-from ddit.exporter.levels import AdapterConfig
+from ddit.exporter.families.flux.modules import FluxLevel
 from ddit.runtime.errors import AdapterError
-from tiny import tiny_transformer
+from tiny import tiny_adapter_config, tiny_transformer
 
-CONFIG = AdapterConfig(rank=4, alpha=2.0, residual_width=8)
+CONFIG = tiny_adapter_config(rank=4, alpha=2.0, residual_width=8)
 
 
 @pytest.fixture
@@ -20,14 +19,18 @@ def transformer():
 
 @pytest.mark.parametrize(
     "config",
-    [CONFIG, AdapterConfig(rank=0, residual_width=0, identity=False), AdapterConfig(targets=("ff.net.2",), rank=2)],
+    [
+        CONFIG,
+        tiny_adapter_config(rank=0, residual_width=0, identity=False),
+        tiny_adapter_config(targets=("ff.net.2",), rank=2),
+    ],
 )
 def test_a_round_trip_keeps_everything(transformer, tmp_path, config):
     level = FluxLevel(transformer, 4, config)
     with torch.no_grad():
         for parameter in level.own_parameters().values():
             parameter.normal_()
-    save_adapter(tmp_path / "a.safetensors", {4: level}, base_model="tiny")
+    save_adapter(tmp_path / "a.safetensors", {4: level}, base_model="tiny", family="flux")
     adapter = load_adapter(tmp_path / "a.safetensors")
     assert adapter.configs == {4: config}
     assert (adapter.base_model, adapter.family) == ("tiny", "flux")
@@ -40,12 +43,12 @@ def test_a_round_trip_keeps_everything(transformer, tmp_path, config):
 
 def test_what_does_not_fit_names_the_tensor(transformer, tmp_path):
     path = tmp_path / "a.safetensors"
-    save_adapter(path, {4: FluxLevel(transformer, 4, CONFIG)}, base_model="tiny")
+    save_adapter(path, {4: FluxLevel(transformer, 4, CONFIG)}, base_model="tiny", family="flux")
     adapter = load_adapter(path)
     with pytest.raises(AdapterError, match=r"lora_A.weight' of level 4 is missing in the file"):
         adapter.apply(FluxLevel(tiny_transformer(layers=2), 4, CONFIG), 4)
     with pytest.raises(AdapterError, match=r"has shape \(8, 8, 3, 3\), the model needs \(6, 8, 3, 3\)"):
-        adapter.apply(FluxLevel(transformer, 4, AdapterConfig(rank=4, residual_width=6)), 4)
+        adapter.apply(FluxLevel(transformer, 4, tiny_adapter_config(rank=4, residual_width=6)), 4)
 
 
 @pytest.mark.parametrize(

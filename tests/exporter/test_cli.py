@@ -9,17 +9,19 @@ import time
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import run
 from ddit.exporter.cli import main
-from ddit.exporter.families.flux.model import FluxModel
+from ddit.exporter.families.flux.model import Flux
 from ddit.exporter.graphs import weights
 from ddit.exporter.graphs.weights import WeightFiles
 from ddit.exporter.steps.update import step_job
-from ddit.runtime import Bundle
+from ddit.runtime import Bundle, Pipeline
+from tiny import save_tiny_adapter
 
 FAST = ("--levels", "2", "--dtype", "fp32", "--profile", "256")
 
@@ -27,7 +29,8 @@ FAST = ("--levels", "2", "--dtype", "fp32", "--profile", "256")
 @pytest.fixture
 def only_the_step_graph(monkeypatch) -> None:
     """Leave the slow graphs out where a test is not about them."""
-    monkeypatch.setattr(FluxModel, "jobs", lambda model: [step_job(model.latent.channels, ())])
+    monkeypatch.setattr(Flux, "jobs", lambda flux: [step_job(flux.latent.channels, ())])
+    monkeypatch.setattr("ddit.exporter.build.check_pipeline", lambda *_: [])
 
 
 def one_error(result, code: int, words: str) -> None:
@@ -207,7 +210,7 @@ def test_half_precision(tiny_pipeline, tiny_adapter, tmp_path, dtype):
     if dtype == "bf16":  # a CPU has no kernels for it
         assert checked["level-4"].startswith("in float32 with 1 block")
         assert checked["step"] == "full"
-        # what torch made in bfloat16 lies ready for a machine that can run the graph
+        # what the original gives lies ready for a machine that can run the graph
         assert "level-4/1/output/velocity" in load_file(out / "parity.safetensors")
     else:
         assert set(checked.values()) == {"full"}
@@ -249,3 +252,20 @@ def test_a_model_s_own_schedule_lands_in_the_bundle(only_the_step_graph, tiny_pi
     schedule = json.loads((tmp_path / "a.bundle" / "bundle.json").read_text())["schedule"]
     assert (schedule["tau"], len(schedule["smooth"])) == ((3.0, 2) if kept else (0.001, 0))
     assert schedule["warmup"] == 8
+
+
+@pytest.mark.parametrize(("levels", "size"), [((2, 4, 6), (96, 192)), ((2, 6), (96, 144))])
+def test_levels_that_do_not_divide_each_other(tiny_pipeline, tmp_path, levels, size):
+    """Sizes are then multiples of the patches' least common multiple, 12 latent pixels for 4 and 6."""
+    adapter = save_tiny_adapter(tmp_path / "a.safetensors", tiny_pipeline, levels[1:])
+    out = tmp_path / "odd.bundle"
+    options = ("--levels", ",".join(map(str, levels)), "--adapter", adapter, *FAST[2:], "--out", out)
+    result = run(main, "flux", "--model", tiny_pipeline, *options)
+    assert result.exit_code == 0, result.stderr
+    pipeline = Pipeline.open(out, backend="cpu")
+    order = (2, *levels)
+    schedule = "fixed:" + ",".join(f"{patch}x1" for patch in order)
+    result = pipeline("a red circle", schedule=schedule, height=size[0], width=size[1])
+    assert result.image.size == size[::-1]
+    assert np.isfinite(result.latent).all()
+    assert [step.level for step in result.trace.steps] == list(order)

@@ -7,9 +7,9 @@ from diffusers import FluxPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddit.exporter.families.flux.model import FluxLevel, rotary_positions
+from ddit.exporter.families.flux.model import rotary_positions
+from ddit.exporter.families.flux.modules import FluxLevel
 from ddit.exporter.levels import (
-    AdapterConfig,
     bilinear_matrix,
     patchify,
     resize_embedding,
@@ -17,7 +17,7 @@ from ddit.exporter.levels import (
     unpatchify,
 )
 from ddit.runtime.conditioning.positions import rotary_tables
-from tiny import CHANNELS, tiny_transformer
+from tiny import CHANNELS, tiny_adapter_config, tiny_transformer
 
 POSITIONS = rotary_positions((4, 6, 6))
 PATCHES = st.sampled_from([4, 6, 8])
@@ -103,7 +103,7 @@ def test_native_level_is_bit_for_bit_the_base_model(guidance):
 
 def test_a_level_shares_the_trunk_and_freezes_nothing_of_its_own():
     transformer = tiny_transformer()
-    level = FluxLevel(transformer, 4, AdapterConfig(rank=4, residual_width=8))
+    level = FluxLevel(transformer, 4, tiny_adapter_config(rank=4, residual_width=8))
     shared = {id(parameter) for parameter in transformer.parameters()}
     own = level.own_parameters()
     assert not shared & {id(parameter) for parameter in own.values()}
@@ -118,13 +118,13 @@ def test_a_fresh_adapter_changes_nothing():
     transformer = tiny_transformer()
     inputs = level_inputs(4)
     plain = FluxLevel(transformer, 4)(**inputs)
-    assert torch.equal(FluxLevel(transformer, 4, AdapterConfig(rank=4, residual_width=8))(**inputs), plain)
+    assert torch.equal(FluxLevel(transformer, 4, tiny_adapter_config(rank=4, residual_width=8))(**inputs), plain)
 
 
 def test_every_adapter_parameter_learns_within_two_steps():
     """LoRA's A and the residual path's first layers wait for one step behind a zero layer, never for two."""
     transformer = tiny_transformer().requires_grad_(False)
-    level = FluxLevel(transformer, 4, AdapterConfig(rank=4, residual_width=8))
+    level = FluxLevel(transformer, 4, tiny_adapter_config(rank=4, residual_width=8))
     own = level.own_parameters()
     for parameter in own.values():
         parameter.requires_grad_(True)

@@ -10,7 +10,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 import train_demo
 from conftest import run
 from ddit.exporter.adapter import load_adapter
-from ddit.exporter.families.flux.model import FluxLevel
+from ddit.exporter.families.flux.modules import FEED_FORWARD, FluxLevel
 from ddit.exporter.levels import AdapterConfig
 from ddit.exporter.models import find_model
 from demo_model import parts
@@ -62,7 +62,7 @@ def test_adapter_fits_the_model(trained):
     transformer = FluxTransformer2DModel.from_pretrained(trained / "model" / "transformer")
     assert set(adapter.configs) == {4, 8}
     for patch, config in adapter.configs.items():
-        assert config == AdapterConfig()
+        assert config == AdapterConfig(targets=FEED_FORWARD)
         adapter.apply(FluxLevel(transformer, patch, config), patch)
 
 

@@ -1,18 +1,25 @@
 """FLUX.1: how a diffusers `FluxPipeline` is read and which graphs it becomes."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel, ModelMixin
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from ddit.exporter.adapter import Adapter
+from ddit.exporter.components import TORCH_DTYPES, load_component, shortened
+from ddit.exporter.families import FLUX
+from ddit.exporter.families.base import Family
+from ddit.exporter.families.flux import original
 from ddit.exporter.families.flux.modules import (
+    ATTENTION,
+    FEED_FORWARD,
     NATIVE_PATCH,
     ClipEncoder,
     FluxLevel,
@@ -20,27 +27,26 @@ from ddit.exporter.families.flux.modules import (
     VaeDecoder,
     resized_ends,
 )
-from ddit.exporter.graphs.job import GraphJob
+from ddit.exporter.graphs.job import GraphJob, Original, Tables, floats, ids, level_name, loaded_job
 from ddit.exporter.graphs.weights import SafetensorsFolder
-from ddit.exporter.models import Source
+from ddit.exporter.levels import AdapterConfig
 from ddit.exporter.steps.update import step_job
 from ddit.runtime.bundle.manifest import (
     AxisInfo,
+    DecoderInfo,
     Dtype,
     FlowMatchEulerInfo,
     GuidanceInfo,
     LatentInfo,
     RotaryAxis,
     RotaryInfo,
-    TensorSpec,
     TextEncoderInfo,
     TokenizerInfo,
 )
-from ddit.runtime.errors import ModelError, UsageError
+from ddit.runtime.conditioning.positions import level_tables
+from ddit.runtime.errors import ModelError
 
-__all__ = ["NATIVE_PATCH", "FluxLevel", "FluxModel"]
-
-TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+CLIP, T5, DECODER = "clip", "t5", "vae_decoder"  # graphs
 TRUNK_FILE = "transformer.safetensors"
 ROPE_THETA = 10000.0  # fixed in diffusers' FluxTransformer2DModel
 
@@ -58,26 +64,14 @@ SCHEDULER_FIXED = {
 
 
 @dataclass(frozen=True)
-class FluxModel:
-    """A FLUX.1 pipeline's folder, to be exported at some levels.
+class Flux(Family):
+    """A FLUX.1 pipeline's folder, to be exported at some levels."""
 
-    ``depth`` keeps only that many blocks of the transformer and of T5: for checking graphs whose full size a machine
-    cannot run.
-    """
-
-    source: Source
-    levels: tuple[int, ...]
-    dtype: Dtype
-    adapter: Adapter | None = None
-    depth: int | None = None
-
-    def __post_init__(self) -> None:
-        pipeline = self.source.config("", "model_index.json").get("_class_name")
-        if pipeline != "FluxPipeline":
-            raise ModelError(f"{self.source.folder} holds a {pipeline}; family flux exports a FluxPipeline")
-        for patch in self.levels:
-            if patch < NATIVE_PATCH or patch % NATIVE_PATCH:
-                raise UsageError(f"level {patch} is not a multiple of FLUX's native level {NATIVE_PATCH}")
+    info = FLUX
+    pipeline = "FluxPipeline"
+    native = NATIVE_PATCH
+    feed_forward = FEED_FORWARD
+    attention = ATTENTION
 
     # ---- what the manifest says of the model ----
 
@@ -129,12 +123,17 @@ class FluxModel:
         settings: dict[str, Any] = {name: config.get(name, usual[name]) for name in names}
         return FlowMatchEulerInfo(**settings, steps=steps)
 
+    @property
+    def decoder(self) -> DecoderInfo:
+        """The VAE's decoder."""
+        return DecoderInfo(graph=DECODER)
+
     def save_tokenizers(self, folder: Path) -> tuple[TextEncoderInfo, ...]:
         """Write both tokenizers as ``tokenizer.json`` files and describe the encoders that they belong to."""
         infos = []
         for name, component, longest, feeds in (
-            ("clip", "tokenizer", 77, {"pooled": "pooled"}),
-            ("t5", "tokenizer_2", 512, {"context": "context"}),
+            (CLIP, "tokenizer", 77, {"pooled": "pooled"}),
+            (T5, "tokenizer_2", 512, {"context": "context"}),
         ):
             try:
                 tokenizer = AutoTokenizer.from_pretrained(self.source.folder / component, use_fast=True)
@@ -145,7 +144,7 @@ class FluxModel:
             tokenizer.backend_tokenizer.save(str(folder / file))
             length = min(tokenizer.model_max_length, longest)  # some files say "no limit" with a huge number
             info = TokenizerInfo(file=file, length=length, pad_id=tokenizer.pad_token_id)
-            infos.append(TextEncoderInfo(graph=name, tokenizer=info, free_length=name == "t5", feeds=feeds))
+            infos.append(TextEncoderInfo(graph=name, tokenizer=info, free_length=name == T5, feeds=feeds))
         return tuple(infos)
 
     # ---- the graphs ----
@@ -162,10 +161,38 @@ class FluxModel:
             self._vae_job(),
         ]
 
+    def build_level(self, transformer: nn.Module, patch: int, config: AdapterConfig | None = None) -> FluxLevel:
+        """A `FluxLevel`."""
+        assert isinstance(transformer, FluxTransformer2DModel)
+        return FluxLevel(transformer, patch, config)
+
+    def original_step(
+        self,
+        prompts: Sequence[str],
+        latent: NDArray[np.float32],
+        *,
+        steps: int,
+        guidance: float,
+        text_length: int,
+        device: torch.device,
+    ) -> Mapping[str, NDArray[np.float32]]:
+        """The first step of diffusers' `FluxPipeline`."""
+        return original.first_step(
+            self.source.folder,
+            self.dtype,
+            self._vae_dtype,
+            prompts,
+            latent,
+            steps=steps,
+            guidance=guidance,
+            text_length=text_length,
+            device=device,
+        )
+
     def level_job(self, patch: int) -> GraphJob:
         """The graph of one level."""
         config = self.transformer_config
-        module = self._level(self._meta_transformer, patch)
+        module = self.level(self._meta_transformer, patch)
         own = module.own_parameters()
         adapter = self.adapter if module.config is not None else None
 
@@ -175,35 +202,41 @@ class FluxModel:
             return adapter.value(patch, name) if adapter else resized_ends(self._transformer_weights, patch)[name]
 
         def place(name: str) -> tuple[str, str]:
-            return (f"level-{patch}.safetensors", name) if name in own else (TRUNK_FILE, _trunk_name(name))
+            return (f"{level_name(patch)}.safetensors", name) if name in own else (TRUNK_FILE, _trunk_name(name))
+
+        def tables(sizes: Mapping[str, int]) -> Tables:
+            return level_tables(self.positions, self.latent, NATIVE_PATCH, patch, sizes)
 
         table = (f"H/{patch}", f"W/{patch}", sum(config["axes_dims_rope"]))
         picture = ("B", self.latent.channels, "H", "W")
         return GraphJob(
-            name=f"level-{patch}",
+            name=level_name(patch),
             module=module,
             inputs=(
-                _float("latent", *picture),
-                _float("timestep", "B"),
-                _float("context", "B", "L", config["joint_attention_dim"]),
-                _float("pooled", "B", config["pooled_projection_dim"]),
-                _float("rope_cos", *table),
-                _float("rope_sin", *table),
-                *([_float("guidance", "B")] if self.guidance.embedded else []),
+                floats("latent", *picture),
+                floats("timestep", "B"),
+                floats("context", "B", "L", config["joint_attention_dim"]),
+                floats("pooled", "B", config["pooled_projection_dim"]),
+                floats("rope_cos", *table),
+                floats("rope_sin", *table),
+                *([floats("guidance", "B")] if self.guidance.embedded else []),
             ),
-            outputs=(_float("velocity", *picture),),
+            outputs=(floats("velocity", *picture),),
             dtype=self.dtype,
             values=values,
             place=place,
-            reference=lambda: self._level(self._transformer(), patch),
+            original=partial(self._original_level, patch),
             trace_sizes={"B": 2, "H": 2 * patch, "W": 3 * patch, "L": 5},
+            tables=tables,
         )
 
-    def _level(self, transformer: nn.Module, patch: int) -> FluxLevel:
-        config = self.adapter.configs.get(patch) if self.adapter else None
-        level = FluxLevel(transformer, patch, config)
-        if self.adapter and config:
-            self.adapter.apply(level, patch, shortened=self.depth is not None)
+    def _original_level(self, patch: int, device: torch.device) -> Original:
+        """diffusers' transformer at the native patch. Coarse levels have no original: the module itself, in torch."""
+        transformer = self._transformer()
+        if patch == NATIVE_PATCH:
+            return original.native_velocity(transformer.float().to(device))
+        level = self.level(transformer, patch).float().to(device)
+        level.dtype = torch.float32
         return level
 
     @cached_property
@@ -218,19 +251,28 @@ class FluxModel:
         return SafetensorsFolder(self.source.folder / "transformer")
 
     def _transformer(self) -> nn.Module:
-        """The transformer with its weights, read independently of the export where that is possible."""
+        """The transformer with its weights in the graphs' type, read independently of the export where possible."""
         if self.depth is None:
             folder = self.source.folder / "transformer"
             transformer: nn.Module = load_component(FluxTransformer2DModel, folder, self.dtype)
             return transformer
-        return _filled(partial(FluxTransformer2DModel.from_config, self.transformer_config), self._transformer_weights)
+        make = partial(FluxTransformer2DModel.from_config, self.transformer_config)
+        return shortened(make, self._transformer_weights)
 
     def _clip_job(self) -> GraphJob:
-        module = ClipEncoder(load_component(CLIPTextModel, self.source.folder / "text_encoder", self.dtype))
-        config: Any = module.encoder.config
-        ids = _ids("input_ids", "B", config.max_position_embeddings)
-        return replace(
-            self._real_job("clip", module, ids, _float("pooled", "B", config.hidden_size), {"B": 2}),
+        folder = self.source.folder / "text_encoder"
+        module = ClipEncoder(load_component(CLIPTextModel, folder, self.dtype))
+        config: CLIPTextConfig = module.encoder.config
+        return loaded_job(
+            CLIP,
+            module,
+            inputs=(ids("input_ids", "B", config.max_position_embeddings),),
+            outputs=(floats("pooled", "B", config.hidden_size),),
+            dtype=self.dtype,
+            original=lambda device: original.pooled_text(
+                original.load_rounded(CLIPTextModel, folder, self.dtype, device)
+            ),
+            trace_sizes={"B": 2},
             vocabulary=config.vocab_size,
         )
 
@@ -244,7 +286,6 @@ class FluxModel:
         if self.dtype == "fp16":  # as transformers does: this layer overflows in half precision
             for block in encoder.encoder.block:
                 block.layer[-1].DenseReluDense.wo.to(torch.float32)
-        module = T5Encoder(encoder)
         stored = SafetensorsFolder(folder)
         stored.require({"shared.weight"})
         tied = {"encoder.encoder.embed_tokens.weight": "shared.weight"}
@@ -252,54 +293,40 @@ class FluxModel:
         def stored_name(name: str) -> str:
             return tied.get(name, name.removeprefix("encoder."))
 
-        def reference() -> nn.Module:
+        def load_original(device: torch.device) -> Original:
             if self.depth is None:
-                return T5Encoder(load_component(T5EncoderModel, folder, self.dtype))
-            return T5Encoder(_filled(partial(T5EncoderModel, config), stored))
+                return original.text_states(original.load_rounded(T5EncoderModel, folder, self.dtype, device))
+            return original.text_states(shortened(partial(T5EncoderModel, config), stored).to(device))
 
         return GraphJob(
-            name="t5",
-            module=module,
-            inputs=(_ids("input_ids", "B", "L"),),
-            outputs=(_float("context", "B", "L", config.d_model),),
+            name=T5,
+            module=T5Encoder(encoder),
+            inputs=(ids("input_ids", "B", "L"),),
+            outputs=(floats("context", "B", "L", config.d_model),),
             dtype=self.dtype,
             values=lambda name: stored[stored_name(name)],
             place=lambda name: ("t5.safetensors", stored_name(name)),
-            reference=reference,
+            original=load_original,
             trace_sizes={"B": 2, "L": 5},
             vocabulary=config.vocab_size,
         )
 
-    def _vae_job(self) -> GraphJob:
-        # also in bfloat16, for which ONNX Runtime's CUDA provider has no Resize
-        dtype: Dtype = "fp32" if self.vae_config.get("force_upcast", True) else self.dtype
-        module = VaeDecoder(load_component(AutoencoderKL, self.source.folder / "vae", dtype))
-        scale = self.latent.axes[0].downscale
-        latent = _float("latent", *self.latent.shape)
-        image = _float("image", "B", self.vae_config["out_channels"], f"H*{scale}", f"W*{scale}")
-        return self._real_job("vae_decoder", module, latent, image, {"B": 2, "H": 4, "W": 6}, dtype)
+    @property
+    def _vae_dtype(self) -> Dtype:
+        """float32 where the VAE asks for it, in bfloat16 too: ONNX Runtime's CUDA provider has no Resize for that."""
+        return "fp32" if self.vae_config.get("force_upcast", True) else self.dtype
 
-    def _real_job(
-        self,
-        name: str,
-        module: nn.Module,
-        taken: TensorSpec,
-        given: TensorSpec,
-        trace_sizes: Mapping[str, int],
-        dtype: Dtype | None = None,
-    ) -> GraphJob:
-        """A job for a model that is small enough to be traced with its weights (it has buffers that files lack)."""
-        state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        return GraphJob(
-            name=name,
-            module=module,
-            inputs=(taken,),
-            outputs=(given,),
-            dtype=dtype or self.dtype,
-            values=lambda key: state[key],
-            place=lambda key: (f"{name}.safetensors", key),
-            reference=lambda: module,
-            trace_sizes=trace_sizes,
+    def _vae_job(self) -> GraphJob:
+        folder, dtype = self.source.folder / "vae", self._vae_dtype
+        scale = self.latent.axes[0].downscale
+        return loaded_job(
+            DECODER,
+            VaeDecoder(load_component(AutoencoderKL, folder, dtype)),
+            inputs=(floats("latent", *self.latent.shape),),
+            outputs=(floats("image", "B", self.vae_config["out_channels"], f"H*{scale}", f"W*{scale}"),),
+            dtype=dtype,
+            original=lambda device: original.decoded(original.load_rounded(AutoencoderKL, folder, dtype, device)),
+            trace_sizes={"B": 2, "H": 4, "W": 6},
         )
 
 
@@ -310,35 +337,13 @@ def rotary_positions(dimensions: Sequence[int]) -> RotaryInfo:
     return RotaryInfo(axes=tuple(axes), theta=ROPE_THETA)
 
 
-def _float(name: str, *shape: int | str) -> TensorSpec:
-    return TensorSpec(name=name, dtype="float32", shape=shape)
-
-
-def _ids(name: str, *shape: int | str) -> TensorSpec:
-    return TensorSpec(name=name, dtype="int64", shape=shape)
-
-
 def _trunk_name(name: str) -> str:
-    """A trunk parameter's name in the pipeline's files; at the native level its ends have two names in the module."""
+    """A shared parameter's name in the pipeline's files.
+
+    The native level's embedding and head are the transformer's own layers, which the module has under two names.
+    """
     if name.startswith("embed."):
         return name.replace("embed.", "x_embedder.", 1)
     if name.startswith("head."):
         return name.replace("head.", "proj_out.", 1)
     return name.removeprefix("trunk.")
-
-
-def load_component(cls: Any, folder: Path, dtype: Dtype) -> Any:
-    """A component with its weights, in evaluation mode. Raises `ModelError`."""
-    keyword = "torch_dtype" if issubclass(cls, ModelMixin) else "dtype"
-    try:
-        return cls.from_pretrained(folder, **{keyword: TORCH_DTYPES[dtype]}).eval()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{folder} cannot be read: {str(error).strip().splitlines()[0]}") from None
-
-
-def _filled(make: Callable[[], nn.Module], stored: Mapping[str, Tensor]) -> nn.Module:
-    """A module of reduced depth with the weights of the blocks that it has, in float32."""
-    module = make().eval()
-    names = dict.fromkeys(name for name, _ in module.named_parameters())
-    module.load_state_dict({name: stored[name] for name in names}, strict=False)
-    return module.float()

@@ -21,6 +21,13 @@ from ddit.exporter.levels import (
 
 NATIVE_PATCH = 2  # diffusers packs 2×2 latent pixels into one token before the transformer sees them
 
+# ends of layers' dotted names, in the double blocks (both streams) and the single blocks
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out")
+ATTENTION = (
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+)
+
 
 class FluxLevel(Level):
     """FLUX.1's transformer reading and writing ``patch``×``patch`` patches of the latent.
@@ -101,7 +108,8 @@ class FluxLevel(Level):
 
         tokens = self.embed(patchify(latent, self.patch))
         if self.identity is not None:
-            tokens += self.identity  # in place: where training keeps this in float32, the tokens stay what they are
+            # in place: training keeps the vector in float32, and a sum of both would be float32 too
+            tokens += self.identity
         for block in trunk.transformer_blocks:
             context, tokens = self.run_block(block, tokens, context, embedding, rotary)
         for block in trunk.single_transformer_blocks:
@@ -152,10 +160,11 @@ class T5Encoder(nn.Module):
 
 
 class VaeDecoder(nn.Module):
-    """The VAE's decoder with the latent's scale and shift."""
+    """The VAE's way from a latent to a picture, with the latent's scale and shift."""
 
     def __init__(self, vae: Any):
         super().__init__()
+        self.post_quant_conv: Any = vae.post_quant_conv  # None where the VAE has none
         self.decoder: Any = vae.decoder
         self.scale: float = vae.config.scaling_factor
         self.shift: float = vae.config.shift_factor or 0.0
@@ -163,5 +172,8 @@ class VaeDecoder(nn.Module):
 
     def forward(self, latent: Tensor) -> Tensor:
         """Latent (B, C, H, W) → picture (B, 3, 8H, 8W) in [-1, 1], float32."""
-        picture: Tensor = self.decoder((latent / self.scale + self.shift).to(self.dtype))
+        unscaled = (latent / self.scale + self.shift).to(self.dtype)
+        if self.post_quant_conv is not None:
+            unscaled = self.post_quant_conv(unscaled)
+        picture: Tensor = self.decoder(unscaled)
         return picture.float()

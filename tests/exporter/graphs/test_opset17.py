@@ -12,7 +12,7 @@ from PIL import Image
 
 from conftest import make_once, run
 from ddit.exporter.adapter import load_adapter
-from ddit.exporter.families.flux.model import FluxModel
+from ddit.exporter.families.flux.model import Flux
 from ddit.exporter.graphs.opset17 import lower_to_opset17
 from ddit.exporter.graphs.trace import export_graph
 from ddit.exporter.graphs.weights import WeightFiles
@@ -159,7 +159,7 @@ def half(shared_folder, tiny_pipeline, tiny_adapter) -> Path:
     """The graphs that half precision changes most, in it."""
 
     def export(folder: Path) -> None:
-        model = FluxModel(find_model(str(tiny_pipeline)), (2, 4), "fp16", load_adapter(tiny_adapter))
+        model = Flux(find_model(str(tiny_pipeline)), (2, 4), "fp16", load_adapter(tiny_adapter))
         folder.mkdir()
         weights = WeightFiles(folder)
         jobs = [job for job in model.jobs() if job.name in ("t5", "level-4")]

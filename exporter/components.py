@@ -1,0 +1,31 @@
+"""A diffusers pipeline's components, read from their folders."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor, nn
+
+from ddit.runtime.bundle.manifest import Dtype
+from ddit.runtime.errors import ModelError
+
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def load_component(cls: Any, folder: Path, dtype: Dtype) -> Any:
+    """A component with its weights, in evaluation mode. Raises `ModelError`."""
+    keyword = "torch_dtype" if issubclass(cls, ModelMixin) else "dtype"
+    try:
+        return cls.from_pretrained(folder, **{keyword: TORCH_DTYPES[dtype]}).eval()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{folder} cannot be read: {str(error).strip().splitlines()[0]}") from None
+
+
+def shortened(make: Callable[[], nn.Module], stored: Mapping[str, Tensor]) -> nn.Module:
+    """A module of fewer blocks than its folder holds, with the weights of those that it has, in float32."""
+    module = make().eval()
+    names = dict.fromkeys(name for name, _ in module.named_parameters())
+    module.load_state_dict({name: stored[name] for name in names}, strict=False)
+    return module.float()
