@@ -115,7 +115,7 @@ class Session:
         inputs = {
             "timestep": sigma,
             "dt": after - sigma,
-            "refresh": np.full(count, level == manifest.native, np.float32),
+            "keep_estimate": np.full(count, level == manifest.native, np.float32),
         }
         if manifest.coarse:
             carry = np.zeros((count, len(manifest.coarse)), np.float32)

@@ -17,8 +17,8 @@ def step(
     dt: Array,
     difference1: Array,
     difference2: Array,
-    clean: Array,
-    refresh: Array,
+    kept_estimate: Array,
+    keep_estimate: Array,
     carry: Array | None = None,
 ) -> tuple[Array, ...]:
     """One step, sample by sample; inputs and outputs are those of `ddit.exporter.steps.update.StepGraph`."""
@@ -29,12 +29,12 @@ def step(
         for column, p in enumerate(coarse):
             assert carry is not None
             share = carry[i, column]
-            difference = estimate - clean[i]
+            difference = estimate - kept_estimate[i]
             v = v + share / timestep[i] * (difference - np.kron(patches(difference, p).mean(-1), np.ones((p, p))))
         delta1 = dt[i] * v
         delta2 = delta1 - difference1[i]
         delta3 = delta2 - difference2[i]
-        kept = estimate if refresh[i] > 0 else clean[i]
+        kept = estimate if keep_estimate[i] > 0 else kept_estimate[i]
         deviations = (patches(delta3, p).std(-1).mean(0) for p in coarse)
         rows.append((latent[i] + delta1, delta1, delta2, kept, *deviations))
     return tuple(np.stack(values) for values in zip(*rows, strict=True))

@@ -33,8 +33,8 @@ class StepGraph(nn.Module):
         dt: Tensor,
         difference1: Tensor,
         difference2: Tensor,
-        clean: Tensor,
-        refresh: Tensor,
+        kept_estimate: Tensor,
+        keep_estimate: Tensor,
         carry: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """One step.
@@ -44,8 +44,8 @@ class StepGraph(nn.Module):
             timestep: (B,) this noise level σ, above 0.
             dt: (B,) the next noise level minus this one.
             difference1, difference2: Δ¹ and Δ² of the step before, zero at first.
-            clean: the last native step's estimate of the clean latent.
-            refresh: (B,) 1 after the native level, whose estimate is kept, else 0.
+            kept_estimate: the last native step's estimate of the clean latent.
+            keep_estimate: (B,) 1 after the native level, whose estimate is kept, else 0.
             carry: (B, coarse patches) the share of the kept estimate's detail that replaces this step's own; 0 but in
                 the column of the patch that the step ran at. Detail is what the mean of a p×p patch leaves.
 
@@ -59,11 +59,11 @@ class StepGraph(nn.Module):
         for column, patch in enumerate(self.coarse):
             assert carry is not None
             share = carry[:, column, None, None, None]
-            velocity = velocity + share / sigma * patch_detail(estimate - clean, patch)
+            velocity = velocity + share / sigma * patch_detail(estimate - kept_estimate, patch)
         first = dt[:, None, None, None] * velocity
         second = first - difference1
         third = second - difference2
-        kept = torch.where(refresh[:, None, None, None] > 0, estimate, clean)
+        kept = torch.where(keep_estimate[:, None, None, None] > 0, estimate, kept_estimate)
         return latent + first, first, second, kept, *(patch_deviation(third, patch) for patch in self.coarse)
 
 
@@ -86,7 +86,7 @@ def step_job(channels: int, coarse: Sequence[int]) -> GraphJob:
     """The export job of a bundle's step graph."""
     unit = math.lcm(*coarse)
     picture = ("B", channels, "H", "W")
-    state = ("difference1", "difference2", "clean")
+    state = ("difference1", "difference2", "kept_estimate")
 
     def original(device: torch.device) -> Original:
         def compute(**inputs: Tensor) -> tuple[Tensor, ...]:
@@ -102,7 +102,7 @@ def step_job(channels: int, coarse: Sequence[int]) -> GraphJob:
             *(floats(name, *picture) for name in ("latent", "velocity")),
             *(floats(name, "B") for name in ("timestep", "dt")),
             *(floats(name, *picture) for name in state),
-            floats("refresh", "B"),
+            floats("keep_estimate", "B"),
             *([floats("carry", "B", len(coarse))] if coarse else []),
         ),
         outputs=(
