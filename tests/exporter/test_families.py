@@ -22,7 +22,7 @@ from ddit.exporter.levels import Level, patchify, resize_embedding, resize_head,
 from ddit.exporter.models import find_model
 from ddit.exporter.steps.update import step_job
 from ddit.runtime import Bundle
-from ddit.runtime.backends.base import open_backend
+from ddit.runtime.backends.registry import open_backend
 from ddit.runtime.bundle.manifest import (
     AxisInfo,
     DecoderInfo,

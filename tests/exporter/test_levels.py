@@ -1,5 +1,7 @@
 """Levels: resizing is exact where it can be, the trunk is shared, and the native level is the base model."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -79,6 +81,23 @@ def level_inputs(patch: int, height: int = 16, width: int = 24, batch: int = 2, 
     }
 
 
+def diffusers_velocity(transformer, inputs):
+    """What diffusers' transformer gives, called as `FluxPipeline` calls it."""
+    latent = inputs["latent"].to(transformer.dtype)
+    batch, _, height, width = latent.shape
+    tokens = transformer(
+        hidden_states=FluxPipeline._pack_latents(latent, batch, CHANNELS, height, width),
+        encoder_hidden_states=inputs["context"].to(transformer.dtype),
+        pooled_projections=inputs["pooled"].to(transformer.dtype),
+        timestep=inputs["timestep"],
+        img_ids=FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, "cpu", torch.float32),
+        txt_ids=torch.zeros(5, 3),
+        guidance=inputs["guidance"],
+        return_dict=False,
+    )[0]
+    return FluxPipeline._unpack_latents(tokens, height * 8, width * 8, 8)
+
+
 @pytest.mark.parametrize("guidance", [True, False])
 @torch.no_grad()
 def test_native_level_is_bit_for_bit_the_base_model(guidance):
@@ -86,19 +105,24 @@ def test_native_level_is_bit_for_bit_the_base_model(guidance):
     inputs = level_inputs(2)
     if not guidance:
         inputs["guidance"] = None
-    batch, _, height, width = inputs["latent"].shape
-    expected = transformer(
-        hidden_states=FluxPipeline._pack_latents(inputs["latent"], batch, CHANNELS, height, width),
-        encoder_hidden_states=inputs["context"],
-        pooled_projections=inputs["pooled"],
-        timestep=inputs["timestep"],
-        img_ids=FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, "cpu", torch.float32),
-        txt_ids=torch.zeros(5, 3),
-        guidance=inputs["guidance"],
-        return_dict=False,
-    )[0]
-    expected = FluxPipeline._unpack_latents(expected, height * 8, width * 8, 8)
-    assert torch.equal(FluxLevel(transformer, 2)(**inputs), expected)
+    assert torch.equal(FluxLevel(transformer, 2)(**inputs), diffusers_velocity(transformer, inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_in_half_precision_the_native_level_is_nearer_to_float32_than_diffusers(dtype):
+    """diffusers rounds the noise level and the guidance scale to the model's type, the level keeps them in float32."""
+    exact = tiny_transformer().to(dtype).float()  # the same rounded weights on every side
+    half = copy.deepcopy(exact).to(dtype)
+    errors = []
+    for _ in range(8):
+        inputs = level_inputs(2)
+        expected = diffusers_velocity(exact, inputs)
+        sides = FluxLevel(half, 2)(**inputs), diffusers_velocity(half, inputs).float()
+        errors.append([((side - expected).norm() / expected.norm()).item() for side in sides])
+    ours, theirs = np.median(errors, axis=0)
+    print(f"{dtype}: relative error of the level {ours:.2%}, of diffusers {theirs:.2%}")
+    assert ours < theirs
 
 
 def test_a_level_shares_the_trunk_and_freezes_nothing_of_its_own():
