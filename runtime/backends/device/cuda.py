@@ -5,7 +5,7 @@ Everything is queued on the stream of a `Gpu`, in order. Only what gives values 
 
 import ctypes
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from math import prod
@@ -142,10 +142,19 @@ class DeviceMemory:
 
     def __init__(self, gpu: Gpu, nbytes: int):
         self.nbytes = nbytes
-        cuda = gpu._cuda
+        self._cuda = cuda = gpu._cuda
         # an allocation of zero bytes is an error, an array without elements is not
         self.address = int(call(cuda.cudaMalloc, max(nbytes, 1)))
         _release_with(self, cuda.cudaFree, self.address)
+
+    @cached_property
+    def host(self) -> NDArray[np.uint8]:
+        """Page-locked memory of the same size: a copy from there or to there needs no staging and can be captured."""
+        address = int(call(self._cuda.cudaHostAlloc, max(self.nbytes, 1), 0))
+        # the view keeps the buffer alive, and the memory is freed with the buffer
+        buffer = (ctypes.c_char * self.nbytes).from_address(address)
+        _release_with(buffer, self._cuda.cudaFreeHost, address)
+        return np.frombuffer(memoryview(buffer), dtype=np.uint8)
 
     def view(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         """A part of it as an array that other libraries take over through DLPack, without a copy; keeps it alive."""
@@ -182,16 +191,63 @@ class BFloat16:
         return self._bits.__dlpack_device__()
 
 
-class DeviceArray:
+ALIGNMENT = 256  # bytes, as cudaMalloc aligns: kernels read several numbers at once
+
+
+class DeviceSpan:
+    """Bytes of an allocation that are copied as one."""
+
+    def __init__(self, gpu: Gpu, memory: DeviceMemory, start: int, nbytes: int):
+        self.gpu = gpu
+        self.nbytes = nbytes
+        self.address = memory.address + start
+        self._memory, self._start = memory, start
+
+    @property
+    def host(self) -> NDArray[np.uint8]:
+        """The same bytes in page-locked memory."""
+        return self._memory.host[self._start : self._start + self.nbytes]
+
+    def send(self) -> None:
+        """Queue a copy of what was staged on the host."""
+        self.gpu.copy(self.address, self.host.ctypes.data, self.nbytes)
+
+    def fetch(self) -> None:
+        """Queue a copy to the host; `DeviceArray.fetched` gives the values after a `Gpu.synchronize`."""
+        self.gpu.copy(self.host.ctypes.data, self.address, self.nbytes)
+
+    def copy_from(self, source: "DeviceSpan") -> None:
+        """Queue a copy of a span of the same size."""
+        self.gpu.copy(self.address, source.address, self.nbytes)
+
+
+class DeviceBlock(DeviceSpan):
+    """Arrays side by side in one allocation."""
+
+    def __init__(self, gpu: Gpu, shapes: Mapping[str, tuple[int, ...]]):
+        """``shapes`` of float32 arrays, by name."""
+        dtype = np.dtype(np.float32)
+        sizes = [-(-prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT for shape in shapes.values()]
+        starts = np.cumsum([0, *sizes]).tolist()
+        memory = DeviceMemory(gpu, starts[-1])
+        super().__init__(gpu, memory, 0, starts[-1])
+        self.arrays = {
+            name: DeviceArray(gpu, shape, dtype, memory, start)
+            for (name, shape), start in zip(shapes.items(), starts, strict=False)
+        }
+
+
+class DeviceArray(DeviceSpan):
     """An array on the GPU, in C order."""
 
-    def __init__(self, gpu: Gpu, shape: tuple[int, ...], dtype: np.dtype[Any]):
-        self.gpu = gpu
+    def __init__(
+        self, gpu: Gpu, shape: tuple[int, ...], dtype: np.dtype[Any], memory: DeviceMemory | None = None, start: int = 0
+    ):
+        """``memory``: an allocation to lie in, from byte ``start`` on; one of its own when None."""
+        nbytes = prod(shape) * dtype.itemsize
+        super().__init__(gpu, memory or DeviceMemory(gpu, nbytes), start, nbytes)
         self.shape = shape
         self.dtype = dtype
-        self.nbytes = prod(shape) * dtype.itemsize
-        self._memory = DeviceMemory(gpu, self.nbytes)
-        self.address = self._memory.address
 
     @property
     def row_bytes(self) -> int:
@@ -200,14 +256,8 @@ class DeviceArray:
 
     @cached_property
     def _host(self) -> NDArray[Any]:
-        """Page-locked memory of the same shape: a copy from there or to there needs no staging and can be captured."""
-        cuda = self.gpu._cuda
-        address = int(call(cuda.cudaHostAlloc, max(self.nbytes, 1), 0))
-        # the view keeps the buffer alive, and the memory is freed with the buffer
-        buffer = (ctypes.c_char * self.nbytes).from_address(address)
-        _release_with(buffer, cuda.cudaFreeHost, address)
-        values: NDArray[Any] = np.frombuffer(memoryview(buffer), dtype=self.dtype).reshape(self.shape)
-        return values
+        """The page-locked memory as an array."""
+        return self.host.view(self.dtype).reshape(self.shape)
 
     def fill(self, values: NDArray[Any]) -> None:
         """Copy an array of the host here, converted to this dtype; shapes must agree. Waits for what is queued."""
@@ -221,10 +271,6 @@ class DeviceArray:
             raise ValueError(f"an array of shape {values.shape} does not fit into {self.shape}")
         self._host[...] = values
 
-    def send(self) -> None:
-        """Queue a copy of the staged values here."""
-        self.gpu.copy(self.address, self._host.ctypes.data, self.nbytes)
-
     def fill_row(self, row: int, values: NDArray[Any]) -> None:
         """Copy an array of the host to one entry along the first axis. Waits for what is queued."""
         if values.shape != self.shape[1:]:
@@ -233,29 +279,22 @@ class DeviceArray:
         self._host[row] = values
         self.gpu.copy(self.address + row * self.row_bytes, self._host[row : row + 1].ctypes.data, self.row_bytes)
 
-    def copy_from(self, source: "DeviceArray") -> None:
-        """Queue a copy of an array of the same size."""
-        self.gpu.copy(self.address, source.address, self.nbytes)
-
     def copy_row(self, row: int, source: "DeviceArray", source_row: int) -> None:
         """Queue a copy of one entry along the first axis."""
         self.gpu.copy(
             self.address + row * self.row_bytes, source.address + source_row * source.row_bytes, self.row_bytes
         )
 
-    def fetch(self) -> None:
-        """Queue a copy to the host; `fetched` gives the values after a `Gpu.synchronize`."""
-        self.gpu.copy(self._host.ctypes.data, self.address, self.nbytes)
+    def download_row(self, row: int) -> NDArray[Any]:
+        """The values of one entry along the first axis. Waits for everything that was queued."""
+        host = self._host[row : row + 1]
+        self.gpu.copy(host.ctypes.data, self.address + row * self.row_bytes, self.row_bytes)
+        self.gpu.synchronize()
+        return host[0].copy()  # type: ignore[no-any-return]
 
     def fetched(self) -> NDArray[Any]:
         """What the last `fetch` brought."""
         return self._host.copy()
-
-    def download(self) -> NDArray[Any]:
-        """The values. Waits for everything that was queued."""
-        self.fetch()
-        self.gpu.synchronize()
-        return self.fetched()
 
 
 def _release_with(owner: Any, free: Any, handle: Any) -> None:

@@ -12,7 +12,7 @@ from threading import RLock
 from numpy.typing import DTypeLike
 
 from ddit.runtime.backends.base import Array, Backend, Engine, FloatArray, Workspace
-from ddit.runtime.backends.device.cuda import CudaGraph, DeviceArray, Gpu
+from ddit.runtime.backends.device.cuda import CudaGraph, DeviceArray, DeviceBlock, DeviceSpan, Gpu
 from ddit.runtime.bundle import Bundle
 from ddit.runtime.bundle.manifest import GraphInfo, TensorSpec
 from ddit.runtime.shapes import infer
@@ -126,39 +126,62 @@ class DeviceBackend(Backend):
 
 
 class DeviceWorkspace(Workspace):
-    """Buffers in GPU memory, and the programs that are bound to them."""
+    """Buffers in GPU memory, and the programs that are bound to them.
+
+    Buffers that are copied together lie side by side: the state and its ``next_`` twins, what the host sends at a step,
+    and what it gets back. Every copy that is queued costs the host some microseconds.
+    """
 
     def __init__(self, backend: DeviceBackend, buffers: Mapping[str, TensorSpec], sizes: Mapping[str, int]):
         super().__init__(sizes)
         self.backend = backend
-        self.arrays = {name: backend.gpu.array(spec.resolve(sizes)) for name, spec in buffers.items()}
+        self.arrays: dict[str, DeviceArray] = {}
+        self._shapes = {name: spec.resolve(sizes) for name, spec in buffers.items()}
         self._bound: dict[str, BoundProgram] = {}
+        state = tuple(name for name in buffers if NEXT + name in buffers)
+        self.blocks = {names: self._block(names) for names in (state, tuple(NEXT + name for name in state))}
+
+    def array(self, name: str) -> DeviceArray:
+        """A buffer, made when it is first asked for."""
+        if name not in self.arrays:
+            self.arrays[name] = self.backend.gpu.array(self._shapes[name])
+        return self.arrays[name]
+
+    def together(self, names: tuple[str, ...]) -> Sequence[DeviceSpan]:
+        """The fewest things to copy for these buffers: one block, unless some of them lie elsewhere already."""
+        if names not in self.blocks and not any(name in self.arrays for name in names):
+            self.blocks[names] = self._block(names)
+        return [self.blocks[names]] if names in self.blocks else [self.array(name) for name in names]
+
+    def _block(self, names: Sequence[str]) -> DeviceBlock:
+        block = DeviceBlock(self.backend.gpu, {name: self._shapes[name] for name in names})
+        self.arrays |= block.arrays
+        return block
 
     def write(self, name: str, row: int, values: FloatArray) -> None:
         """Copy a row from the host."""
         with self.backend.busy:
-            self.arrays[name].fill_row(row, values)
+            self.array(name).fill_row(row, values)
 
     def read(self, name: str, row: int) -> FloatArray:
         """Copy a row to the host."""
         with self.backend.busy:
-            values: FloatArray = self.arrays[name].download()[row]
-            return values
+            return self.array(name).download_row(row)
 
     def take(self, names: Sequence[str], row: int, source: Workspace, source_row: int) -> None:
         """Copy rows on the GPU."""
         assert isinstance(source, DeviceWorkspace)
         with self.backend.busy:
             for name in names:
-                self.arrays[name].copy_row(row, source.arrays[name], source_row)
+                self.array(name).copy_row(row, source.array(name), source_row)
 
     def run(self, program: Program, inputs: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
         """Queue the step and wait for its results."""
         with self.backend.busy:
-            for name, values in inputs.items():
-                self.arrays[name].stage(values)
             if program.name not in self._bound:
                 self._bound[program.name] = BoundProgram(self, program, tuple(inputs))
+            for name, values in inputs.items():
+                self.arrays[name].stage(values)
             self._bound[program.name].enqueue()
             self.backend.gpu.synchronize()
             return {name: self.arrays[name].fetched() for name in program.results}
@@ -167,22 +190,21 @@ class DeviceWorkspace(Workspace):
 class BoundProgram:
     """A program whose engines are bound to a workspace; replayed as one CUDA graph where that pays."""
 
-    def __init__(self, workspace: DeviceWorkspace, program: Program, inputs: Sequence[str]):
-        backend, arrays = workspace.backend, workspace.arrays
+    def __init__(self, workspace: DeviceWorkspace, program: Program, inputs: tuple[str, ...]):
+        backend = workspace.backend
         self._gpu = backend.gpu
         self._tables = {name: backend.gpu.upload(values) for name, values in program.tables.items()}
-        self._sent = [arrays[name] for name in inputs]
-        self._moved = [(arrays[name], arrays[NEXT + name]) for name in program.state]
-        self._fetched = [arrays[name] for name in program.results]
+        self._sent = workspace.together(inputs)
+        twins = tuple(NEXT + name for name in program.state)
+        self._moved = [*zip(workspace.together(program.state), workspace.together(twins), strict=True)]
+        self._fetched = workspace.together(program.results) if program.results else []
         replayed = program.tokens <= REPLAY_TOKENS
         self._captures = backend.captures and replayed
         self._calls = []
         for call in program.calls:
             buffers = {tensor: buffer for side in (call.inputs, call.outputs) for tensor, buffer in side.items()}
-            bound = {
-                tensor: self._tables[name] if name in self._tables else arrays[name] for tensor, name in buffers.items()
-            }
-            self._calls.append(backend.device_engine(call.graph).bind(bound, replayed=replayed))
+            arrays = {tensor: self._tables.get(name) or workspace.array(name) for tensor, name in buffers.items()}
+            self._calls.append(backend.device_engine(call.graph).bind(arrays, replayed=replayed))
         self._ran = False
         self._graph: CudaGraph | None = None
 
