@@ -1,5 +1,6 @@
 """Fixtures: a tiny random pipeline, an adapter for it, and the bundle that the command line makes of them."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,13 +22,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(scope="session")
-def shared_folder(tmp_path_factory, worker_id, pytestconfig) -> Path:
+def shared_folder(tmp_path_factory, pytestconfig) -> Path:
     """A folder that all workers of a parallel run share."""
     if folder := pytestconfig.getoption("--bundles"):
         folder.mkdir(parents=True, exist_ok=True)
         return folder.resolve()  # some tests change the working directory
     root = tmp_path_factory.getbasetemp()
-    folder = (root if worker_id == "master" else root.parent) / "shared"
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "shared"
     folder.mkdir(exist_ok=True)
     return folder
 
