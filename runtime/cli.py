@@ -5,7 +5,6 @@ import json
 import re
 from collections.abc import Set
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 import click
 from PIL import Image
@@ -20,7 +19,7 @@ from ddit.runtime.bundle import Bundle
 from ddit.runtime.console import DditGroup, say, set_up_logging
 from ddit.runtime.denoise import Progress
 from ddit.runtime.errors import BundleError, UsageError
-from ddit.runtime.files import whole
+from ddit.runtime.files import check_outputs, whole
 from ddit.runtime.pipeline import Pipeline
 from ddit.runtime.policies import Dynamic
 from ddit.runtime.tools.inspect import show, tau_of
@@ -120,8 +119,7 @@ def generate(
 ) -> None:
     """Make one picture."""
     # before the work, not after it: whatever would keep the results from being written
-    for path in filter(None, (out, trace_file, plot_file, map_file)):
-        _check_writable(path)
+    check_outputs([path for path in (out, trace_file, plot_file, map_file) if path])
     _check_type(out, {ending for ending, kind in Image.registered_extensions().items() if kind in Image.SAVE})
     for path in filter(None, (plot_file, map_file)):
         _check_type(path, plot_types())
@@ -343,7 +341,7 @@ def calibrate(
     if speedup is not None and quality is not None:
         raise UsageError("give --speedup or --quality, not both: one τ cannot be chosen by two measures")
     if plot_file:
-        _check_writable(plot_file)
+        check_outputs([plot_file])
         _check_type(plot_file, plot_types())
     try:
         lines = prompts.read_text(encoding="utf-8").splitlines()
@@ -389,16 +387,6 @@ def _progress_bar() -> ProgressBar:
 def _check_type(path: Path, known: Set[str]) -> None:
     if path.suffix.lower() not in known:
         raise UsageError(f"{path} has an unknown file type; name it {path.with_suffix('.png')}, for instance")
-
-
-def _check_writable(path: Path) -> None:
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; name a file")
-    try:
-        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
-            pass
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":
