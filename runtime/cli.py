@@ -198,15 +198,17 @@ def inspect(bundle: Path, as_json: bool) -> None:
 def verify(bundle: Path, backend: str | None, threads: int | None, as_json: bool) -> None:
     """Check a bundle on this machine.
 
-    Compares every file with its hash, loads every graph, and reproduces the exporter's parity values.
+    Compares every file with its hash, loads every tokenizer and graph, and reproduces the exporter's parity values.
     """
-    from ddit.runtime.tools.verify import verify_graphs
+    from ddit.runtime.tools.verify import check_names, check_tokenizers, verify_graphs
 
     opened = Bundle.open(bundle)
+    unlisted = check_names(opened)
     files = list(opened.verify_files())
     engines = EngineStore(opened).engines()
     for engine in engines:
         engine.verify()
+    check_tokenizers(opened)
     running = open_backend(backend, opened, threads)
     checks = list(verify_graphs(running))
     unchecked = sorted(opened.manifest.graphs.keys() - {check.graph for check in checks})
@@ -218,6 +220,7 @@ def verify(bundle: Path, backend: str | None, threads: int | None, as_json: bool
             "backend": running.name,
             "checks": [{**dataclasses.asdict(check), "passed": check.passed} for check in checks],
             "without_reference": unchecked,
+            "unlisted": unlisted,
             "passed": not failed,
         }
         click.echo(json.dumps(report, indent=2))
@@ -230,6 +233,8 @@ def verify(bundle: Path, backend: str | None, threads: int | None, as_json: bool
             )
         Console().print(f"{len(files) + len(engines)} files have their recorded hash; backend: {running}")
         Console().print(table)
+        for name in unlisted:
+            say(f"warning: {name} is not a file of the bundle's: its manifest does not list it")
         for name in unchecked:
             say(f"warning: {name} was not compared: no reference values of it fit the engines, or it has none")
     if failed:
