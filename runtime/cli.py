@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ddit.runtime.backends.artifacts import EngineStore
 from ddit.runtime.backends.registry import kinds, open_backend
-from ddit.runtime.bundle import Bundle
+from ddit.runtime.bundle import MANIFEST, Bundle
 from ddit.runtime.console import DditGroup, say, set_up_logging
 from ddit.runtime.denoise import Progress
 from ddit.runtime.errors import BundleError, UsageError
@@ -274,7 +274,8 @@ def bench(
     chosen = open_backend(backend, opened, threads).name
     height, width = manifest.picture_size(height=height, width=width)
     manifest.sizes(height=height, width=width, text=manifest.text_length)
-    measured = measure(Job(bundle, chosen, threads, height, width), manifest, repeat)
+    with opened.unchanged():  # every level is measured in a process that opens the bundle anew
+        measured = measure(Job(bundle, chosen, threads, height, width), manifest, repeat)
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(one) for one in measured], indent=2))
         return
@@ -353,6 +354,8 @@ def calibrate(
     except (OSError, UnicodeDecodeError):
         raise UsageError(f"{prompts} cannot be read; give a text file with a prompt a line") from None
     pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
+    if not dry_run:
+        check_outputs([bundle / MANIFEST])  # now, not after hours
     manifest = pipeline.bundle.manifest
     say("measuring the levels")
     height, width = manifest.picture_size(height=height, width=width)

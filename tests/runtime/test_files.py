@@ -47,10 +47,10 @@ def test_a_device_stays_a_device(tmp_path):
 def test_a_pipe_gets_the_content(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     got = []
-    reader = threading.Thread(target=lambda: got.append((tmp_path / "pipe").read_text()))
+    reader = threading.Thread(target=lambda: got.append((tmp_path / "pipe").read_text()), daemon=True)
     reader.start()
     write(tmp_path / "pipe")
-    reader.join()
+    reader.join(10)
     assert got == ["new"]
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 

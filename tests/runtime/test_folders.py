@@ -107,6 +107,23 @@ def test_a_process_killed_at_any_moment_leaves_a_whole_folder(tmp_path, monkeypa
     assert os.listdir(tmp_path) == ["a"]
 
 
+@pytest.mark.parametrize("n", range(1, 4))
+@pytest.mark.parametrize("after", [False, True])
+def test_a_first_folder_is_whole_or_not_there(tmp_path, monkeypatch, n, after):
+    path = tmp_path / "a"
+    if (child := os.fork()) == 0:
+        try:
+            fail_at(monkeypatch, Nth(n, lambda: os._exit(KILLED), after=after), atomic=True)
+            write(path, "new")
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert text_of(path) in (None, "new")
+    with pytest.raises(ZeroDivisionError), new_folder(path):
+        _ = 1 / 0
+    assert os.listdir(tmp_path) == (["a"] if path.exists() else [])
+
+
 def test_the_moments_are_all_of_them(tmp_path, monkeypatch):
     """No more calls than the tests above interrupt."""
     for atomic in (True, False):
