@@ -1,10 +1,5 @@
 """Put a bundle together: graphs, weights, tokenizers, parity and manifest, in a folder that appears all at once."""
 
-import errno
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,12 +9,10 @@ from ddit.exporter.graphs.job import level_name
 from ddit.exporter.graphs.trace import export_graph
 from ddit.exporter.graphs.weights import WeightFiles
 from ddit.exporter.parity import Report, check_bundle
+from ddit.exporter.replacing import replacing
 from ddit.profiles import Profile
-from ddit.runtime.backends.artifacts import FOLDER as ENGINES
-from ddit.runtime.backends.artifacts import EngineStore
-from ddit.runtime.bundle import MANIFEST, Bundle, Manifest, file_info
+from ddit.runtime.bundle import MANIFEST, Manifest, file_info
 from ddit.runtime.bundle.manifest import GraphInfo, LevelInfo, ScheduleInfo
-from ddit.runtime.errors import ModelError, UsageError
 
 # The paper's values (arXiv 2602.16968, section 4.1). τ belongs to a model and a step count, so these are a start only.
 PAPER = ScheduleInfo(tau=0.001, rho=0.4, warmup=3)
@@ -36,7 +29,7 @@ def export_bundle(family: Family, out: Path, *, profile: Profile, opset: int, re
     Raises:
         ModelError, ParityError, UsageError: nothing is left behind then, and an older bundle stays as it was.
     """
-    with _appearing(out) as folder:
+    with replacing(out) as folder:
         # first what takes a moment and often fails
         sampler, encoders, jobs = family.sampler, family.save_tokenizers(folder), family.jobs()
         weights = WeightFiles(folder)
@@ -81,7 +74,6 @@ def export_bundle(family: Family, out: Path, *, profile: Profile, opset: int, re
             made_with={name: version(name) for name in MADE_WITH},
         )
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    EngineStore(Bundle(out, manifest)).prune()
     return manifest
 
 
@@ -102,40 +94,3 @@ def _schedule(family: Family) -> ScheduleInfo:
     if known and not {patch for patch in family.levels if patch != family.native} <= known.keys():
         del given["smooth"], given["tau"]  # the curve lacks a level, and τ is a multiple of the curve
     return PAPER.model_copy(update=given)
-
-
-@contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A temporary folder beside ``out``, which becomes ``out`` when the block ends and is removed when it fails."""
-    if out.exists() and not (out / MANIFEST).is_file():
-        raise UsageError(f"{out} exists and is not a bundle; choose another --out")
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    old = out.with_name(f".{out.name}.old-{os.getpid()}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(out)
-        partial.mkdir()
-        yield partial
-        if out.exists():
-            out.rename(old)
-            # an engine's key is made of its graph's content, so that engines of unchanged graphs stay valid
-            if (old / ENGINES).is_dir():
-                (old / ENGINES).rename(partial / ENGINES)
-        partial.rename(out)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise ModelError(
-                f"no space left on the disk of {out.parent}; free some and run the command again"
-            ) from None
-        raise ModelError(f"{out} cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _remove_leftovers(out: Path) -> None:
-    """Remove the temporary folders of earlier exports to ``out`` that were killed."""
-    for path in out.parent.glob(f".{out.name}.partial-*"):
-        process = path.name.rpartition("-")[2]
-        if not (process.isdecimal() and Path(f"/proc/{process}").exists()):
-            shutil.rmtree(path, ignore_errors=True)

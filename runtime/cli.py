@@ -5,7 +5,6 @@ import json
 import re
 from collections.abc import Set
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 import click
 from PIL import Image
@@ -16,11 +15,11 @@ from rich.table import Table
 
 from ddit.runtime.backends.artifacts import EngineStore
 from ddit.runtime.backends.registry import kinds, open_backend
-from ddit.runtime.bundle import Bundle
+from ddit.runtime.bundle import MANIFEST, Bundle
 from ddit.runtime.console import DditGroup, say, set_up_logging
 from ddit.runtime.denoise import Progress
 from ddit.runtime.errors import BundleError, UsageError
-from ddit.runtime.files import whole
+from ddit.runtime.files import check_outputs, whole
 from ddit.runtime.pipeline import Pipeline
 from ddit.runtime.policies import Dynamic
 from ddit.runtime.tools.inspect import show, tau_of
@@ -120,8 +119,7 @@ def generate(
 ) -> None:
     """Make one picture."""
     # before the work, not after it: whatever would keep the results from being written
-    for path in filter(None, (out, trace_file, plot_file, map_file)):
-        _check_writable(path)
+    check_outputs([path for path in (out, trace_file, plot_file, map_file) if path])
     _check_type(out, {ending for ending, kind in Image.registered_extensions().items() if kind in Image.SAVE})
     for path in filter(None, (plot_file, map_file)):
         _check_type(path, plot_types())
@@ -200,15 +198,17 @@ def inspect(bundle: Path, as_json: bool) -> None:
 def verify(bundle: Path, backend: str | None, threads: int | None, as_json: bool) -> None:
     """Check a bundle on this machine.
 
-    Compares every file with its hash, loads every graph, and reproduces the exporter's parity values.
+    Compares every file with its hash, loads every tokenizer and graph, and reproduces the exporter's parity values.
     """
-    from ddit.runtime.tools.verify import verify_graphs
+    from ddit.runtime.tools.verify import check_names, check_tokenizers, verify_graphs
 
     opened = Bundle.open(bundle)
+    unlisted = check_names(opened)
     files = list(opened.verify_files())
     engines = EngineStore(opened).engines()
     for engine in engines:
         engine.verify()
+    check_tokenizers(opened)
     running = open_backend(backend, opened, threads)
     checks = list(verify_graphs(running))
     unchecked = sorted(opened.manifest.graphs.keys() - {check.graph for check in checks})
@@ -220,6 +220,7 @@ def verify(bundle: Path, backend: str | None, threads: int | None, as_json: bool
             "backend": running.name,
             "checks": [{**dataclasses.asdict(check), "passed": check.passed} for check in checks],
             "without_reference": unchecked,
+            "unlisted": unlisted,
             "passed": not failed,
         }
         click.echo(json.dumps(report, indent=2))
@@ -232,6 +233,8 @@ def verify(bundle: Path, backend: str | None, threads: int | None, as_json: bool
             )
         Console().print(f"{len(files) + len(engines)} files have their recorded hash; backend: {running}")
         Console().print(table)
+        for name in unlisted:
+            say(f"warning: {name} is not a file of the bundle's: its manifest does not list it")
         for name in unchecked:
             say(f"warning: {name} was not compared: no reference values of it fit the engines, or it has none")
     if failed:
@@ -271,7 +274,8 @@ def bench(
     chosen = open_backend(backend, opened, threads).name
     height, width = manifest.picture_size(height=height, width=width)
     manifest.sizes(height=height, width=width, text=manifest.text_length)
-    measured = measure(Job(bundle, chosen, threads, height, width), manifest, repeat)
+    with opened.unchanged():  # every level is measured in a process that opens the bundle anew
+        measured = measure(Job(bundle, chosen, threads, height, width), manifest, repeat)
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(one) for one in measured], indent=2))
         return
@@ -343,13 +347,15 @@ def calibrate(
     if speedup is not None and quality is not None:
         raise UsageError("give --speedup or --quality, not both: one τ cannot be chosen by two measures")
     if plot_file:
-        _check_writable(plot_file)
+        check_outputs([plot_file])
         _check_type(plot_file, plot_types())
     try:
         lines = prompts.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         raise UsageError(f"{prompts} cannot be read; give a text file with a prompt a line") from None
     pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
+    if not dry_run:
+        check_outputs([bundle / MANIFEST])  # now, not after hours
     manifest = pipeline.bundle.manifest
     say("measuring the levels")
     height, width = manifest.picture_size(height=height, width=width)
@@ -389,16 +395,6 @@ def _progress_bar() -> ProgressBar:
 def _check_type(path: Path, known: Set[str]) -> None:
     if path.suffix.lower() not in known:
         raise UsageError(f"{path} has an unknown file type; name it {path.with_suffix('.png')}, for instance")
-
-
-def _check_writable(path: Path) -> None:
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; name a file")
-    try:
-        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
-            pass
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 from ddit.profiles import Profile
 from ddit.runtime.bundle import Bundle, file_info
 from ddit.runtime.errors import BackendError, BundleError
+from ddit.runtime.folders import flush, replace_folder
 
 FOLDER = "engines"
 INFO = "engine.json"
@@ -183,12 +184,22 @@ class EngineStore:
         """The engine of a key, if it is there."""
         return _read(self.folder / key)
 
-    def prune(self) -> None:
-        """Delete engines of graphs that the bundle no longer has: nothing can ever run them again."""
+    def adopt(self, other: "EngineStore") -> None:
+        """Take over the engines of an older version of the bundle whose graphs this one still has.
+
+        They become hard links, or copies where the filesystem has no links: the older bundle stays whole.
+        """
         contents = {content_hash(self.bundle, graph) for graph in self.bundle.manifest.graphs}
-        for engine in self.engines():
+        for engine in other.engines():
             if engine.info.content not in contents:
-                shutil.rmtree(engine.folder, ignore_errors=True)
+                continue
+            folder = self.folder / engine.folder.name
+            folder.mkdir(parents=True)
+            for name in (engine.info.file, INFO):
+                try:
+                    os.link(engine.folder / name, folder / name)
+                except OSError:
+                    shutil.copy2(engine.folder / name, folder / name)
 
     @contextmanager
     def lock(self, key: str) -> Iterator[None]:
@@ -215,17 +226,22 @@ class EngineStore:
             file.unlink(missing_ok=True)
 
     def put(self, info: EngineInfo, content: bytes | memoryview) -> StoredEngine:
-        """Write an engine, which appears all at once. Call it with the key's lock held."""
+        """Write an engine, which appears all at once. Call it with the key's lock held.
+
+        Raises `BundleError` where the bundle was exported again meanwhile: the engine may be of either's graphs.
+        """
         partial, final = self.folder / f".{info.key}.partial", self.folder / info.key
         shutil.rmtree(partial, ignore_errors=True)  # a killed builder's
         try:
-            partial.mkdir()
-            (partial / info.file).write_bytes(content)
-            (partial / INFO).write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
-            shutil.rmtree(final, ignore_errors=True)  # a damaged one
-            os.replace(partial, final)
+            with self.bundle.unchanged():
+                partial.mkdir()
+                (partial / info.file).write_bytes(content)
+                (partial / INFO).write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
+                flush(partial)
+            with self.bundle.lock():
+                replace_folder(partial, final)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)  # or the damaged one that was there
         return StoredEngine(final, info)
 
 

@@ -80,10 +80,15 @@ class Backend(ABC):
         return None
 
     def engine(self, graph: str) -> Engine:
-        """The engine of a graph. Opening is serialised, so that two threads do not load the same weights."""
+        """The engine of a graph. Opening is serialised, so that two threads do not load the same weights.
+
+        Raises `BackendError`, or `BundleError` where the bundle was exported again since it was opened.
+        """
         with self._lock:
             if graph not in self._engines:
-                self._engines[graph] = self._open(graph)
+                with self.bundle.unchanged():
+                    engine = self._open(graph)
+                self._engines[graph] = engine
             return self._engines[graph]
 
     @abstractmethod

@@ -78,7 +78,7 @@ class EngineBuilder(ABC):
                 return Built(engine, False)
             self.report(f"{graph}: building")
             start = perf_counter()
-            with store.temporary_weights(key) as temporary:
+            with bundle.unchanged(), store.temporary_weights(key) as temporary:
                 serialized, scratch = self._build(bundle, profile, graph, temporary)
             info = EngineInfo(
                 backend=target.backend,

@@ -2,14 +2,19 @@
 
 import hashlib
 import json
+import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from ddit.runtime.bundle.manifest import FORMAT_VERSION, MANIFEST, Calibration, FileInfo, GraphInfo, Manifest
-from ddit.runtime.errors import BundleError
-from ddit.runtime.files import whole
+from ddit.runtime.errors import BundleError, DditError
+from ddit.runtime.files import PARTIAL, whole
+from ddit.runtime.folders import locked, set_aside
+
+ATTEMPTS = 3  # at reading a bundle that others replace in the meantime
 
 
 class Bundle:
@@ -18,6 +23,7 @@ class Bundle:
     def __init__(self, path: Path, manifest: Manifest):
         self.path = path
         self.manifest = manifest
+        self._stamp: Stamp | None = None  # of bundle.json when its files were last those of the manifest
 
     @classmethod
     def open(cls, path: Path | str) -> "Bundle":
@@ -26,14 +32,31 @@ class Bundle:
         Hashes are left to `verify_files`: reading tens of gigabytes at every start would cost minutes.
         """
         path = Path(path)
-        bundle = cls(path, read_manifest(path))
-        for name, info in bundle.manifest.files.items():
-            size = bundle.file(name).stat().st_size if bundle.file(name).is_file() else None
-            if size is None:
-                raise BundleError(f"{path} is incomplete: {name} is missing; export it again")
-            if size != info.size:
-                raise BundleError(f"{path} is damaged: {name} has {size} bytes instead of {info.size}; export it again")
+        for attempt in range(ATTEMPTS):
+            stamp = _stamp(path)
+            bundle = cls(path, read_manifest(path))
+            bundle._stamp = stamp
+            try:
+                bundle._check_sizes()
+                break
+            except BundleError:
+                if _stamp(path) == stamp or attempt == ATTEMPTS - 1:
+                    raise  # and not the manifest of one version with the files of another
         return bundle
+
+    def _check_sizes(self) -> None:
+        for name, info in self.manifest.files.items():
+            try:
+                found = self.file(name).stat()
+                size = found.st_size if stat.S_ISREG(found.st_mode) else None
+            except OSError:
+                size = None
+            if size is None:
+                raise BundleError(f"{self.path} is incomplete: {name} is missing; export it again")
+            if size != info.size:
+                raise BundleError(
+                    f"{self.path} is damaged: {name} has {size} bytes instead of {info.size}; export it again"
+                )
 
     def file(self, name: str) -> Path:
         """The path of one of the bundle's files."""
@@ -43,24 +66,75 @@ class Bundle:
         """A graph by name."""
         return self.manifest.graphs[name]
 
+    def check_current(self) -> None:
+        """Raise `BundleError` where the bundle's files are no longer those of the manifest that was read."""
+        stamp = _stamp(self.path)
+        if stamp == self._stamp:
+            return
+        # another calibration is no reason to stop
+        if read_manifest(self.path).files != self.manifest.files:
+            raise BundleError(f"{self.path} was exported again while it was open; open it anew")
+        self._stamp = stamp
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Read files in the block: what it read belongs to the manifest, or `check_current` raises at its end."""
+        try:
+            yield
+        except Exception:
+            self.check_current()  # which then is the reason
+            raise
+        self.check_current()
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Change files in the block: no other process changes or replaces the bundle meanwhile.
+
+        Raises `BundleError` where it was exported again, `DditError` where it cannot be written.
+        """
+        try:
+            with locked(self.path):
+                self.check_current()
+                yield
+        except OSError as error:
+            raise DditError(f"{self.path} cannot be written: {error.strerror or error}") from None
+
     def calibrate(self, calibration: Calibration) -> None:
         """Keep a calibration in ``bundle.json``, in the place of an older one for the same steps, size and backend.
 
-        The file is replaced as a whole. Raises `DditError` where it cannot be written.
+        Whatever others kept there since the bundle was opened stays. The file is replaced as a whole. Raises
+        `BundleError` where the bundle was exported again, `DditError` where it cannot be written.
         """
         key = (calibration.size, calibration.backend)
-        others = (one for one in self.manifest.calibrations if (one.size, one.backend) != key)
-        manifest = self.manifest.model_copy(update={"calibrations": (*others, calibration)})
-        with whole(self.path / MANIFEST) as part:
-            part.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        self.manifest = manifest
+        with self.lock():
+            for left in self.path.glob(f".{Path(MANIFEST).stem}{PARTIAL}*"):  # a killed process's
+                left.unlink()
+            current = read_manifest(self.path)
+            others = (one for one in current.calibrations if (one.size, one.backend) != key)
+            manifest = current.model_copy(update={"calibrations": (*others, calibration)})
+            with whole(self.path / MANIFEST) as part:
+                part.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            self.manifest, self._stamp = manifest, _stamp(self.path)
 
     def verify_files(self) -> Iterator[str]:
         """Compare every file with its hash; yields its name when it fits, raises `BundleError` when it does not."""
         for name, info in self.manifest.files.items():
-            if file_info(self.file(name)).sha256 != info.sha256:
-                raise BundleError(f"{self.path} is damaged: {name} has a wrong hash; export it again")
+            with self.unchanged():
+                if file_info(self.file(name)).sha256 != info.sha256:
+                    raise BundleError(f"{self.path} is damaged: {name} has a wrong hash; export it again")
             yield name
+
+
+Stamp = tuple[int, ...]
+
+
+def _stamp(path: Path) -> Stamp | None:
+    """What changes whenever ``bundle.json`` is replaced."""
+    try:
+        found = (path / MANIFEST).stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -68,6 +142,11 @@ def read_manifest(path: Path) -> Manifest:
     try:
         content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if kept := set_aside(path):
+            raise BundleError(
+                f"{path} is being replaced, or an export was killed while it did that: "
+                f"then rename {kept} to {path.name}, or export it again"
+            ) from None
         what = "has no bundle.json" if path.is_dir() else "does not exist"
         raise BundleError(f"{path} is not a bundle: it {what}; make one with ddit-export") from None
     except (OSError, ValueError) as error:

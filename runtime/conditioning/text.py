@@ -46,9 +46,10 @@ class TextConditioner:
         """Read the tokenizers; encoders are opened when they are first needed."""
         self._backend = backend
         bundle = backend.bundle
-        self._encoders = [
-            (info, Tokenizer(bundle.file(info.tokenizer.file), info.tokenizer)) for info in bundle.manifest.encoders
-        ]
+        with bundle.unchanged():
+            self._encoders = [
+                (info, Tokenizer(bundle.file(info.tokenizer.file), info.tokenizer)) for info in bundle.manifest.encoders
+            ]
 
     def __call__(self, prompts: Sequence[str], length: int) -> dict[str, FloatArray]:
         """The levels' inputs by name, a row a prompt; ``length`` in tokens, for the encoders that leave it free."""

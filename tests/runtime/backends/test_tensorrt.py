@@ -414,10 +414,13 @@ def test_a_bundle_and_its_engines_in_one_go(tiny_pipeline, opset17_bundle, tmp_p
     assert not (tmp_path / "c.bundle").exists(), "said before the export, not after it"
 
 
-def test_engines_of_graphs_that_are_gone_are_deleted(built):
+def test_engines_of_graphs_that_are_gone_are_not_taken_over(built, tmp_path):
     opened = Bundle.open(built.bundle)
-    EngineStore(opened).prune()
-    assert len(built.plans()) == 6
+    new = Bundle(tmp_path / "new", opened.manifest)
+    EngineStore(new).adopt(EngineStore(opened))
+    assert len(EngineStore(new).engines()) == len(built.plans()) == 6
     opened.manifest.files["level-4.onnx"] = opened.manifest.files["level-2.onnx"]
-    EngineStore(opened).prune()
-    assert len(built.plans()) == 5
+    newer = Bundle(tmp_path / "newer", opened.manifest)
+    EngineStore(newer).adopt(EngineStore(opened))
+    assert len(EngineStore(newer).engines()) == 5
+    assert len(built.plans()) == 6, "the older bundle stays whole until the new one is in its place"

@@ -106,6 +106,31 @@ def test_a_dry_run_keeps_nothing(bundle):
     assert (bundle / "bundle.json").read_bytes() == before
 
 
+def test_a_bundle_that_cannot_be_written_is_refused_before_the_work(bundle, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("ddit.runtime.files.NamedTemporaryFile", refuse)
+    result = calibrate(bundle)
+    assert result.exit_code == 2
+    assert result.stderr.strip() == f"error: {bundle / 'bundle.json'} cannot be written: Read-only file system"
+
+
+def test_a_bundle_that_is_exported_again_meanwhile_keeps_no_calibration(bundle, monkeypatch):
+    def export_again(*arguments, **options):
+        manifest = json.loads((bundle / "bundle.json").read_text())
+        manifest["files"]["step.onnx"]["sha256"] = "0" * 64
+        (bundle / "bundle.json").write_text(json.dumps(manifest))
+        return calibration(*arguments, **options)
+
+    calibration = calibrate_module.calibration
+    monkeypatch.setattr(calibrate_module, "calibration", export_again)
+    result = calibrate(bundle, "--speedup", "1.4")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].endswith("was exported again while it was open; open it anew")
+    assert not json.loads((bundle / "bundle.json").read_text())["calibrations"]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
