@@ -46,7 +46,6 @@ class Session:
         self.samples: list[Sample] = []
         self._buffers = sample_buffers(self.manifest)
         self._programs = programs or Programs(self.manifest)
-        self._free: list[Workspace] = []
 
     def admit(self, run: Run, conditions: Mapping[str, FloatArray]) -> Sample:
         """Start a run. ``conditions`` are the levels' inputs that stay the same, each for one sample, without B."""
@@ -101,9 +100,6 @@ class Session:
             workspace = sample.place[0]
             sample.place = None
             self._vacate(workspace)
-        if not self.samples:
-            self.backend.give_back(self._free)
-            self._free = []
         return latent
 
     def _inputs(self, level: int, members: Sequence[Sample]) -> dict[str, FloatArray]:
@@ -133,7 +129,7 @@ class Session:
             rows = [sample.place[1] if sample.place else None for sample in members]
             if workspace.sizes["B"] == len(members) and rows == [*range(len(members))]:
                 return workspace
-        workspace = self._workspace({**members[0].run.sizes, "B": len(members)})
+        workspace = self.backend.workspace(self._buffers, {**members[0].run.sizes, "B": len(members)})
         for row, sample in enumerate(members):
             if sample.place is None:
                 for name, values in sample.rows.items():
@@ -145,17 +141,10 @@ class Session:
             self._vacate(left)
         return workspace
 
-    def _workspace(self, sizes: Mapping[str, int]) -> Workspace:
-        for workspace in self._free:
-            if workspace.sizes == sizes:
-                self._free.remove(workspace)
-                return workspace
-        return self.backend.workspace(self._buffers, sizes)
-
     def _vacate(self, workspace: Workspace) -> None:
-        """Free a workspace that no sample is left in."""
+        """Give a workspace back that no sample is left in."""
         if not any(sample.place and sample.place[0] is workspace for sample in self.samples):
-            self._free.append(workspace)
+            self.backend.give_back(workspace)
 
     def _record(self, sample: Sample, level: int, milliseconds: float, measured: dict[int, FloatArray]) -> None:
         """Keep what a step did: for the policy, for the trace and for the complexity map."""

@@ -1,4 +1,4 @@
-"""TensorRT without a GPU, in the API of one real release: a name that the release has not is an AttributeError here.
+"""TensorRT without a GPU, in the API of one real release: a name that the release lacks is an AttributeError here.
 
 ``tests/data/tensorrt`` lists every class, attribute and enum value of four releases' Python bindings. Plans hold the
 ONNX model that they were built from, and an execution context runs it with ONNX Runtime on the fake GPU's memory.

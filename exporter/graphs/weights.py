@@ -69,7 +69,7 @@ class WeightFiles:
         return key
 
     def write(self) -> None:
-        """Write every file. Raises `ModelError` beforehand where the disk has not the space."""
+        """Write every file. Raises `ModelError` beforehand where the disk lacks the space."""
         free = shutil.disk_usage(self.folder).free
         if self.total_bytes() > free:
             raise ModelError(

@@ -122,7 +122,7 @@ class StoredEngine:
         return build_command(self.folder.parent.parent, self.info.backend)
 
     def check(self) -> None:
-        """Raise `BackendError` where the file has not its recorded size."""
+        """Raise `BackendError` where the file differs from its recorded size."""
         try:
             size = self.file.stat().st_size
         except OSError as error:

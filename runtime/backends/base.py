@@ -104,5 +104,5 @@ class Backend(ABC):
 
         return HostWorkspace(self, buffers, sizes)
 
-    def give_back(self, workspaces: Sequence[Workspace]) -> None:  # noqa: B027
-        """Take back workspaces whose samples are done; a later run of the same size may get them."""
+    def give_back(self, workspace: Workspace) -> None:  # noqa: B027
+        """Take back a workspace that no sample is left in; a later group of the same size may get it."""

@@ -253,7 +253,7 @@ class Manifest(_Model):
         return tuple(sorted(level.patch for level in self.levels))
 
     def level(self, patch: int) -> LevelInfo:
-        """The level of a patch size. Raises `UsageError` for one that the bundle has not."""
+        """The level of a patch size. Raises `UsageError` where the bundle has no such level."""
         for level in self.levels:
             if level.patch == patch:
                 return level

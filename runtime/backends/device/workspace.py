@@ -18,7 +18,7 @@ from ddit.runtime.bundle.manifest import GraphInfo, TensorSpec
 from ddit.runtime.shapes import infer
 from ddit.runtime.step import NEXT, Program
 
-KEPT_WORKSPACES = 4  # of runs that are over; the next run of the same size starts with bound engines
+KEPT_WORKSPACES = 4  # that no sample is in; the next group of the same size starts with bound engines
 KEPT_SHAPES = 2  # of an engine that is fed from the host
 
 # A step of so many tokens or fewer takes less time on the GPU than its launches on the host. On an H200, FLUX.1-dev
@@ -118,11 +118,11 @@ class DeviceBackend(Backend):
                     return workspace
             return DeviceWorkspace(self, buffers, sizes)
 
-    def give_back(self, workspaces: Sequence[Workspace]) -> None:
-        """Keep the latest few for the next runs."""
-        kept = [one for one in workspaces if isinstance(one, DeviceWorkspace)]
+    def give_back(self, workspace: Workspace) -> None:
+        """Keep the latest few for the groups to come."""
+        assert isinstance(workspace, DeviceWorkspace)
         with self.busy:
-            self._workspaces = [*kept, *self._workspaces][:KEPT_WORKSPACES]
+            self._workspaces = [workspace, *self._workspaces][:KEPT_WORKSPACES]
 
 
 class DeviceWorkspace(Workspace):
