@@ -19,6 +19,7 @@ from ddit.runtime.backends.device.cuda import BFloat16, DeviceArray, DeviceMemor
 from ddit.runtime.backends.device.workspace import Bound, DeviceBackend, DeviceEngine
 from ddit.runtime.backends.onnxruntime.host import (
     CUDA,
+    check_names,
     check_provider,
     engine_errors,
     import_onnxruntime,
@@ -155,9 +156,12 @@ class CudaBackend(DeviceBackend):
         provider = {"device_id": "0", "user_compute_stream": str(self.gpu.stream)}
         if replays:
             provider["enable_cuda_graph"] = "1"
+        self.bundle.verify_small(info.file)
         with engine_errors(f"load {info.file}"):
             path = self.bundle.file(info.file)
-            return import_onnxruntime().InferenceSession(path, options, providers=[(CUDA, provider)])
+            session = import_onnxruntime().InferenceSession(path, options, providers=[(CUDA, provider)])
+        check_names(session, info)
+        return session
 
     def _on_gpu(self, file: str) -> dict[str, Any]:
         """A weight file's tensors on the GPU, uploaded once and kept for every session that asks."""
