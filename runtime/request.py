@@ -70,7 +70,8 @@ class Request:
         )
         text = manifest.text_length if self.text_length is None else _integer("the text length", self.text_length)
         sizes = manifest.sizes(height=height, width=width, text=text)
-        guidance = guidance_scale(manifest.guidance, self.guidance)
+        asked_scale = None if self.guidance is None else _number("guidance", self.guidance)
+        guidance = guidance_scale(manifest.guidance, asked_scale)
         carry = manifest.carry if self.carry is None else _number("carry", self.carry)
         if not 0 <= carry <= 1:
             raise UsageError(f"carry must lie between 0 and 1, not {carry:g}")

@@ -12,7 +12,7 @@ def guidance_scale(info: GuidanceInfo, asked: float | None) -> float:
     if asked is not None and not info.embedded and asked != info.default:
         raise UsageError("this model takes no guidance scale (it was not distilled for one); leave it out")
     scale = info.default if asked is None else asked
-    if not -MAX_GUIDANCE <= scale <= MAX_GUIDANCE:  # NaN neither
+    if not -MAX_GUIDANCE <= scale <= MAX_GUIDANCE:
         raise UsageError(f"guidance must lie between {-MAX_GUIDANCE:g} and {MAX_GUIDANCE:g}, not {scale}")
     return scale
 

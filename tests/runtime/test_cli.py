@@ -48,7 +48,7 @@ def test_generate_writes_picture_trace_and_plot(tiny_bundle, tmp_path):
         (["a red circle", "--schedule", "fixed:2x99999999999"], 2, "cannot read '2x99999999999'"),
         (["a red circle", "--schedule", "dynamic:tau=inf"], 2, "tau must be above 0, and finite"),
         (["a red circle", "--schedule", "dynamic:coarsest=0"], 2, "at least the native level"),
-        (["a red circle", "--guidance", "nan"], 2, "guidance must lie between -1000 and 1000"),
+        (["a red circle", "--guidance", "nan"], 2, "guidance must be a number, not nan"),
         (["a red circle", "--guidance", "1e38"], 2, "guidance must lie between -1000 and 1000"),
         (["a red circle", "--carry", "nan"], 2, "carry must be a number"),
         (["a red circle", "--height", "0"], 2, "height must be at least 1"),
