@@ -6,10 +6,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # pip's own index serves the CUDA build of torch, several gigabytes: without a GPU take the CPU build, and where
-# that index cannot be reached whatever build pip finds.
+# that index does not answer whatever build pip finds.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+ANSWERS := import urllib.request as web; web.urlopen("$(TORCH_CPU_INDEX)/torch/", timeout=5)
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
-TORCH_INDEX := $(if $(GPU),,--extra-index-url $(TORCH_CPU_INDEX))
+ASK = $(shell $(PYTHON) -c '$(ANSWERS)' 2>/dev/null && echo --extra-index-url $(TORCH_CPU_INDEX))
+TORCH_INDEX = $(if $(GPU),,$(ASK))
 TORCH := torch>=2.11,<2.14
 
 .PHONY: demo test lint types unit setup clean

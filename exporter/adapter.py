@@ -96,6 +96,8 @@ def save_adapter(
 def load_adapter(path: Path | str) -> Adapter:
     """Read an adapter file. Raises `AdapterError` when it is not one."""
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise AdapterError(f"adapter file {path} is not a regular file")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -116,6 +118,11 @@ def load_adapter(path: Path | str) -> Adapter:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except FileNotFoundError:
         raise AdapterError(f"adapter file {path} does not exist") from None
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+    except KeyError as error:
+        raise AdapterError(f"adapter file {path} cannot be read: it has no {error} in its metadata") from error
+    except (SafetensorError, AttributeError, TypeError, ValueError, OSError, RecursionError) as error:
         raise AdapterError(f"adapter file {path} cannot be read: {error}") from error
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise AdapterError(f"adapter file {path} holds NaN or infinity in {name!r}; train it again")
     return Adapter(path, metadata.get("base_model", "unknown"), family, configs, tensors)

@@ -1,6 +1,5 @@
 """ddit-export: a pretrained diffusion transformer becomes a bundle, and a bundle gets a machine's engines."""
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,19 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ddit.exporter.families import families, find_family
 from ddit.exporter.families.base import FamilyInfo
 from ddit.profiles import Profile, ProfileError, load_profile
-from ddit.runtime import shapes
+from ddit.runtime import shapes, strict_json
 from ddit.runtime.backends import registry
 from ddit.runtime.backends.artifacts import DEFAULT_BACKEND
 from ddit.runtime.backends.registry import BackendKind
 from ddit.runtime.bundle import Bundle
 from ddit.runtime.bundle.manifest import Dtype
-from ddit.runtime.console import DditGroup, say, set_up_logging
+from ddit.runtime.console import DditGroup, say, set_up_logging, terminal
 from ddit.runtime.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -40,7 +38,7 @@ class Levels(click.ParamType):  # type: ignore[type-arg]
         if isinstance(value, tuple):
             return value
         parts = [part.strip() for part in value.split(",")]
-        if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        if not all(re.fullmatch(r"0*[1-9]\d{0,8}", part) for part in parts):
             self.fail(f"{value!r}: give patch sizes separated by commas, as in 2,4,8", param, ctx)
         return tuple(sorted({int(part) for part in parts}))
 
@@ -172,7 +170,7 @@ def export(
     size = sum(file.size for file in manifest.files.values())
     if as_json:
         report = {"out": str(out), "levels": manifest.patches, "bytes": size, "untrained": untrained}
-        click.echo(json.dumps({**report, "worst_parity": worst.model_dump()}))
+        click.echo(strict_json.dump({**report, "worst_parity": worst.model_dump()}))
         return
     say(
         f"{out}: levels {', '.join(map(str, manifest.patches))}, {size / 1e6:,.0f} MB; "
@@ -189,7 +187,7 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]
         """``"16GiB"`` → 17179869184; also MiB, GB, MB, and plain numbers."""
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\s*", value)
+        match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([kMGT]?)(i?)B?\s*", value)
         if match is None:
             self.fail(f"{value!r}: give a size, as in 16GiB", param, ctx)
         return int(float(match[1]) * (1024 if match[3] else 1000) ** " kMGT".index(match[2] or " "))
@@ -237,8 +235,10 @@ def engines(
     builder = _builder(backend, timing_cache=timing_cache, optimization_level=optimization_level, workspace=workspace)
     built = builder.build(bundle, chosen, [graph for graph in manifest.graphs if graph not in others])
     if as_json:
-        click.echo(json.dumps([{"new": one.new, "key": one.engine.info.key, **one.engine.info.model_dump(mode="json")}
-                               for one in built], indent=2))  # fmt: skip
+        infos = [
+            {"new": one.new, "key": one.engine.info.key, **one.engine.info.model_dump(mode="json")} for one in built
+        ]
+        click.echo(strict_json.dump(infos, indent=2))
         return
     new = [one.engine.info for one in built if one.new]
     say(
@@ -260,8 +260,8 @@ def _builder(kind: BackendKind, **options: object) -> "EngineBuilder":
 @contextmanager
 def _build_progress(graph: str) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar of the builder's current phase."""
-    console = Console(stderr=True)
-    columns = (TextColumn(f"{graph} {{task.description}}"), BarColumn(), TimeElapsedColumn())
+    console = terminal(stderr=True)
+    columns = (TextColumn(f"{graph} {{task.description}}", markup=False), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=None)
         yield lambda phase, done, total: progress.update(task, description=phase, completed=done, total=total)

@@ -7,6 +7,7 @@ base model. The trunk is frozen and shared; at the native level nothing is added
 """
 
 import copy
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,6 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from ddit.runtime.errors import AdapterError
+
+WIDEST = 65_536  # rank of LoRA and channels of the residual path
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,16 @@ class AdapterConfig:
     targets: tuple[str, ...] = field(kw_only=True)  # ends of the dotted names of the layers that get LoRA
     residual_width: int = 64  # channels inside the residual path; 0 leaves it out
     identity: bool = True  # one learned vector, added to every token
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` for settings that no adapter has: they may come from a file."""
+        for name, value in (("rank", self.rank), ("residual_width", self.residual_width)):
+            if type(value) is not int or not 0 <= value <= WIDEST:
+                raise ValueError(f"{name} must lie between 0 and {WIDEST}, not {value!r}")
+        if not isinstance(self.alpha, int | float) or not math.isfinite(self.alpha):
+            raise ValueError(f"alpha must be a number, not {self.alpha!r}")
+        if not all(isinstance(target, str) and target for target in self.targets):
+            raise ValueError(f"targets must be names, not {self.targets!r}")
 
 
 def bilinear_matrix(native: int, patch: int) -> Tensor:
@@ -126,9 +141,15 @@ def share_parameters(module: nn.Module) -> nn.Module:
 
 
 def add_lora(trunk: nn.Module, targets: Iterable[str], rank: int, alpha: float) -> list[str]:
-    """Replace every linear layer whose dotted name ends with a target by a `LoRALinear`; returns the names replaced."""
+    """Replace every linear layer whose dotted name ends with a target by a `LoRALinear`; returns the names replaced.
+
+    Raises `AdapterError` where there is none.
+    """
+    targets = tuple(targets)
     pattern = re.compile(rf"(^|\.)({'|'.join(re.escape(target) for target in targets)})$")
     layers = {n: layer for n, layer in trunk.named_modules() if isinstance(layer, nn.Linear) and pattern.search(n)}
+    if not layers:
+        raise AdapterError(f"the adapter's targets {', '.join(targets)} are no linear layers of the model")
     for name, layer in layers.items():
         trunk.set_submodule(name, LoRALinear(layer, rank, alpha))
     return list(layers)

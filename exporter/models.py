@@ -1,18 +1,24 @@
 """Where a pretrained pipeline comes from: the demo model, a local folder, or the hub."""
 
-import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ddit.runtime.bundle.manifest import Dtype, ModelInfo, SmoothPoint
+from ddit.profiles import why_invalid
+from ddit.runtime import strict_json
+from ddit.runtime.bundle.manifest import MAX_GUIDANCE, MAX_STEPS, Dtype, ModelInfo, Patch, SmoothPoint, StepCount
+from ddit.runtime.console import printable
 from ddit.runtime.errors import ModelError
+from ddit.runtime.reading import read_text
 
 DEMO = "demo"
 DEFAULTS_FILE = "ddit.json"
+LONGEST_CONFIG = 16_000_000  # bytes
 
 
 class ExportDefaults(BaseModel):
@@ -21,21 +27,32 @@ class ExportDefaults(BaseModel):
     Every field is optional; the command line's options come first.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    levels: tuple[int, ...] | None = None
+    levels: tuple[Patch, ...] | None = None
     dtype: Dtype | None = None
     profile: str | None = None
     adapter: str | None = None  # file in the same folder
-    guidance: float | None = None
-    carry: float | None = None
-    steps: int | None = None
-    tau: float | None = None
-    rho: float | None = None
-    warmup: int | None = None
-    hold: int | None = None
-    coarsest: int | None = None
+    guidance: float | None = Field(default=None, ge=-MAX_GUIDANCE, le=MAX_GUIDANCE)
+    carry: float | None = Field(default=None, ge=0, le=1)
+    steps: StepCount | None = None
+    tau: float | None = Field(default=None, gt=0)
+    rho: float | None = Field(default=None, gt=0, lt=1)
+    warmup: int | None = Field(default=None, ge=3, le=MAX_STEPS)
+    hold: int | None = Field(default=None, ge=1, le=MAX_STEPS)
+    coarsest: Patch | None = None
     smooth: tuple[SmoothPoint, ...] | None = None
+
+
+class Config(dict[str, Any]):
+    """A component's configuration. A setting that it lacks raises `ModelError`."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any]):
+        super().__init__(values)
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise ModelError(f"{self.path} has no {key!r}; is it the configuration of another kind of model?")
 
 
 @dataclass(frozen=True)
@@ -46,14 +63,16 @@ class Source:
     info: ModelInfo
     defaults: ExportDefaults
 
-    def config(self, component: str, file: str = "config.json") -> dict[str, object]:
+    def config(self, component: str, file: str = "config.json") -> Config:
         """A component's configuration. Raises `ModelError`."""
         path = self.folder / component / file
         try:
-            content: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
+            content = strict_json.parse(read_text(path, LONGEST_CONFIG))
         except (OSError, ValueError) as error:
             raise ModelError(f"{path} cannot be read: {error}; is {self.folder} a whole diffusers pipeline?") from None
-        return content
+        if not isinstance(content, dict):
+            raise ModelError(f"{path} is not a configuration; is {self.folder} a whole diffusers pipeline?")
+        return Config(path, content)
 
 
 def quiet_libraries() -> None:
@@ -75,7 +94,7 @@ def find_model(name: str, revision: str | None = None) -> Source:
             raise ModelError("this installation has no demo model; install ddit from its repository")
         info = ModelInfo(id=DEMO)
     elif Path(name).is_dir():
-        folder, info = Path(name), ModelInfo(id=Path(name).resolve().name)
+        folder, info = Path(name), ModelInfo(id=printable(Path(name).resolve().name))
     elif name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(f"model {name!r} is neither a folder nor a hub id such as black-forest-labs/FLUX.1-dev")
     else:
@@ -90,10 +109,11 @@ def _defaults(folder: Path) -> ExportDefaults:
     if not path.is_file():
         return ExportDefaults()
     try:
-        return ExportDefaults.model_validate_json(path.read_text(encoding="utf-8"))
+        return ExportDefaults.model_validate_json(read_text(path, LONGEST_CONFIG))
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ModelError(f"{path} is not valid: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise ModelError(f"{path} is not valid: {why_invalid(error)}") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from None
 
 
 def _download(name: str, revision: str | None) -> tuple[Path, ModelInfo]:

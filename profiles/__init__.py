@@ -8,8 +8,9 @@ ones are the ``*.toml`` files beside this module; a path to such a file works ev
 """
 
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 try:
     import tomllib
@@ -18,6 +19,18 @@ except ImportError:  # Python 3.10
 
 
 BOUNDS = ("minimum", "optimum", "maximum")
+LARGEST = 65_536  # pixels, tokens or pictures: a size that was damaged is refused before memory is asked for
+LONGEST_FILE = 1_000_000  # bytes
+
+
+def _one_line(text: str) -> str:
+    """Refuse control characters: a text from a file reaches terminals and reports."""
+    if not text.isprintable():
+        raise ValueError("the text has a line break or another character that cannot be shown")
+    return text
+
+
+Text = Annotated[str, Field(max_length=2000), AfterValidator(_one_line)]
 
 
 class ProfileError(ValueError):
@@ -31,7 +44,7 @@ class Range(BaseModel):
 
     minimum: int = Field(ge=1)
     optimum: int
-    maximum: int
+    maximum: int = Field(le=LARGEST)
 
     @model_validator(mode="before")
     @classmethod
@@ -82,8 +95,8 @@ class Profile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
-    description: str = ""
+    name: Text
+    description: Text = ""
     entry: tuple[Entry, ...] = Field(min_length=1)
 
     def contains(self, **sizes: int) -> bool:
@@ -103,15 +116,29 @@ def load_profile(name: str | Path) -> Profile:
     """Read a built-in profile by name, or a TOML file by path. Raises `ProfileError`."""
     path = built_in().get(str(name), Path(name))
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(_read(path))
         return Profile(name=path.stem, **content)
     except OSError:
         raise ProfileError(
             f"unknown profile {str(name)!r}; built in: {', '.join(built_in())}; or a .toml file"
         ) from None
-    except (tomllib.TOMLDecodeError, TypeError) as error:
-        raise ProfileError(f"profile {path} is not valid TOML: {error}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ProfileError(f"profile {path} is not valid: {where}: {first['msg']}") from None
+        raise ProfileError(f"profile {path} is not valid: {why_invalid(error)}") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ProfileError(f"profile {path} is not valid TOML: {error}") from None
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(path)  # a device or a pipe has no end
+    with path.open(encoding="utf-8") as file:
+        text = file.read(LONGEST_FILE + 1)
+    if len(text) > LONGEST_FILE:
+        raise ValueError(f"it is longer than {LONGEST_FILE} characters")
+    return text
+
+
+def why_invalid(error: ValidationError) -> str:
+    """The first thing that pydantic found: the field, then what is wrong with it."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return ": ".join([".".join(map(str, first["loc"]))] * bool(first["loc"]) + [first["msg"]])

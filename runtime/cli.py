@@ -1,33 +1,37 @@
 """ddit-run: make pictures with a bundle, look into it, check it, measure it."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Set
 from pathlib import Path
 
 import click
 from PIL import Image
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
+from ddit.runtime import strict_json
 from ddit.runtime.backends.artifacts import EngineStore
 from ddit.runtime.backends.registry import kinds, open_backend
 from ddit.runtime.bundle import MANIFEST, Bundle
-from ddit.runtime.console import DditGroup, say, set_up_logging
+from ddit.runtime.console import DditGroup, red, say, set_up_logging, terminal
 from ddit.runtime.denoise import Progress
 from ddit.runtime.errors import BundleError, UsageError
 from ddit.runtime.files import check_outputs, whole
 from ddit.runtime.pipeline import Pipeline
 from ddit.runtime.policies import Dynamic
+from ddit.runtime.request import Request
 from ddit.runtime.tools.inspect import show, tau_of
 from ddit.runtime.tools.plots import plot_complexity, plot_schedule, plot_types
 from ddit.runtime.trace import Trace
 
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 JSON = click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
+
+
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}  # which every Pillow writes as they are
+LONGEST_LIST = 16_000_000  # characters of a file of prompts
 
 
 class BackendOption(click.Option):
@@ -53,7 +57,7 @@ class Seconds(click.ParamType):  # type: ignore[type-arg]
         """``"1.5s"``, ``"1500ms"`` and ``"1.5"`` → 1.5."""
         if isinstance(value, float):
             return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|)", value.strip())
+        match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)(ms|s|)", value.strip())
         if match is None or not float(match[1]):
             self.fail(f"{value!r}: give a time, as in 1.5s or 800ms", param, ctx)
         return float(match[1]) / (1000 if match[2] == "ms" else 1)
@@ -120,7 +124,7 @@ def generate(
     """Make one picture."""
     # before the work, not after it: whatever would keep the results from being written
     check_outputs([path for path in (out, trace_file, plot_file, map_file) if path])
-    _check_type(out, {ending for ending, kind in Image.registered_extensions().items() if kind in Image.SAVE})
+    _check_type(out, PICTURES)
     for path in filter(None, (plot_file, map_file)):
         _check_type(path, plot_types())
     pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
@@ -146,7 +150,7 @@ def generate(
             on_step=on_step,
         )
     with whole(out) as part:
-        result.image.save(part)
+        _save(result.image, part)
     if trace_file:
         with whole(trace_file) as part:
             part.write_text(result.trace.to_json() + "\n", encoding="utf-8")
@@ -159,7 +163,7 @@ def generate(
         with whole(map_file) as part:
             plot_complexity(result.image, complexity, part)
     if as_json:
-        click.echo(json.dumps({"out": str(out), "seed": seed, **result.trace.summary()}))
+        click.echo(strict_json.dump({"out": str(out), "seed": seed, **result.trace.summary()}))
     else:
         if budget is not None:
             spent = sum((result.trace.total_milliseconds(), result.trace.encode_milliseconds,
@@ -185,7 +189,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
     manifest, engines = opened.manifest, EngineStore(opened).engines()
     if as_json:
         infos = [{"key": engine.info.key, **engine.info.model_dump(mode="json")} for engine in engines]
-        click.echo(json.dumps({**manifest.model_dump(mode="json"), "plans": infos}, indent=2))
+        click.echo(strict_json.dump({**manifest.model_dump(mode="json"), "plans": infos}, indent=2))
         return
     show(bundle, manifest, engines)
 
@@ -223,16 +227,16 @@ def verify(bundle: Path, backend: str | None, threads: int | None, as_json: bool
             "unlisted": unlisted,
             "passed": not failed,
         }
-        click.echo(json.dumps(report, indent=2))
+        click.echo(strict_json.dump(report, indent=2))
     else:
         table = Table("graph", "case", "tensor", "relative error", "allowed", "")
         for check in checks:
-            verdict = "ok" if check.passed else "[red]FAILED[/red]"
+            verdict = "ok" if check.passed else red("FAILED")
             table.add_row(
                 check.graph, str(check.case), check.tensor, f"{check.error:.1e}", f"{check.tolerance:g}", verdict
             )
-        Console().print(f"{len(files) + len(engines)} files have their recorded hash; backend: {running}")
-        Console().print(table)
+        terminal().print(f"{len(files) + len(engines)} files have their recorded hash; backend: {running}")
+        terminal().print(table)
         for name in unlisted:
             say(f"warning: {name} is not a file of the bundle's: its manifest does not list it")
         for name in unchecked:
@@ -249,7 +253,9 @@ def verify(bundle: Path, backend: str | None, threads: int | None, as_json: bool
 @BUNDLE
 @click.option("--height", type=int, help="Pixels.  [default: the profile's optimum]")
 @click.option("--width", type=int, help="Pixels.  [default: the profile's optimum]")
-@click.option("--repeat", type=click.IntRange(1), default=30, show_default=True, help="Steps to time at each level.")
+@click.option(
+    "--repeat", type=click.IntRange(1, 5000), default=30, show_default=True, help="Steps to time at each level."
+)
 @BACKEND
 @THREADS
 @JSON
@@ -277,7 +283,7 @@ def bench(
     with opened.unchanged():  # every level is measured in a process that opens the bundle anew
         measured = measure(Job(bundle, chosen, threads, height, width), manifest, repeat)
     if as_json:
-        click.echo(json.dumps([dataclasses.asdict(one) for one in measured], indent=2))
+        click.echo(strict_json.dump([dataclasses.asdict(one) for one in measured], indent=2))
         return
     native = next(one.milliseconds for one in measured if one.level == manifest.native)
     memory = "host memory" if measured[0].gpu_memory_mb is None else "host, GPU memory"
@@ -291,7 +297,7 @@ def bench(
             f"{native / one.milliseconds:.2f}×",
             f"{one.peak_memory_mb:.0f} MB" + ("" if one.gpu_memory_mb is None else f", {one.gpu_memory_mb:.0f} MB"),
         )
-    Console().print(table)
+    terminal().print(table)
     say(f"backend: {chosen}")
 
 
@@ -304,7 +310,11 @@ def bench(
     help="File with a prompt a line; half of them are kept to test the result.",
 )
 @click.option("--speedup", type=click.FloatRange(1, min_open=True), help="Find the τ that is so many times faster.")
-@click.option("--quality", type=click.FloatRange(0, 1), help="Find the fastest τ whose mean SSIM to native is so high.")
+@click.option(
+    "--quality",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Find the fastest τ with such a mean SSIM to native.",
+)
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps.  [default: the bundle's]")
 @click.option("--height", type=int, help="Pixels.  [default: the profile's optimum]")
 @click.option("--width", type=int, help="Pixels.  [default: the profile's optimum]")
@@ -349,23 +359,21 @@ def calibrate(
     if plot_file:
         check_outputs([plot_file])
         _check_type(plot_file, plot_types())
-    try:
-        lines = prompts.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        raise UsageError(f"{prompts} cannot be read; give a text file with a prompt a line") from None
+    target = calibration.Target(speedup=2.0 if speedup is None and quality is None else speedup, similarity=quality)
+    texts = _read_prompts(prompts)
     pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
     if not dry_run:
         check_outputs([bundle / MANIFEST])  # now, not after hours
     manifest = pipeline.bundle.manifest
-    say("measuring the levels")
     height, width = manifest.picture_size(height=height, width=width)
     size = {"steps": steps or manifest.sampler.steps, "height": height, "width": width}
+    for text in texts:
+        pipeline.resolve([Request(text, schedule="native", **size)])  # type: ignore[arg-type]
+    calibration.halves(texts)
     wanted = pipeline.policy(schedule, **size)
     if not isinstance(wanted, Dynamic):
         raise UsageError(f"{schedule} has no τ; only dynamic schedules are calibrated")
     calibrator = calibration.Calibrator(pipeline, dataclasses.replace(wanted, smooth=None), **size)
-    target = calibration.Target(speedup=None if quality else speedup or 2.0, similarity=quality)
-    texts = [line.strip() for line in lines if line.strip()]
     found = calibration.search(calibrator, texts, target, say, relative=not absolute)
     best = found.best(target)
     kept = calibration.calibration(calibrator, found, best)
@@ -375,21 +383,40 @@ def calibrate(
         with whole(plot_file) as part:
             calibration.plot(found, best, part)
     if as_json:
-        click.echo(json.dumps({**kept.model_dump(exclude={"curve"}), **dataclasses.asdict(found)}, indent=2))
+        click.echo(strict_json.dump({**kept.model_dump(exclude={"curve"}), **dataclasses.asdict(found)}, indent=2))
         return
     table = Table("prompts", "number", "speed-up", "spread", "SSIM to native", "coarse steps")
     assert found.held_out is not None
     for name, point in (("τ was chosen on", best), ("others", found.held_out)):
         table.add_row(name, str(len(point.samples)), f"{point.speedup:.2f}×", *calibration.spread(point))
-    Console().print(table)
+    terminal().print(table)
     where = "not kept (--dry-run)" if dry_run else f"kept in {bundle / 'bundle.json'}"
     say(f"{tau_of(kept)} for {kept.steps} steps at {kept.height}×{kept.width}, {where}")
 
 
+def _read_prompts(path: Path) -> list[str]:
+    """The lines of a file, or of a pipe, that are not empty."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LONGEST_LIST + 1)
+    except (OSError, UnicodeDecodeError):
+        raise UsageError(f"{path} cannot be read; give a text file with a prompt a line") from None
+    if len(text) > LONGEST_LIST:
+        raise UsageError(f"{path} has more than {LONGEST_LIST} characters; give a text file with a prompt a line")
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
 def _progress_bar() -> ProgressBar:
     columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
+    console = terminal(stderr=True)
     return ProgressBar(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    try:
+        picture.save(path)
+    except ValueError as error:  # WebP and JPEG have a largest size
+        raise UsageError(f"{path.suffix} cannot hold the picture: {error}; choose --out with .png") from None
 
 
 def _check_type(path: Path, known: Set[str]) -> None:

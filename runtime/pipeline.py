@@ -17,13 +17,13 @@ from ddit.runtime.conditioning.guidance import guidance_inputs
 from ddit.runtime.conditioning.text import TextConditioner
 from ddit.runtime.costs import find_costs
 from ddit.runtime.denoise import OnStep, denoise
-from ddit.runtime.errors import UsageError
+from ddit.runtime.errors import BackendError, UsageError
 from ddit.runtime.policies import Budgeted, Dynamic, Policy
 from ddit.runtime.policies.budget import plan
 from ddit.runtime.policies.settings import bundle_policy
 from ddit.runtime.request import Request, Run
 from ddit.runtime.samplers.sigmas import run_sigmas
-from ddit.runtime.session import Session
+from ddit.runtime.session import Session, not_finite
 from ddit.runtime.shapes import to_symbols
 from ddit.runtime.step import Programs
 from ddit.runtime.trace import Trace
@@ -125,6 +125,8 @@ class Pipeline:
         on_step: OnStep | None = None,
     ) -> list[Result]:
         """Make several pictures of one size together, a prompt and a seed each. See `run`."""
+        if isinstance(prompts, str) or isinstance(seeds, int):
+            raise UsageError("prompts and seeds are lists with an entry a picture; call the pipeline itself for one")
         if len(prompts) != len(seeds):
             raise UsageError(f"{len(prompts)} prompts but {len(seeds)} seeds")
         requests = [
@@ -174,7 +176,7 @@ class Pipeline:
 
         ``text_length`` counts tokens, padding included; the bundle's default when None.
         """
-        return self._text(prompts, text_length or self.bundle.manifest.text_length)
+        return self._text(prompts, self.bundle.manifest.text_length if text_length is None else text_length)
 
     def denoise(
         self, runs: Sequence[Run], conditions: Mapping[str, FloatArray], on_step: OnStep | None = None
@@ -190,12 +192,19 @@ class Pipeline:
             own = {name: values[row] for name, values in conditions.items()}
             samples.append(session.admit(run, {**own, **guidance_inputs(guidance, run.guidance)}))
         denoise(session, samples, on_step)
-        return np.stack([session.retire(sample) for sample in samples]), [sample.trace for sample in samples]
+        latents = np.stack([session.retire(sample) for sample in samples])
+        if not np.isfinite(latents).all():  # only without coarse levels: their deviations tell at every step
+            manifest = self.bundle.manifest
+            raise BackendError(not_finite(manifest.level(manifest.native).graph, "some step", manifest.dtype))
+        return latents, [sample.trace for sample in samples]
 
     def decode(self, latents: FloatArray) -> list[Image.Image]:
         """Pictures of latents (B, C, H, W)."""
-        engine = self.backend.engine(self.bundle.manifest.decoder.graph)
-        return [to_image(picture) for picture in engine.run({"latent": latents})["image"]]
+        graph = self.bundle.manifest.decoder.graph
+        pictures = self.backend.engine(graph).run({"latent": latents})["image"]
+        if not np.isfinite(pictures).all():
+            raise BackendError(not_finite(graph, "the end", self.bundle.manifest.graphs[graph].dtype))
+        return [to_image(picture) for picture in pictures]
 
     def policy(
         self, text: str, *, steps: int | None = None, height: int | None = None, width: int | None = None

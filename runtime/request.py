@@ -1,12 +1,16 @@
 """What is asked for (`Request`), and the same with every question answered (`Run`), before anything is loaded."""
 
+import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddit.runtime.bundle import Manifest
+from ddit.runtime.bundle.manifest import MAX_STEPS
 from ddit.runtime.conditioning.guidance import guidance_scale
 from ddit.runtime.errors import UsageError
 from ddit.runtime.policies import Dynamic, Policy
@@ -14,6 +18,10 @@ from ddit.runtime.policies.settings import bundle_policy, smooth_curves
 from ddit.runtime.samplers.sigmas import noise, run_sigmas
 
 FloatArray = NDArray[np.float32]
+
+LONGEST_PROMPT = 100_000  # characters; a tokenizer needs seconds for a single word of this length
+LONGEST_BUDGET = 1e6  # seconds
+LARGEST_NUMBER = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -54,39 +62,54 @@ class Request:
 
         Raises `UsageError` for what the bundle cannot do.
         """
-        if not self.prompt.strip():
-            raise UsageError("the prompt is empty")
-        height, width = manifest.picture_size(height=self.height, width=self.width)
-        text = self.text_length or manifest.text_length
+        check_prompt(self.prompt)
+        seed = _integer("the seed", self.seed, least=0, most=None)
+        height, width = manifest.picture_size(
+            height=None if self.height is None else _integer("the height", self.height),
+            width=None if self.width is None else _integer("the width", self.width),
+        )
+        text = manifest.text_length if self.text_length is None else _integer("the text length", self.text_length)
         sizes = manifest.sizes(height=height, width=width, text=text)
-        guidance = guidance_scale(manifest.guidance, self.guidance)
-        carry = manifest.carry if self.carry is None else self.carry
+        asked_scale = None if self.guidance is None else _number("guidance", self.guidance)
+        guidance = guidance_scale(manifest.guidance, asked_scale)
+        carry = manifest.carry if self.carry is None else _number("carry", self.carry)
         if not 0 <= carry <= 1:
             raise UsageError(f"carry must lie between 0 and 1, not {carry:g}")
+        budget = None if self.budget is None else _number("the budget", self.budget)
+        if budget is not None and not 0 < budget <= LONGEST_BUDGET:
+            raise UsageError(f"the budget must be above 0 and at most {LONGEST_BUDGET:g} seconds, not {budget:g}")
         asked = manifest.sampler.steps if self.steps is None else self.steps
-        if asked < 1:
-            raise UsageError(f"the number of steps must be at least 1, not {asked}")
+        asked = _integer("the number of steps", asked, most=MAX_STEPS)
+        first_step = _integer("the first step", self.first_step, least=0)
         policy = self.schedule
         if isinstance(policy, str):
             sigmas = run_sigmas(manifest, asked, sizes)
             policy = bundle_policy(policy, manifest, sigmas, height=height, width=width, backend=backend)
-        if self.budget is not None and not isinstance(policy, Dynamic):
+        if not isinstance(policy, Policy):
+            raise UsageError(f"the schedule must be a text or a policy, not {policy!r}")
+        if budget is not None and not isinstance(policy, Dynamic):
             raise UsageError("a budget chooses the schedule of one picture; leave the schedule out")
-        steps = policy.steps(self.steps, manifest.sampler.steps)
-        if not 0 <= self.first_step < steps:
-            raise UsageError(f"the first step must lie between 0 and {steps - 1}, not {self.first_step}")
-        if self.first_step and self.latent is None:
+        steps = policy.steps(None if self.steps is None else asked, manifest.sampler.steps)
+        steps = _integer("the schedule's number of steps", steps, most=MAX_STEPS)
+        if first_step >= steps:
+            raise UsageError(f"the first step must lie between 0 and {steps - 1}, not {first_step}")
+        if first_step and self.latent is None:
             raise UsageError("a run that goes on at a later step needs the latent to go on from")
         latent = self.latent
         if latent is not None:
-            latent = np.asarray(latent, dtype=np.float32)
+            try:
+                latent = np.asarray(latent, dtype=np.float32)
+            except (TypeError, ValueError):
+                raise UsageError("the latent must be an array of numbers") from None
             shape = (manifest.latent.channels, sizes["H"], sizes["W"])
             if latent.shape != shape:
                 raise UsageError(f"the latent has shape {latent.shape}, a picture of {height}×{width} needs {shape}")
+            if not np.isfinite(latent).all():
+                raise UsageError("the latent holds NaN or infinity")
         sigmas = run_sigmas(manifest, steps, sizes)
         return Run(
             prompt=self.prompt,
-            seed=self.seed,
+            seed=seed,
             height=height,
             width=width,
             text_length=text,
@@ -95,9 +118,9 @@ class Request:
             carry=carry,
             sigmas=sigmas,
             policy=policy,
-            budget=self.budget,
+            budget=budget,
             latent=latent,
-            first_step=self.first_step,
+            first_step=first_step,
             rho=manifest.schedule.rho,
             smooth=smooth_curves(manifest, sigmas, height=height, width=width, backend=backend),
         )
@@ -137,3 +160,41 @@ class Run:
     def under(self, policy: Policy) -> "Run":
         """The same run under another policy."""
         return replace(self, policy=policy)
+
+
+def check_prompt(prompt: str) -> None:
+    """Raise `UsageError` for a prompt that is none."""
+    if not isinstance(prompt, str):
+        raise UsageError(f"a prompt must be text, not {prompt!r}")
+    if not prompt.strip():
+        raise UsageError("the prompt is empty")
+    if len(prompt) > LONGEST_PROMPT:
+        raise UsageError(f"the prompt has {len(prompt)} characters; at most {LONGEST_PROMPT} are read")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UsageError("the prompt is not valid UTF-8; give it in the terminal's encoding") from None
+
+
+def _integer(what: str, value: Any, *, least: int = 1, most: int | None = LARGEST_NUMBER) -> int:
+    """A whole number within bounds, NumPy's too. Raises `UsageError`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise UsageError(f"{what} must be a whole number, not {value!r}") from None
+    if number < least or isinstance(value, bool):
+        raise UsageError(f"{what} must be at least {least}, not {value}")
+    if most is not None and number > most:
+        raise UsageError(f"{what} must be at most {most}, not {number}")
+    return number
+
+
+def _number(what: str, value: Any) -> float:
+    """A finite number. Raises `UsageError`."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise UsageError(f"{what} must be a number, not {value!r}") from None
+    if not math.isfinite(number):
+        raise UsageError(f"{what} must be a number, not {number}")
+    return number

@@ -13,6 +13,7 @@ import numpy as np
 
 from ddit.runtime.backends.base import Backend, FloatArray, Workspace
 from ddit.runtime.complexity import Complexity
+from ddit.runtime.errors import BackendError
 from ddit.runtime.policies import DIFFERENCE_ORDER, RunHistory, statistic
 from ddit.runtime.request import Run
 from ddit.runtime.step import Programs, deviations, sample_buffers
@@ -150,6 +151,10 @@ class Session:
         """Keep what a step did: for the policy, for the trace and for the complexity map."""
         run, history = sample.run, sample.history
         step = history.step
+        # whatever is not finite in the latent or the velocity is not in the deviations, which are on the host anyway
+        if any(not np.isfinite(values).all() for values in measured.values()):
+            graph = self.manifest.level(level).graph
+            raise BackendError(not_finite(graph, f"step {step + 1} of {run.steps}", self.manifest.graphs[graph].dtype))
         history.levels.append(level)
         sample.native_done |= level == self.manifest.native
         if len(history.levels) >= DIFFERENCE_ORDER:
@@ -162,3 +167,9 @@ class Session:
         rho = run.policy.quantile() or run.rho
         figures = {patch: statistic(values, rho) for patch, values in history.deviations.items()}
         sample.trace.steps.append(StepRecord(step, float(run.sigmas[step]), level, milliseconds, figures))
+
+
+def not_finite(graph: str, where: str, dtype: str) -> str:
+    """What to say of a graph whose numbers are none."""
+    mend = "" if dtype == "fp32" else f", or export it in another type than {dtype}"
+    return f"{graph} gave NaN or infinity at {where}; check the bundle with ddit-run verify{mend}"

@@ -21,13 +21,10 @@ from numpy.typing import NDArray
 from ddit.runtime import shapes
 from ddit.runtime.bundle import Manifest
 from ddit.runtime.bundle.manifest import TensorSpec
+from ddit.runtime.bundle.names import DEVIATION, NEXT, UPDATE
 from ddit.runtime.conditioning.positions import level_tables
 
 FloatArray = NDArray[np.float32]
-
-UPDATE = "step"  # the graph that moves the latent
-NEXT = "next_"
-DEVIATION = "deviation_"
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """The trace of a run: what every denoising step did."""
 
-import json
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from ddit.runtime import strict_json
 from ddit.runtime.complexity import Complexity
 
 if TYPE_CHECKING:
@@ -80,4 +80,4 @@ class Trace:
         """The whole trace as JSON."""
         values = asdict(replace(self, complexity=None))
         values["complexity"] = self.complexity.to_dict() if self.complexity else None
-        return json.dumps({**values, "summary": self.summary()}, indent=2)
+        return strict_json.dump({**values, "summary": self.summary()}, indent=2)

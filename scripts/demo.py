@@ -9,7 +9,7 @@ import click
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
-from rich.table import Column, Table
+from rich.table import Table
 
 from ddit.runtime import DditError, Pipeline, Result
 from ddit.runtime.tools.plots import plot_complexity, plot_schedule
@@ -61,8 +61,10 @@ def make(pipeline: Pipeline, seed: int, steps: int) -> dict[tuple[str, str], Res
 def table(results: dict[tuple[str, str], Result]) -> Table:
     """Steps and milliseconds a level, and the total against the native schedule."""
     patches = sorted({level for result in results.values() for level in result.trace.levels})
-    columns = [f"level {patch}: steps, ms each" for patch in patches]
-    shown = Table("prompt", Column("schedule", overflow="fold"), *columns, "all steps", "against native")
+    levels = [f"level {patch}:\nsteps × ms" for patch in patches]
+    shown = Table(padding=0)
+    for header in ("prompt", "schedule", *levels, "all\nsteps", "against\nnative"):
+        shown.add_column(header, no_wrap=True)
     for (name, schedule), result in results.items():
         steps, times = result.trace.steps_per_level(), result.trace.milliseconds_per_level()
         total, native = result.trace.total_milliseconds(), results[name, "native"].trace.total_milliseconds()

@@ -19,6 +19,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--bundles", type=Path, help="folder of tiny.bundle and opset17.bundle, made if they are not there"
     )
+    parser.addoption(
+        "--thorough", action="store_true", help="many more examples of hostile input, others every time (robustness/)"
+    )
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """What the robustness tests tried."""
+    if (outcomes := sys.modules.get("outcomes")) and outcomes.COUNTS:
+        terminalreporter.section("hostile input")
+        for line in outcomes.report():
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

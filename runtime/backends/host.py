@@ -7,7 +7,8 @@ import numpy as np
 
 from ddit.runtime.backends.base import FloatArray, Workspace
 from ddit.runtime.bundle.manifest import TensorSpec
-from ddit.runtime.step import NEXT, Program
+from ddit.runtime.bundle.names import NEXT
+from ddit.runtime.step import Program
 
 if TYPE_CHECKING:
     from ddit.runtime.backends.base import Backend

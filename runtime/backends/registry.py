@@ -5,6 +5,7 @@ point of the group ``ddit.backends``. Names that nobody registered are those of 
 """
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from ddit.runtime.backends.base import Backend
 from ddit.runtime.backends.device.cuda import why_no_gpu
 from ddit.runtime.bundle import Bundle
-from ddit.runtime.errors import DditError
+from ddit.runtime.errors import DditError, UsageError
 
 if TYPE_CHECKING:
     from ddit.runtime.backends.building import EngineBuilder
@@ -140,6 +141,11 @@ def open_backend(name: str | None, bundle: Bundle, threads: int | None = None) -
 
     Raises `BackendError` where this machine cannot run the one asked for, `UsageError` where nobody knows the name.
     """
+    if threads is not None and threads < 1:
+        raise UsageError(f"the number of threads must be at least 1, not {threads}")
+    if threads is not None and threads > (cores := os.cpu_count() or 1):
+        log.warning("%d threads are more than this machine's %d cores: %d are used", threads, cores, cores)
+        threads = cores
     return _open_fastest(bundle, threads) if name is None else kind_of(name).open(bundle, threads)
 
 

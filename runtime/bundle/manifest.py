@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from ddit.profiles import Profile
+from ddit.profiles import Profile, Text
 from ddit.runtime import shapes
+from ddit.runtime.bundle.fit import check_manifest
 from ddit.runtime.errors import UsageError
 
 FORMAT_VERSION = 2
@@ -22,20 +23,39 @@ def _inside(name: str) -> str:
     return name
 
 
+def _readable(dim: int | str) -> int | str:
+    """Refuse a dimension that is no size, and an expression that `ddit.runtime.shapes` cannot read."""
+    number = dim if isinstance(dim, int) else shapes.split(dim)[2]
+    if not 1 <= number <= LARGEST:
+        raise ValueError(f"dimension {dim!r} is not between 1 and {LARGEST}")
+    return dim
+
+
+# Limits far beyond what anybody runs: a count that was damaged is refused before memory is asked for.
+MAX_STEPS = 10_000
+LARGEST = 1_000_000  # of a tensor's fixed dimensions
+MAX_PATCH = 256  # latent pixels
+MAX_GUIDANCE = 1_000.0
+
 Dtype = Literal["fp32", "fp16", "bf16"]
-FileName = Annotated[str, AfterValidator(_inside)]
+Name = Annotated[Text, Field(min_length=1, max_length=200)]
+FileName = Annotated[Name, AfterValidator(_inside)]
+Dimension = Annotated[int | str, AfterValidator(_readable)]
+Patch = Annotated[int, Field(ge=1, le=MAX_PATCH)]
+StepCount = Annotated[int, Field(ge=1, le=MAX_STEPS)]
+Pixels = Annotated[int, Field(ge=1, le=LARGEST)]
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TensorSpec(_Model):
     """Name, dtype and symbolic shape (`ddit.runtime.shapes`) of a graph's input or output."""
 
-    name: str
+    name: Name
     dtype: Literal["float32", "int64"]
-    shape: tuple[int | str, ...]
+    shape: tuple[Dimension, ...] = Field(min_length=1, max_length=8)
 
     def resolve(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape in numbers."""
@@ -55,30 +75,30 @@ class GraphInfo(_Model):
 class LevelInfo(_Model):
     """One patch size that the bundle can run."""
 
-    patch: int = Field(ge=1, description="side of a patch in latent pixels")
-    graph: str
+    patch: Patch = Field(description="side of a patch in latent pixels")
+    graph: Name
     trained: bool = Field(description="false: no adapter was given, so pictures suffer at this level")
-    adapter_sha256: str | None = None
+    adapter_sha256: Text | None = None
 
 
 class ModelInfo(_Model):
     """Where the weights come from."""
 
-    id: str
-    revision: str | None = None
+    id: Text
+    revision: Text | None = None
 
 
 class AxisInfo(_Model):
     """One axis of the latent beside batch and channels."""
 
     name: Literal["height", "width"]
-    downscale: int = Field(ge=1, description="pixels of the picture along one latent pixel")
+    downscale: int = Field(ge=1, le=256, description="pixels of the picture along one latent pixel")
 
 
 class LatentInfo(_Model):
     """The latent: (B, channels, then its axes in order)."""
 
-    channels: int = Field(ge=1)
+    channels: int = Field(ge=1, le=4096)
     axes: tuple[AxisInfo, ...] = Field(min_length=1)
 
     @property
@@ -91,17 +111,17 @@ class TokenizerInfo(_Model):
     """A ``tokenizer.json`` and how its output is filled up."""
 
     file: FileName
-    length: int = Field(ge=1, description="tokens of a prompt, padding included")
-    pad_id: int = Field(ge=0)
+    length: int = Field(ge=1, le=100_000, description="tokens of a prompt, padding included")
+    pad_id: int = Field(ge=0, le=10_000_000)
 
 
 class TextEncoderInfo(_Model):
     """A text encoder: its graph takes ``input_ids`` (B, tokens)."""
 
-    graph: str
+    graph: Name
     tokenizer: TokenizerInfo
     free_length: bool = Field(description="whether a run may choose the number of tokens, the symbol L")
-    feeds: dict[str, str] = Field(description="the levels' input that each of the graph's outputs becomes")
+    feeds: dict[Name, Name] = Field(description="the levels' input that each of the graph's outputs becomes")
 
 
 class FlowMatchEulerInfo(_Model):
@@ -109,19 +129,25 @@ class FlowMatchEulerInfo(_Model):
 
     kind: Literal["flow_match_euler"] = "flow_match_euler"
     use_dynamic_shifting: bool
-    shift: float
-    base_shift: float
-    max_shift: float
-    base_image_seq_len: int
-    max_image_seq_len: int
-    steps: int = Field(ge=1, description="default number of steps")
+    shift: float = Field(gt=0, le=1e6)
+    base_shift: float = Field(ge=-1e6, le=1e6)
+    max_shift: float = Field(ge=-1e6, le=1e6)
+    base_image_seq_len: int = Field(ge=1)
+    max_image_seq_len: int = Field(ge=1)
+    steps: StepCount = Field(description="default number of steps")
+
+    @model_validator(mode="after")
+    def _lengths_differ(self) -> "FlowMatchEulerInfo":
+        if self.base_image_seq_len == self.max_image_seq_len:
+            raise ValueError("base_image_seq_len and max_image_seq_len are the same: the shift has no slope")
+        return self
 
 
 class RotaryAxis(_Model):
     """One rotated axis of the rotary embedding."""
 
     axis: Literal["height", "width"] | None = Field(description="null: a coordinate that is always 0")
-    dimensions: int = Field(ge=2, multiple_of=2, description="of a head, that this axis rotates")
+    dimensions: int = Field(ge=2, le=4096, multiple_of=2, description="of a head, that this axis rotates")
 
 
 class RotaryInfo(_Model):
@@ -129,14 +155,14 @@ class RotaryInfo(_Model):
 
     kind: Literal["rotary"] = "rotary"
     axes: tuple[RotaryAxis, ...] = Field(min_length=1)
-    theta: float
+    theta: float = Field(ge=1, le=1e12)
 
 
 class GuidanceInfo(_Model):
     """How guidance comes in: ``embedded`` as an input of the levels (distilled models), or not at all."""
 
     kind: Literal["embedded", "none"]
-    default: float
+    default: float = Field(ge=-MAX_GUIDANCE, le=MAX_GUIDANCE)
 
     @property
     def embedded(self) -> bool:
@@ -148,14 +174,16 @@ class DecoderInfo(_Model):
     """The graph that turns a latent into a picture."""
 
     kind: Literal["image"] = "image"
-    graph: str
+    graph: Name
 
 
 class SmoothPoint(_Model):
     """The statistics of smooth pictures at one noise level (`ddit.runtime.policies.smooth`)."""
 
     sigma: float = Field(ge=0, le=1)
-    statistic: dict[int, float] = Field(description="by coarse patch, divided by the cube of the step's length in σ")
+    statistic: dict[Patch, Annotated[float, Field(ge=0)]] = Field(
+        description="by coarse patch, divided by the cube of the step's length in σ"
+    )
 
 
 class ScheduleInfo(_Model):
@@ -163,37 +191,45 @@ class ScheduleInfo(_Model):
 
     tau: float = Field(gt=0, description="a multiple of smooth pictures' statistic where that is known, else absolute")
     rho: float = Field(gt=0, lt=1)
-    warmup: int = Field(ge=3)
-    hold: int = Field(default=3, ge=1)
-    coarsest: int | None = Field(default=None, description="the largest patch to use; null: all")
+    warmup: int = Field(ge=3, le=MAX_STEPS)
+    hold: int = Field(default=3, ge=1, le=MAX_STEPS)
+    coarsest: Patch | None = Field(default=None, description="the largest patch to use; null: all")
     smooth: tuple[SmoothPoint, ...] = Field(default=(), description="what τ is a multiple of, by falling σ")
+
+    @model_validator(mode="after")
+    def _same_patches(self) -> "ScheduleInfo":
+        if any(point.statistic.keys() != self.smooth[0].statistic.keys() for point in self.smooth):
+            raise ValueError("smooth has other patches at one noise level than at another")
+        return self
 
 
 class Costs(_Model):
     """What a picture of one size costs on one backend, in milliseconds."""
 
-    levels: dict[int, float] = Field(description="median of a step at every level")
-    encode: float = Field(description="text encoders")
-    decode: float = Field(description="latent to picture")
+    levels: dict[Patch, Annotated[float, Field(gt=0)]] = Field(description="median of a step at every level")
+    encode: float = Field(ge=0, description="text encoders")
+    decode: float = Field(ge=0, description="latent to picture")
 
 
 class CurvePoint(_Model):
     """What one τ does."""
 
     tau: float = Field(gt=0)
-    shares: dict[int, float] = Field(description="mean share of the steps at every level")
+    shares: dict[Patch, Annotated[float, Field(ge=0, le=1)]] = Field(
+        description="mean share of the steps at every level"
+    )
 
 
 class Calibration(ScheduleInfo):
     """Dynamic schedule settings that ``ddit-run calibrate`` found for one number of steps, size and backend."""
 
-    steps: int = Field(ge=1)
-    height: int = Field(ge=1, description="pixels")
-    width: int = Field(ge=1, description="pixels")
+    steps: StepCount
+    height: Pixels
+    width: Pixels
     speedup: float = Field(gt=0, description="over the native schedule, on prompts that τ was not chosen on")
     similarity: float = Field(description="mean SSIM to the native pictures, on the same prompts")
     prompts: int = Field(ge=2, description="how many were used in all")
-    backend: str = Field(description="where it was found: the speed-up counts in its milliseconds, τ in its rounding")
+    backend: Text = Field(description="where it was found: the speed-up counts in its milliseconds, τ in its rounding")
     costs: Costs
     curve: tuple[CurvePoint, ...] = Field(description="everything that was tried, by τ")
 
@@ -206,19 +242,19 @@ class Calibration(ScheduleInfo):
 class ParityResult(_Model):
     """One comparison of a graph's output with the original model's."""
 
-    graph: str
-    tensor: str
+    graph: Name
+    tensor: Name
     case: int
-    sizes: dict[str, int]
-    error: float = Field(description="relative L2 error against torch")
-    tolerance: float
-    checked: str = Field(description="'full', or in words what was checked instead")
+    sizes: dict[Name, int]
+    error: float = Field(ge=0, description="relative L2 error against torch")
+    tolerance: float = Field(gt=0)
+    checked: Text = Field(description="'full', or in words what was checked instead")
 
 
 class FileInfo(_Model):
     """A file's fingerprint."""
 
-    sha256: str
+    sha256: Text
     size: int = Field(ge=0)
 
 
@@ -226,13 +262,13 @@ class Manifest(_Model):
     """The content of ``bundle.json``."""
 
     format_version: Literal[2] = 2
-    family: str = Field(description="for people to read; whatever a host must know of it has a field of its own")
+    family: Text = Field(description="for people to read; whatever a host must know of it has a field of its own")
     model: ModelInfo
     dtype: Dtype
-    opset: int
-    native: int = Field(ge=1, description="the patch that the base model was trained at")
+    opset: int = Field(ge=1, le=1000)
+    native: Patch = Field(description="the patch that the base model was trained at")
     levels: tuple[LevelInfo, ...] = Field(min_length=1)
-    graphs: dict[str, GraphInfo]
+    graphs: dict[Name, GraphInfo]
     profile: Profile
     latent: LatentInfo
     encoders: tuple[TextEncoderInfo, ...]
@@ -245,7 +281,12 @@ class Manifest(_Model):
     calibrations: tuple[Calibration, ...] = ()
     parity: tuple[ParityResult, ...]
     files: dict[FileName, FileInfo]
-    made_with: dict[str, str]
+    made_with: dict[Name, Text]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Manifest":
+        check_manifest(self)
+        return self
 
     @property
     def patches(self) -> tuple[int, ...]:
@@ -281,7 +322,7 @@ class Manifest(_Model):
     def picture_size(self, *, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """A picture's height and width in pixels; the profile's optimum where one is not given."""
         usual = self.profile.entry[0]
-        return height or usual.height.optimum, width or usual.width.optimum
+        return usual.height.optimum if height is None else height, usual.width.optimum if width is None else width
 
     def sizes(self, *, height: int, width: int, text: int, batch: int = 1) -> dict[str, int]:
         """Symbols of the tensors' shapes for a picture of ``height``×``width`` pixels.

@@ -1,20 +1,23 @@
 """A bundle on disk: its manifest, read and validated, and its files."""
 
 import hashlib
-import json
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from ddit.profiles import why_invalid
+from ddit.runtime import strict_json
 from ddit.runtime.bundle.manifest import FORMAT_VERSION, MANIFEST, Calibration, FileInfo, GraphInfo, Manifest
 from ddit.runtime.errors import BundleError, DditError
 from ddit.runtime.files import PARTIAL, whole
 from ddit.runtime.folders import locked, set_aside
+from ddit.runtime.reading import read_text
 
 ATTEMPTS = 3  # at reading a bundle that others replace in the meantime
+LONGEST_MANIFEST = 64_000_000  # bytes
+SMALL = 64_000_000  # bytes of a file that is read in a moment
 
 
 class Bundle:
@@ -46,11 +49,7 @@ class Bundle:
 
     def _check_sizes(self) -> None:
         for name, info in self.manifest.files.items():
-            try:
-                found = self.file(name).stat()
-                size = found.st_size if stat.S_ISREG(found.st_mode) else None
-            except OSError:
-                size = None
+            size = _size(self.file(name))
             if size is None:
                 raise BundleError(f"{self.path} is incomplete: {name} is missing; export it again")
             if size != info.size:
@@ -116,6 +115,15 @@ class Bundle:
                 part.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
             self.manifest, self._stamp = manifest, _stamp(self.path)
 
+    def verify_small(self, name: str) -> None:
+        """Compare a file that is small, a graph or a tokenizer, with its hash. Raises `BundleError`.
+
+        Libraries in other languages read these, and a damaged one can take the process with it.
+        """
+        info = self.manifest.files[name]
+        if info.size <= SMALL and file_info(self.file(name)).sha256 != info.sha256:
+            raise BundleError(f"{self.path} is damaged: could not load {name}, it has a wrong hash; export it again")
+
     def verify_files(self) -> Iterator[str]:
         """Compare every file with its hash; yields its name when it fits, raises `BundleError` when it does not."""
         for name, info in self.manifest.files.items():
@@ -140,27 +148,36 @@ def _stamp(path: Path) -> Stamp | None:
 def read_manifest(path: Path) -> Manifest:
     """Read ``bundle.json`` of a bundle's folder. Raises `BundleError` with one line that says what is wrong."""
     try:
-        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        text = read_text(path / MANIFEST, LONGEST_MANIFEST)
+        content = strict_json.parse(text)
+    except (FileNotFoundError, NotADirectoryError):
         if kept := set_aside(path):
             raise BundleError(
                 f"{path} is being replaced, or an export was killed while it did that: "
                 f"then rename {kept} to {path.name}, or export it again"
             ) from None
-        what = "has no bundle.json" if path.is_dir() else "does not exist"
+        what = "has no bundle.json" if path.is_dir() else "is a file" if path.exists() else "does not exist"
         raise BundleError(f"{path} is not a bundle: it {what}; make one with ddit-export") from None
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path / MANIFEST} cannot be read: {error}") from None
+    except OSError as error:
+        raise BundleError(f"{path / MANIFEST} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise BundleError(f"{path / MANIFEST} cannot be read: {error}; export it again") from None
     version = content.get("format_version") if isinstance(content, dict) else None
-    if isinstance(version, int) and version != FORMAT_VERSION:
+    if type(version) is int and version != FORMAT_VERSION:
         mend = "update ddit" if version > FORMAT_VERSION else "export it again"
         raise BundleError(f"{path} has format {version}, this version reads format {FORMAT_VERSION}; {mend}")
     try:
-        return Manifest.model_validate(content)
+        return Manifest.model_validate_json(text, strict=True)  # strict: a number is no text, and true no number
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "top"
-        raise BundleError(f"{path / MANIFEST} is not valid: {where}: {first['msg']}; export it again") from None
+        raise BundleError(f"{path / MANIFEST} is not valid: {why_invalid(error)}; export it again") from None
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a regular file; None where there is none."""
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def file_info(path: Path) -> FileInfo:

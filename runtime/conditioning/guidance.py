@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from ddit.runtime.bundle.manifest import GuidanceInfo
+from ddit.runtime.bundle.manifest import MAX_GUIDANCE, GuidanceInfo
 from ddit.runtime.errors import UsageError
 
 
@@ -11,7 +11,10 @@ def guidance_scale(info: GuidanceInfo, asked: float | None) -> float:
     """The scale of a run. Raises `UsageError` where a model takes none and one was asked for."""
     if asked is not None and not info.embedded and asked != info.default:
         raise UsageError("this model takes no guidance scale (it was not distilled for one); leave it out")
-    return info.default if asked is None else asked
+    scale = info.default if asked is None else asked
+    if not -MAX_GUIDANCE <= scale <= MAX_GUIDANCE:
+        raise UsageError(f"guidance must lie between {-MAX_GUIDANCE:g} and {MAX_GUIDANCE:g}, not {scale}")
+    return scale
 
 
 def guidance_inputs(info: GuidanceInfo, scale: float) -> dict[str, NDArray[np.float32]]:

@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 
 from ddit.runtime import shapes
 from ddit.runtime.bundle.manifest import LatentInfo, RotaryInfo
+from ddit.runtime.bundle.names import TABLES
 
 FloatArray = NDArray[np.float32]
-
-TABLES = ("rope_cos", "rope_sin")  # the levels' inputs
 
 
 def patch_centres(count: int, ratio: float) -> NDArray[np.float64]:

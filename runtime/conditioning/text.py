@@ -1,7 +1,8 @@
 """Prompts to token ids, with a bundle's ``tokenizer.json``, and to what its text encoders make of them."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from ddit.runtime.backends.base import Backend, FloatArray
 from ddit.runtime.bundle.manifest import TokenizerInfo
-from ddit.runtime.errors import BundleError
+from ddit.runtime.errors import BackendError, BundleError
 
 log = logging.getLogger(__name__)
 
@@ -21,22 +22,36 @@ class Tokenizer:
 
     def __init__(self, path: Path, info: TokenizerInfo):
         self.info = info
+        self._path = path
         self._lock = Lock()  # truncation is a setting of the tokenizer, not of the call
-        try:
+        with _tokenizer_errors(path):
             self._tokenizer = FastTokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise BundleError(f"{path} is not a readable tokenizer: {error}") from None
-        self._tokenizer.no_padding()
+            self._tokenizer.no_padding()
 
     def __call__(self, prompt: str, length: int | None = None) -> tuple[NDArray[np.int64], str]:
         """Ids ``(length,)`` int64 of a prompt, and the end of the prompt that did not fit (empty when all did)."""
         length = length or self.info.length
-        with self._lock:
+        with self._lock, _tokenizer_errors(self._path):
             self._tokenizer.enable_truncation(length)
             encoding = self._tokenizer.encode(prompt)
-        lost = prompt[max(end for _, end in encoding.offsets) :].strip() if encoding.overflowing else ""
+        if len(encoding.ids) > length:
+            raise BundleError(f"{self._path} adds more tokens to a prompt than the {length} there are")
+        kept = max((end for _, end in encoding.offsets), default=0)
+        lost = prompt[kept:].strip() if encoding.overflowing else ""
         ids = encoding.ids + [self.info.pad_id] * (length - len(encoding.ids))
         return np.asarray(ids, dtype=np.int64), lost
+
+
+@contextmanager
+def _tokenizer_errors(path: Path) -> Iterator[None]:
+    """Turn the library's exceptions, among them the panics of its Rust code, into one `BundleError` line."""
+    try:
+        yield
+    except BaseException as error:
+        # a panic is no Exception, so that Ctrl-C would pass here as well
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise BundleError(f"{path} is not a usable tokenizer: {error}; export it again") from None
 
 
 class TextConditioner:
@@ -47,6 +62,8 @@ class TextConditioner:
         self._backend = backend
         bundle = backend.bundle
         with bundle.unchanged():
+            for info in bundle.manifest.encoders:
+                bundle.verify_small(info.tokenizer.file)
             self._encoders = [
                 (info, Tokenizer(bundle.file(info.tokenizer.file), info.tokenizer)) for info in bundle.manifest.encoders
             ]
@@ -61,5 +78,7 @@ class TextConditioner:
                     log.warning("the prompt is longer than %d tokens; left out: “%s”", length, lost)
             ids = np.stack([ids for ids, _ in rows])
             outputs = self._backend.engine(info.graph).run({"input_ids": ids})
+            if not all(np.isfinite(value).all() for value in outputs.values()):
+                raise BackendError(f"{info.graph} gave NaN or infinity for the prompt; check it with ddit-run verify")
             conditions |= {info.feeds[name]: value for name, value in outputs.items()}
         return conditions

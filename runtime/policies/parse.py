@@ -7,9 +7,12 @@ dynamic:tau=0.002,rho=0.4       the same with settings of one's own: tau, rho, w
 dynamic:absolute=1,tau=0.001    τ as the paper has it, not a multiple of smooth pictures' statistic
 """
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+from ddit.runtime.bundle.manifest import MAX_STEPS
 from ddit.runtime.errors import UsageError
 from ddit.runtime.policies.base import DIFFERENCE_ORDER, Policy
 from ddit.runtime.policies.dynamic import Dynamic
@@ -34,12 +37,15 @@ def parse_schedule(text: str, *, patches: Sequence[int], native: int, default: D
 def _fixed_levels(text: str, patches: Sequence[int]) -> tuple[int, ...]:
     levels: list[int] = []
     for part in text.split(","):
-        patch, cross, count = part.partition("x")
-        if not (patch.isdecimal() and (count.isdecimal() if cross else not count)):
+        match = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", part)
+        if match is None:
             raise UsageError(f"cannot read {part!r} in the schedule; write LEVELxSTEPS, as in fixed:4x20,2x30")
-        if int(patch) not in patches:
+        patch, count = int(match[1]), int(match[2] or 1)
+        if patch not in patches:
             raise UsageError(f"the schedule asks for level {patch}; the bundle has {', '.join(map(str, patches))}")
-        levels += [int(patch)] * int(count or 1)
+        if count > MAX_STEPS - len(levels):
+            raise UsageError(f"the schedule has more than {MAX_STEPS} steps")
+        levels += [patch] * count
     return tuple(levels)
 
 
@@ -52,7 +58,10 @@ def _with_settings(default: Dynamic, text: str, patches: Sequence[int]) -> Dynam
             settings[name.strip()] = readers[name.strip()](value)
         except (KeyError, ValueError):
             raise UsageError(f"cannot read {part!r} in the schedule; write {FORMS}") from None
-    if coarsest := settings.pop("coarsest", None):
+    coarsest = settings.pop("coarsest", None)
+    if coarsest is not None:
+        if coarsest < default.native:
+            raise UsageError(f"coarsest must be at least the native level {default.native}, not {coarsest}")
         default = replace(default, coarse=tuple(patch for patch in patches if default.native < patch <= coarsest))
     if settings.pop("absolute", 0) and default.smooth:
         if "tau" not in settings:
@@ -61,8 +70,8 @@ def _with_settings(default: Dynamic, text: str, patches: Sequence[int]) -> Dynam
             )
         default = replace(default, smooth=None)
     schedule = replace(default, **settings)  # type: ignore[arg-type]
-    if not schedule.tau > 0:
-        raise UsageError(f"tau must be above 0, not {schedule.tau:g}")
+    if not 0 < schedule.tau < math.inf:
+        raise UsageError(f"tau must be above 0, and finite, not {schedule.tau:g}")
     if not 0 < schedule.rho < 1:
         raise UsageError(f"rho must lie between 0 and 1, not {schedule.rho:g}")
     if schedule.warmup < DIFFERENCE_ORDER:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import resource
+import signal
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -141,8 +142,8 @@ def random_conditions(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str,
 
 @contextmanager
 def _process() -> Iterator[Pool]:
-    """A fresh process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    """A fresh process, which leaves Ctrl-C to this one."""
+    with multiprocessing.get_context("spawn").Pool(1, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         yield pool
 
 

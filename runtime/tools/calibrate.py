@@ -9,20 +9,21 @@ and likeness to the native pictures, and a bisection of log τ finds the one tha
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from math import exp, log
+from functools import cached_property
+from math import exp, inf, log
 from pathlib import Path
 from statistics import mean
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ddit.runtime.bundle.manifest import Calibration, CurvePoint, SmoothPoint
+from ddit.runtime.bundle.manifest import Calibration, Costs, CurvePoint, SmoothPoint
 from ddit.runtime.costs import measure_costs
 from ddit.runtime.errors import UsageError
 from ddit.runtime.pipeline import Pipeline, Result
 from ddit.runtime.policies import Dynamic
 from ddit.runtime.policies.smooth import measure_smooth, smooth_at
-from ddit.runtime.tools.plots import figure
+from ddit.runtime.tools.plots import figure, save
 from ddit.runtime.trace import Trace
 
 ITERATIONS = 8  # halve the bracket, some four orders of magnitude wide, to a few per cent
@@ -72,6 +73,13 @@ class Target:
     speedup: float | None = None
     similarity: float | None = None
 
+    def __post_init__(self) -> None:
+        """Raise `UsageError` for what no τ can reach."""
+        if self.speedup is not None and not 1 < self.speedup < inf:
+            raise UsageError(f"the speed-up must be above 1, and finite, not {self.speedup:g}")
+        if self.similarity is not None and not 0 < self.similarity <= 1:
+            raise UsageError(f"the similarity must lie above 0 and at most at 1, not {self.similarity:g}")
+
     def fast_enough(self, point: Point) -> bool:
         """Whether τ may fall."""
         if self.speedup is not None:
@@ -106,12 +114,21 @@ class Calibrator:
     def __init__(self, pipeline: Pipeline, schedule: Dynamic, *, steps: int, height: int, width: int):
         if not schedule.coarse:
             raise UsageError("the bundle has no coarse level: there is nothing to calibrate")
+        if steps <= schedule.warmup:
+            raise UsageError(
+                f"calibrating needs more than {schedule.warmup} steps, not {steps}: the first {schedule.warmup} are "
+                "native in any case"
+            )
         self.pipeline = pipeline
         self.options = {"steps": steps, "height": height, "width": width}
         self.schedule = schedule
         self.smooth: tuple[SmoothPoint, ...] = ()
-        self.costs = measure_costs(pipeline, height, width)
         self._native: dict[str, Result] = {}
+
+    @cached_property
+    def costs(self) -> Costs:
+        """What steps cost here, measured when it is first asked for."""
+        return measure_costs(self.pipeline, self.options["height"], self.options["width"])
 
     def native(self, prompt: str, seed: int) -> Result:
         """The prompt's native picture, made once."""
@@ -136,7 +153,10 @@ class Calibrator:
             for seed, prompt in prompts
             for record in self.native(prompt, seed).trace.steps
             for patch, value in record.statistic.items()
+            if value > 0
         ]
+        if not taus:
+            raise UsageError("τ cannot be found: nothing changes between the steps of these pictures")
         return min(taus) / 2, max(taus) * 2
 
     def try_tau(self, tau: float, prompts: Sequence[tuple[int, str]]) -> Point:
@@ -167,11 +187,9 @@ def search(
 
     Raises `UsageError` where what is asked for cannot be reached, with what can.
     """
-    if len(prompts) < 2:
-        raise UsageError("calibrating needs two prompts or more: half of them are kept to test the result")
-    # drawn, because lists are often ordered: every other prompt of one may be of a kind
-    numbered = random.Random(0).sample([*enumerate(prompts)], len(prompts))
-    fitted, held_out = numbered[::2], numbered[1::2]
+    fitted, held_out = halves(prompts)
+    report("measuring the levels")
+    _ = calibrator.costs
     result = Search()
     report(f"making {len(fitted)} native pictures")
     if relative:
@@ -201,6 +219,15 @@ def search(
     result.held_out = calibrator.try_tau(best.tau, held_out)
     result.curve.sort(key=lambda point: point.tau)
     return result
+
+
+def halves(prompts: Sequence[str]) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
+    """The prompts that τ is chosen on and those that test it, with their numbers. Raises `UsageError` for too few."""
+    if len(prompts) < 2:
+        raise UsageError("calibrating needs two prompts or more: half of them are kept to test the result")
+    # drawn, because lists are often ordered: every other prompt of one may be of a kind
+    numbered = random.Random(0).sample([*enumerate(prompts)], len(prompts))
+    return numbered[::2], numbered[1::2]
 
 
 def _tried(
@@ -267,7 +294,7 @@ def plot(found: Search, best: Point, path: Path) -> None:
     upper.legend(fontsize=8)
     upper.set_xscale("log")
     lower.set_xlabel(f"τ (chosen: {best.tau:.4g})")
-    drawing.savefig(path, dpi=120)
+    save(drawing, path)
 
 
 def ssim(picture: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:

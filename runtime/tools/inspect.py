@@ -4,21 +4,23 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ddit.runtime.backends.artifacts import StoredEngine
 from ddit.runtime.bundle import Manifest
 from ddit.runtime.bundle.manifest import ScheduleInfo
+from ddit.runtime.console import printable, red, terminal
 
 
 def show(bundle: Path, manifest: Manifest, engines: Sequence[StoredEngine]) -> None:
     """Print a bundle's settings, levels, graphs and engines."""
-    console = Console()
+    console = terminal()
     revision = f"@{manifest.model.revision[:12]}" if manifest.model.revision else ""
     total = sum(info.size for info in manifest.files.values())
-    console.print(f"[bold]{bundle}[/bold]: {manifest.family}, {manifest.model.id}{revision}, {manifest.dtype}, "
-                  f"opset {manifest.opset}, {total / 1e6:,.0f} MB")  # fmt: skip
+    title = Text(printable(str(bundle)), style="bold", end="")
+    console.print(title, f": {manifest.family}, {manifest.model.id}{revision}, {manifest.dtype}, opset "
+                  f"{manifest.opset}, {total / 1e6:,.0f} MB", sep="")  # fmt: skip
     console.print(f"profile {manifest.profile.name}: {manifest.profile}")
     guidance = f"default {manifest.guidance.default:g}" if manifest.guidance.embedded else "none"
     dynamic = manifest.schedule
@@ -49,9 +51,9 @@ def _levels_table(manifest: Manifest) -> Table:
     table = Table("level", "state", "graph", "own weights", title="Levels", title_justify="left")
     for level in sorted(manifest.levels, key=lambda level: level.patch):
         native = level.patch == manifest.native
-        state = "native" if native else ("trained" if level.trained else "[red]untrained[/red]")
+        state = Text("native") if native else (Text("trained") if level.trained else red("untrained"))
         if level.adapter_sha256:
-            state += f" (adapter {level.adapter_sha256[:12]})"
+            state.append(f" (adapter {level.adapter_sha256[:12]})")
         own = manifest.files.get(f"level-{level.patch}.safetensors")
         table.add_row(str(level.patch), state, level.graph, f"{own.size / 1e6:.1f} MB" if own else "none")
     return table
@@ -76,14 +78,21 @@ def _graphs_table(manifest: Manifest) -> Table:
 
 def _engines_table(backend: str, built_for: str, engines: Sequence[StoredEngine]) -> Table:
     """The engines that were built for a backend and one kind of machine."""
-    title = f"Engines for {built_for}\nBackend {backend}"
+    title = f"Engines for {printable(built_for)}\nBackend {printable(backend)}"
     table = Table("graph", "profile", "size", "built", "key", title=title, title_justify="left")
     infos = [engine.info for engine in engines if (engine.info.backend, engine.info.built_for) == (backend, built_for)]
     for info in sorted(infos, key=lambda info: (info.graph, info.built)):
         size = f"{info.size / 1e6:,.0f} MB"
-        built = datetime.fromisoformat(info.built).strftime("%Y-%m-%d %H:%M")
-        table.add_row(info.graph, info.profile.name, size, built, info.key)
+        table.add_row(printable(info.graph), info.profile.name, size, _minute(info.built), info.key)
     return table
+
+
+def _minute(time: str) -> str:
+    """An ISO 8601 time, down to the minute."""
+    try:
+        return datetime.fromisoformat(time).strftime("%Y-%m-%d %H:%M")
+    except ValueError:
+        return printable(time)
 
 
 def _signature(name: str, shape: tuple[int | str, ...]) -> str:

@@ -1,14 +1,19 @@
 """Plots of runs. They need matplotlib, which the runtime does without otherwise: ``pip install 'ddit[plot]'``."""
 
+import warnings
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ddit.runtime.complexity import Complexity
+from ddit.runtime.console import printable
 from ddit.runtime.errors import UsageError
 from ddit.runtime.trace import Trace
+
+LONGEST_TITLE = 100  # characters
 
 
 def figure() -> Any:
@@ -21,8 +26,16 @@ def figure() -> Any:
 
 
 def plot_types() -> set[str]:
-    """File endings that `plot` can write."""
-    return {f".{kind}" for kind in figure().canvas.get_supported_filetypes()}
+    """File endings of plots. Raises `UsageError` where matplotlib is missing."""
+    figure()
+    return {".png", ".svg", ".pdf"}
+
+
+def save(drawing: Any, path: Path) -> None:
+    """Write a figure. A letter that the font has not becomes a box, without a word."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        drawing.savefig(path, dpi=120)
 
 
 def plot_schedule(trace: Trace, path: Path) -> None:
@@ -34,7 +47,8 @@ def plot_schedule(trace: Trace, path: Path) -> None:
     upper.set_yscale("log", base=2)
     upper.set_yticks(sorted(set(trace.levels)), labels=[str(level) for level in sorted(set(trace.levels))])
     upper.set_ylabel("level (patch)")
-    upper.set_title(f"“{trace.prompt}”", fontsize=10)
+    title = printable(shorten(trace.prompt, LONGEST_TITLE, placeholder=" …"))[:LONGEST_TITLE]
+    upper.set_title(f"“{title}”", fontsize=10, parse_math=False)  # a prompt's dollar signs are no formulas
     for patch in sorted({patch for record in trace.steps for patch in record.statistic}):
         known = [record for record in trace.steps if patch in record.statistic]
         lower.plot(
@@ -54,7 +68,7 @@ def plot_schedule(trace: Trace, path: Path) -> None:
     lower.set_xlabel("step")
     lower.set_ylabel("third difference")
     lower.legend(fontsize=8)
-    drawing.savefig(path, dpi=120)
+    save(drawing, path)
 
 
 def plot_complexity(image: Image.Image, complexity: Complexity, path: Path) -> None:
@@ -78,4 +92,4 @@ def plot_complexity(image: Image.Image, complexity: Complexity, path: Path) -> N
         panel.set_title(title)
     for panel in panels:
         panel.set_axis_off()
-    drawing.savefig(path, dpi=120)
+    save(drawing, path)

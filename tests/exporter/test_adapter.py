@@ -72,3 +72,35 @@ def test_a_file_that_is_no_safetensors(tmp_path):
     path.write_bytes(b"noise")
     with pytest.raises(AdapterError, match="cannot be read"):
         load_adapter(path)
+
+
+@pytest.mark.parametrize(
+    ("levels", "words"),
+    [
+        ('{"4": {"targets": ["ff"], "rank": -1}}', "rank must lie between"),
+        ('{"4": {"targets": ["ff"], "alpha": NaN}}', "alpha must be a number"),
+        ('{"4": {"targets": [1]}}', "targets must be names"),
+        ("[]", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+    ],
+)
+def test_settings_that_no_adapter_has_are_refused(tmp_path, levels, words):
+    path = tmp_path / "a.safetensors"
+    metadata = {"format": "ddit-adapter", "format_version": "1", "family": "flux", "levels": levels}
+    save_file({"x": torch.zeros(1)}, path, metadata=metadata)
+    with pytest.raises(AdapterError, match=words):
+        load_adapter(path)
+
+
+def test_an_adapter_of_nan_is_refused_when_it_is_read(transformer, tmp_path):
+    path, level = tmp_path / "a.safetensors", FluxLevel(transformer, 4, CONFIG)
+    with torch.no_grad():
+        next(iter(level.own_parameters().values())).fill_(float("nan"))
+    save_adapter(path, {4: level}, base_model="tiny", family="flux")
+    with pytest.raises(AdapterError, match="holds NaN or infinity in 'level_4"):
+        load_adapter(path)
+
+
+def test_targets_that_are_no_layers_are_refused(transformer):
+    with pytest.raises(AdapterError, match=r"targets nothing.here are no linear layers"):
+        FluxLevel(transformer, 4, tiny_adapter_config(targets=("nothing.here",), rank=2))

@@ -31,6 +31,7 @@ def only_the_step_graph(monkeypatch) -> None:
     """Leave the slow graphs out where a test is not about them."""
     monkeypatch.setattr(Flux, "jobs", lambda flux: [step_job(flux.latent.channels, ())])
     monkeypatch.setattr("ddit.exporter.build.check_pipeline", lambda *_: [])
+    monkeypatch.setattr("ddit.runtime.bundle.manifest.check_manifest", lambda _: None)  # the others are missing
 
 
 def one_error(result, code: int, words: str) -> None:
@@ -269,3 +270,30 @@ def test_levels_that_do_not_divide_each_other(tiny_pipeline, tmp_path, levels, s
     assert result.image.size == size[::-1]
     assert np.isfinite(result.latent).all()
     assert [step.level for step in result.trace.steps] == list(order)
+
+
+@pytest.mark.parametrize(
+    ("component", "setting", "words"),
+    [
+        ("transformer", {"in_channels": 12}, "does not fit the vae: its in_channels is 12 instead of 16"),
+        ("text_encoder", {"hidden_size": 24}, "does not fit the text_encoder: its pooled_projection_dim is 20"),
+        ("transformer", {"axes_dims_rope": None}, "has no 'axes_dims_rope'"),
+    ],
+)
+def test_parts_of_other_models_are_refused_before_the_export(tiny_pipeline, tmp_path, component, setting, words):
+    model = shutil.copytree(tiny_pipeline, tmp_path / "model")
+    path = model / component / "config.json"
+    config = {**json.loads(path.read_text()), **setting}
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+    result = run(main, "flux", "--model", model, "--levels", "2,4", "--profile", "256", "--out", tmp_path / "a.bundle")
+    assert result.exit_code == 1
+    assert words in result.stderr
+    assert len([line for line in result.stderr.splitlines() if not line.startswith("warning")]) == 1
+
+
+def test_defaults_of_a_model_that_no_manifest_may_have(tiny_pipeline, tmp_path):
+    model = shutil.copytree(tiny_pipeline, tmp_path / "model")
+    (model / "ddit.json").write_text('{"tau": -1}')
+    result = run(main, "flux", "--model", model, "--out", tmp_path / "a.bundle")
+    assert result.exit_code == 1
+    assert "ddit.json is not valid: tau" in result.stderr

@@ -1,6 +1,8 @@
 """Bundles that are damaged, incomplete, from the future or hostile end in one clear line."""
 
+import hashlib
 import json
+import os
 import shutil
 
 import pytest
@@ -149,3 +151,141 @@ def test_reading_a_manifest_needs_no_files_beyond_it(tmp_path):
 def test_who_may_read_the_manifest_may_read_every_file(tiny_bundle, tiny_adapter):
     modes = {path.name: path.stat().st_mode for path in (*tiny_bundle.iterdir(), tiny_adapter) if path.is_file()}
     assert set(modes.values()) == {modes["bundle.json"]}
+
+
+def swap_levels(manifest) -> None:
+    manifest["levels"].append(manifest["levels"][0])
+
+
+def last(manifest, graph, side="inputs"):
+    return manifest["graphs"][graph][side][-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m["graphs"].pop("level-4"), "there is no graph 'level-4'"),
+        (lambda m: m["graphs"].pop("step"), "there is no graph 'step'"),
+        (lambda m: m["files"].pop("level-4.onnx"), "'level-4.onnx' has no entry in files"),
+        (lambda m: m["files"].pop("clip.tokenizer.json"), "'clip.tokenizer.json' has no entry in files"),
+        (lambda m: m["files"].pop("t5.safetensors"), "'t5.safetensors' has no entry in files"),
+        (lambda m: m.update(native=16), "native level 16 is not among the levels"),
+        (swap_levels, "level 2 stands twice"),
+        (lambda m: m["sampler"].update(base_image_seq_len=4096), "are the same"),
+        (lambda m: m["sampler"].update(steps=10**12), "sampler.steps"),
+        (lambda m: m["sampler"].update(max_shift=1e5), "no noise levels between 0 and 1"),
+        (lambda m: m["latent"].update(channels=10**12), "latent.channels"),
+        (lambda m: m["profile"]["entry"][0].update(batch=[1, 1, 10**12]), "maximum"),
+        (lambda m: m["positions"]["axes"].pop(), "rope_cos is float32 (H/2, W/2, 16), it has to be"),
+        (lambda m: m["guidance"].update(default=float("nan")), "NaN is no number"),
+        (lambda m: m["schedule"].update(tau=float("inf")), "Infinity is no number"),
+        (lambda m: m.update(format_version=True), "format_version"),
+        (lambda m: m["encoders"][0]["feeds"].update(pooled="nothing"), "no level takes the input 'nothing'"),
+        (lambda m: m["encoders"].pop(), "nobody knows the tensor 'context'"),
+        (lambda m: last(m, "level-2").update(shape=["B/0"]), "is not between 1 and"),
+        (lambda m: last(m, "level-2").update(shape=["B+1"]), "cannot be read"),
+        (lambda m: last(m, "step", "outputs").update(name="deviation_x"), "'deviation_8'"),
+        (lambda m: last(m, "vae_decoder", "outputs").update(name="picture"), "no tensor 'image'"),
+        (lambda m: m.update(family="flux\nerror: forged"), "family: Value error, the text has a line break"),
+        (lambda m: m["made_with"].update({"\x1b[2J": "1"}), "cannot be shown"),
+        (lambda m: m.update(opset="23"), "opset"),
+    ],
+)
+def test_fields_that_do_not_fit_together_are_refused(copy, change, words):
+    edit(copy, change)
+    result = run(main, "inspect", copy)
+    assert result.exit_code == 1
+    assert words in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.strip().isprintable()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ('{"family": "a", "family": "b"}', "'family' stands twice"),
+        ("[]", "not valid"),
+        (b"\xff", "not UTF-8"),
+    ],
+)
+def test_manifests_that_are_none(copy, content, words):
+    (copy / "bundle.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    result = run(main, "inspect", copy)
+    assert (result.exit_code, len(result.stderr.splitlines())) == (1, 1)
+    assert words in result.stderr
+
+
+def test_a_manifest_is_read_from_a_regular_file_of_a_sane_size(copy):
+    path = copy / "bundle.json"
+    path.unlink()
+    os.mkfifo(path)
+    assert "not a regular file" in run(main, "inspect", copy).stderr
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    assert "not a regular file" in run(main, "inspect", copy).stderr
+    path.unlink()
+    with path.open("wb") as file:
+        file.truncate(65_000_000)
+    assert "larger than 64 MB" in run(main, "inspect", copy).stderr
+
+
+def replace_file(bundle, name, content: bytes) -> None:
+    """Another file, whose hash and size fit."""
+    (bundle / name).write_bytes(content)
+    entry = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    edit(bundle, lambda manifest: manifest["files"].update({name: entry}))
+
+
+@pytest.mark.parametrize("what", ["renamed", "misshapen"])
+def test_graphs_that_are_not_what_the_manifest_says(copy, tmp_path, what):
+    from onnx import TensorProto, helper
+
+    name = "picture" if what == "renamed" else "image"
+    nodes = [
+        helper.make_node("ReduceMean", ["latent"], ["mean"], keepdims=0),
+        helper.make_node("Reshape", ["mean", "one"], [name]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "decoder",
+        [helper.make_tensor_value_info("latent", TensorProto.FLOAT, ["B", 4, "H", "W"])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 1])],
+        [helper.make_tensor("one", TensorProto.INT64, [2], [1, 1])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    replace_file(copy, "vae_decoder.onnx", model.SerializeToString())
+    options = ("--steps", 1, "--height", 64, "--width", 64, "--out", tmp_path / "out.png")
+    result = run(main, "generate", copy, "a star", *options)
+    assert result.exit_code == 1
+    assert "the manifest says" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_tokenizer_that_panics_is_a_damaged_one(copy, tmp_path):
+    tokenizer = json.loads((copy / "t5.tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"Regex": "(a+)+$("}, "content": ""}
+    replace_file(copy, "t5.tokenizer.json", json.dumps(tokenizer).encode())
+    result = run(main, "generate", copy, "a star", "--steps", 1, "--height", 64, "--out", tmp_path / "out.png")
+    assert result.exit_code == 1
+    assert "is not a usable tokenizer" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("transformer.safetensors", "level-2 gave NaN or infinity at step 1 of 2"),
+        ("t5.safetensors", "t5 gave NaN or infinity for the prompt"),
+        ("vae_decoder.safetensors", "vae_decoder gave NaN or infinity at the end"),
+    ],
+)
+def test_weights_that_are_no_numbers_make_no_picture(copy, tmp_path, file, words):
+    content = bytearray((copy / file).read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    content[start:] = b"\xff" * (len(content) - start)  # NaN in every type
+    (copy / file).write_bytes(content)
+    out = tmp_path / "out.png"
+    result = run(main, "generate", copy, "a star", "--steps", 2, "--height", 64, "--width", 64, "--out", out)
+    assert result.exit_code == 1
+    assert words in result.stderr
+    assert not out.exists()

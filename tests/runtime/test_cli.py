@@ -1,6 +1,7 @@
 """ddit-run from the outside: what a user types, sees and gets."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -40,6 +41,21 @@ def test_generate_writes_picture_trace_and_plot(tiny_bundle, tmp_path):
         (["a red circle", "--height", "1024"], 2, "outside the bundle's profile '256'"),
         (["  "], 2, "the prompt is empty"),
         (["a red circle", "--steps", "0"], 2, "at least 1"),
+        (["a red circle", "--steps=-5"], 2, "at least 1, not -5"),
+        (["a red circle", "--steps", "10000000000"], 2, "at most 10000"),
+        (["a red circle", "--schedule", "fixed:2x0"], 2, "at least 1"),
+        (["a red circle", "--schedule", "fixed:2x9999,4x2"], 2, "more than 10000 steps"),
+        (["a red circle", "--schedule", "fixed:2x99999999999"], 2, "cannot read '2x99999999999'"),
+        (["a red circle", "--schedule", "dynamic:tau=inf"], 2, "tau must be above 0, and finite"),
+        (["a red circle", "--schedule", "dynamic:coarsest=0"], 2, "at least the native level"),
+        (["a red circle", "--guidance", "nan"], 2, "guidance must be a number, not nan"),
+        (["a red circle", "--guidance", "1e38"], 2, "guidance must lie between -1000 and 1000"),
+        (["a red circle", "--carry", "nan"], 2, "carry must be a number"),
+        (["a red circle", "--height", "0"], 2, "height must be at least 1"),
+        (["x" * 100_001], 2, "at most 100000 are read"),
+        (["a \udcff circle"], 2, "not valid UTF-8"),
+        (["a red circle", "--out", "out.blp"], 2, "unknown file type; name it out.png"),
+        (["a red circle", "--plot", "plot.pgf"], 2, "unknown file type; name it plot.png"),
         (["a red circle", "--backend", "NoSuchProvider"], 2, "no provider 'NoSuchProvider'"),
         (["a red circle", "--out", "no/such/folder/out.png"], 2, "cannot be written"),
         (["a red circle", "--out", "out.unknown"], 2, "unknown file type; name it out.png"),
@@ -114,3 +130,95 @@ def test_peak_memory_is_not_the_parents():
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert held.nbytes / 1e6 < peak_memory_mb()
     assert float(child.stdout) < held.nbytes / 1e6
+
+
+def test_a_prompt_s_dollar_signs_are_no_formulas(tiny_bundle, tmp_path):
+    plot = tmp_path / "plot.svg"
+    result = run(main, "generate", tiny_bundle, "$\\frac$ \x07", "--steps", 3, "--height", 64, "--width", 64,
+                 "--out", tmp_path / "out.png", "--plot", plot)  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert plot.is_file()
+
+
+def test_more_threads_than_cores_are_cut_with_a_warning(tiny_bundle, tmp_path, caplog):
+    options = ("--steps", 1, "--height", 64, "--width", 64, "--out", tmp_path / "out.png")
+    assert run(main, "generate", tiny_bundle, "a star", *options, "--threads", 100_000).exit_code == 0
+    assert "more than this machine's" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--steps", 1), "calibrating needs more than 3 steps, not 1"),
+        (("--speedup", "nan"), "speed-up must be above 1"),
+        (("--quality", 0), "'--quality'"),
+        (("--prompts", "/dev/zero"), "has more than"),
+    ],
+)
+def test_a_calibration_that_cannot_be_is_refused_before_anything_is_measured(tiny_bundle, tmp_path, options, words):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a star\na circle\n")
+    result = run(main, "calibrate", tiny_bundle, "--prompts", prompts, "--height", 64, "--width", 64, *options)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert "measuring" not in result.stderr
+
+
+def test_a_calibration_that_cannot_be_kept_is_refused_before_anything_is_measured(tiny_bundle, tmp_path, monkeypatch):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a star\na circle\n")
+
+    def read_only(*args, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("ddit.runtime.cli.NamedTemporaryFile", read_only)
+    result = run(main, "calibrate", tiny_bundle, "--prompts", prompts)
+    assert (result.exit_code, "measuring" in result.stderr) == (2, False)
+    assert "bundle.json cannot be written: Permission denied" in result.stderr
+
+
+def command(*arguments, **options):
+    """ddit-run in a process of its own."""
+    code = "from ddit.runtime.commands import ddit_run; ddit_run()"
+    words = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(words, stderr=subprocess.PIPE, timeout=120, **{"stdout": subprocess.PIPE, **options})
+
+
+def test_a_full_disk_behind_stdout_is_told_in_one_line(tiny_bundle):
+    with open("/dev/full", "w") as full:
+        done = command("inspect", tiny_bundle, stdout=full)
+    assert done.returncode == 1
+    assert done.stderr.decode().splitlines() == ["error: stdout cannot be written: No space left on device"]
+
+
+@pytest.mark.parametrize("setting", [{"PYTHONIOENCODING": "ascii"}, {"COLUMNS": "0"}, {"COLUMNS": "99999999999"}])
+def test_tables_are_shown_on_any_terminal(tiny_bundle, setting):
+    done = command("inspect", tiny_bundle, env={**os.environ, **setting})
+    assert done.returncode == 0, done.stderr
+    assert b"vae_decoder" in done.stdout
+
+
+@pytest.mark.parametrize("name", [b"[red]a[bold]", b"\xff\xfe", b"\x1b[31m", b"a\nerror: b"])
+@pytest.mark.parametrize("there", [True, False])
+def test_paths_may_have_any_name(tiny_bundle, tmp_path, name, there):
+    path = tmp_path / os.fsdecode(name)
+    if there:
+        path.symlink_to(tiny_bundle)
+    result = run(main, "inspect", path)
+    assert result.exit_code == (0 if there else 1)
+    shown = result.stdout if there else result.stderr
+    assert all(line.isprintable() for line in shown.splitlines())
+    assert len(result.stderr.splitlines()) == (0 if there else 1)
+
+
+def test_ctrl_c_ends_a_command_that_is_still_importing():
+    code = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'ddit.runtime.cli': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from ddit.runtime.commands import ddit_run; ddit_run()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, b"")

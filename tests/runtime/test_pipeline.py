@@ -216,3 +216,35 @@ def test_encode_denoise_and_decode_are_what_a_call_does(pipeline):
         alone = pipeline(request.prompt, seed=request.seed, steps=3, schedule="native", **SIZE)
         np.testing.assert_allclose(latent, alone.latent, atol=1e-5 * np.abs(latent).max())
         assert np.abs(np.asarray(image, int) - np.asarray(alone.image)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        *({"seed": None}, {"seed": -1}, {"seed": 1.5}, {"seed": True}, {"steps": 0}, {"steps": "4"}, {"height": 0}),
+        *({"text_length": 0}, {"guidance": float("inf")}, {"carry": "much"}, {"budget": float("nan")}, {"budget": 0}),
+        *({"schedule": None}, {"first_step": -1}, {"latent": "noise"}, {"latent": np.full((4, 16, 8), np.nan)}),
+        *({"schedule": Fixed(())}, {"schedule": Fixed((2,) * 10_001)}),
+    ],
+)
+def test_requests_that_are_none_are_refused(pipeline, asked):
+    with pytest.raises(UsageError):
+        pipeline("a star", **{**SIZE, **asked})
+
+
+@pytest.mark.parametrize(("prompts", "seeds"), [("abc", [1, 2, 3]), (["a"], 1), ([None], [1]), ([], [])])
+def test_a_batch_is_of_lists(pipeline, prompts, seeds):
+    with pytest.raises(UsageError):
+        pipeline.batch(prompts, seeds=seeds, steps=1, **SIZE)
+
+
+def test_a_trace_is_json_whatever_happened(pipeline):
+    trace = pipeline("a star", steps=3, seed=np.int64(3), **SIZE).trace
+    trace.steps[0].statistic[4] = float("nan")
+    trace.decode_milliseconds = float("inf")
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    values = json.loads(trace.to_json(), parse_constant=refuse)
+    assert values["steps"][0]["statistic"]["4"] is None

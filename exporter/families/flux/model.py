@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -31,6 +32,7 @@ from ddit.exporter.graphs.job import GraphJob, Original, Tables, floats, ids, le
 from ddit.exporter.graphs.weights import SafetensorsFolder
 from ddit.exporter.levels import AdapterConfig
 from ddit.exporter.steps.update import step_job
+from ddit.profiles import why_invalid
 from ddit.runtime.bundle.manifest import (
     AxisInfo,
     DecoderInfo,
@@ -78,7 +80,7 @@ class Flux(Family):
     @cached_property
     def transformer_config(self) -> dict[str, Any]:
         """The transformer's configuration, cut to ``depth``."""
-        config: dict[str, Any] = dict(self.source.config("transformer"))
+        config: dict[str, Any] = self.source.config("transformer")
         if self.depth is not None:
             config["num_layers"] = min(self.depth, config["num_layers"])
             config["num_single_layers"] = min(self.depth, config["num_single_layers"])
@@ -87,7 +89,7 @@ class Flux(Family):
     @cached_property
     def vae_config(self) -> dict[str, Any]:
         """The VAE's configuration."""
-        return dict(self.source.config("vae"))
+        return self.source.config("vae")
 
     @property
     def latent(self) -> LatentInfo:
@@ -121,7 +123,10 @@ class Flux(Family):
         usual = dict(zip(names, (False, 1.0, 0.5, 1.15, 256, 4096), strict=True))
         steps = self.source.defaults.steps or (50 if self.guidance.embedded else 4)
         settings: dict[str, Any] = {name: config.get(name, usual[name]) for name in names}
-        return FlowMatchEulerInfo(**settings, steps=steps)
+        try:
+            return FlowMatchEulerInfo(**settings, steps=steps)
+        except ValidationError as error:
+            raise ModelError(f"the scheduler's settings are not usable: {why_invalid(error)}") from None
 
     @property
     def decoder(self) -> DecoderInfo:
@@ -151,6 +156,7 @@ class Flux(Family):
 
     def jobs(self) -> list[GraphJob]:
         """Every graph of the bundle. Raises `ModelError` for a pipeline that is not whole, before any work is done."""
+        self._check_parts()
         self._transformer_weights.require(self._meta_transformer.state_dict())
         coarse = tuple(patch for patch in self.levels if patch != NATIVE_PATCH)
         return [
@@ -160,6 +166,24 @@ class Flux(Family):
             step_job(self.latent.channels, coarse),
             self._vae_job(),
         ]
+
+    def _check_parts(self) -> None:
+        """Raise `ModelError` for parts of different models."""
+        transformer, text, text_2 = (
+            self.transformer_config,
+            self.source.config("text_encoder"),
+            self.source.config("text_encoder_2"),
+        )
+        for name, wanted, part in (
+            ("in_channels", NATIVE_PATCH**2 * self.latent.channels, "vae"),
+            ("pooled_projection_dim", text["hidden_size"], "text_encoder"),
+            ("joint_attention_dim", text_2["d_model"], "text_encoder_2"),
+        ):
+            if transformer[name] != wanted:
+                raise ModelError(
+                    f"the transformer does not fit the {part}: its {name} is {transformer[name]} instead of {wanted}; "
+                    f"is {self.source.folder} a whole FLUX.1 pipeline?"
+                )
 
     def build_level(self, transformer: nn.Module, patch: int, config: AdapterConfig | None = None) -> FluxLevel:
         """A `FluxLevel`."""

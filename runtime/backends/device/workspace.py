@@ -15,8 +15,9 @@ from ddit.runtime.backends.base import Array, Backend, Engine, FloatArray, Works
 from ddit.runtime.backends.device.cuda import CudaGraph, DeviceArray, DeviceBlock, DeviceSpan, Gpu
 from ddit.runtime.bundle import Bundle
 from ddit.runtime.bundle.manifest import GraphInfo, TensorSpec
+from ddit.runtime.bundle.names import NEXT
 from ddit.runtime.shapes import infer
-from ddit.runtime.step import NEXT, Program
+from ddit.runtime.step import Program
 
 KEPT_WORKSPACES = 4  # that no sample is in; the next group of the same size starts with bound engines
 KEPT_SHAPES = 2  # of an engine that is fed from the host

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import count
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ddit.runtime.backends.device.cuda import BFloat16, DeviceArray, DeviceMemor
 from ddit.runtime.backends.device.workspace import Bound, DeviceBackend, DeviceEngine
 from ddit.runtime.backends.onnxruntime.host import (
     CUDA,
+    check_names,
     check_provider,
     engine_errors,
     import_onnxruntime,
@@ -26,7 +28,7 @@ from ddit.runtime.backends.onnxruntime.host import (
 )
 from ddit.runtime.bundle import Bundle
 from ddit.runtime.bundle.manifest import GraphInfo, TensorSpec
-from ddit.runtime.errors import BackendError
+from ddit.runtime.errors import BackendError, BundleError
 
 log = logging.getLogger(__name__)
 
@@ -155,9 +157,12 @@ class CudaBackend(DeviceBackend):
         provider = {"device_id": "0", "user_compute_stream": str(self.gpu.stream)}
         if replays:
             provider["enable_cuda_graph"] = "1"
+        self.bundle.verify_small(info.file)
         with engine_errors(f"load {info.file}"):
             path = self.bundle.file(info.file)
-            return import_onnxruntime().InferenceSession(path, options, providers=[(CUDA, provider)])
+            session = import_onnxruntime().InferenceSession(path, options, providers=[(CUDA, provider)])
+        check_names(session, info)
+        return session
 
     def _on_gpu(self, file: str) -> dict[str, Any]:
         """A weight file's tensors on the GPU, uploaded once and kept for every session that asks."""
@@ -168,7 +173,10 @@ class CudaBackend(DeviceBackend):
 
     def _upload(self, path: Path) -> dict[str, Any]:
         content = np.memmap(path, mode="r")
-        entries = [*safetensors_entries(content)]
+        try:
+            entries = [*safetensors_entries(content)]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise BundleError(f"{path} is no safetensors file; export the bundle again") from None
         starts = np.cumsum([0, *(-(-nbytes // ALIGNMENT) * ALIGNMENT for *_, nbytes in entries)]).tolist()
         memory = DeviceMemory(self.gpu, starts[-1])
         values = {}
@@ -192,4 +200,7 @@ def safetensors_entries(content: NDArray[np.uint8]) -> Iterator[tuple[str, str, 
     for name, entry in header.items():
         if name != "__metadata__":
             begin, end = entry["data_offsets"]
+            numbers = prod(entry["shape"]) * np.dtype(STORED_TYPES[entry["dtype"]]).itemsize
+            if not 0 <= begin <= end <= len(content) - 8 - size or numbers != end - begin:
+                raise ValueError(f"{name} lies outside the file")
             yield name, entry["dtype"], tuple(entry["shape"]), 8 + size + begin, end - begin

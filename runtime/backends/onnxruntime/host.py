@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 
 from ddit.runtime.backends.base import Array, Backend, Engine
 from ddit.runtime.bundle import Bundle
+from ddit.runtime.bundle.manifest import GraphInfo
 from ddit.runtime.errors import BackendError, UsageError
+from ddit.runtime.shapes import infer
 
 log = logging.getLogger(__name__)
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-ERRORS = 3  # ONNX Runtime's level of messages
+FATAL = 4  # ONNX Runtime's level of messages: what it raises says all that its errors log
 
 # Weights of the levels, in bytes, up to which the CPU's sessions get copies of their own. On two cores the demo model's
 # coarse steps, which spend their time on reading weights, are a fifth faster then.
@@ -31,7 +33,7 @@ def import_onnxruntime() -> Any:
         raise BackendError(
             "ONNX Runtime is not installed; choose one: pip install 'ddit[cpu]' or pip install 'ddit[cuda]'"
         ) from None
-    onnxruntime.set_default_logger_severity(ERRORS)  # it warns of plug-ins that nobody asked for
+    onnxruntime.set_default_logger_severity(FATAL)  # it warns of plug-ins that nobody asked for
     return onnxruntime
 
 
@@ -68,7 +70,7 @@ def session_options(threads: int | None = None, *, prepack: bool = False) -> Any
     memory-mapped from the bundle's files, and the levels of a bundle share one copy of the trunk.
     """
     options = import_onnxruntime().SessionOptions()
-    options.log_severity_level = ERRORS  # warnings about the graph are no concern of who runs it
+    options.log_severity_level = FATAL  # warnings about the graph are no concern of who runs it
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     if threads:
@@ -85,19 +87,54 @@ def open_session(path: Path, provider: str = CPU, threads: int | None = None, *,
         )
 
 
-class OnnxRuntimeEngine(Engine):
-    """A session and its signature."""
+def check_names(session: Any, info: GraphInfo) -> None:
+    """Raise `BackendError` where a graph has other inputs or outputs than the manifest says."""
+    for found, specs, what in (
+        (session.get_inputs(), info.inputs, "inputs"),
+        (session.get_outputs(), info.outputs, "outputs"),
+    ):
+        names, wanted = sorted(one.name for one in found), sorted(spec.name for spec in specs)
+        if names != wanted:
+            raise BackendError(
+                f"{info.file} has the {what} {', '.join(names)}, the manifest says {', '.join(wanted)}; export it again"
+            )
 
-    def __init__(self, session: Any, name: str):
+
+class OnnxRuntimeEngine(Engine):
+    """A session and its signature. With ``info`` its tensors are held to what the manifest says of them."""
+
+    def __init__(self, session: Any, name: str, info: GraphInfo | None = None):
         self.session = session
         self.name = name
         self.outputs = [output.name for output in session.get_outputs()]
+        self._info = info
+        self._checked: set[tuple[tuple[int, ...], ...]] = set()  # shapes of inputs whose outputs were right
+        if info:
+            check_names(session, info)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, NDArray[np.float32]]:
         """Run the session on host arrays."""
         with engine_errors(f"run {self.name}"):
             values = self.session.run(self.outputs, dict(inputs))
-        return dict(zip(self.outputs, values, strict=True))
+        outputs = dict(zip(self.outputs, values, strict=True))
+        if self._info:
+            self._check(self._info, inputs, outputs)
+        return outputs
+
+    def _check(self, info: GraphInfo, inputs: Mapping[str, Array], outputs: Mapping[str, NDArray[np.float32]]) -> None:
+        """Raise `BackendError` for outputs of another shape or type than the manifest says, once for a size."""
+        key = tuple(inputs[spec.name].shape for spec in info.inputs)
+        if key in self._checked:
+            return
+        sizes = infer((spec.shape for spec in info.inputs), key)
+        for spec in info.outputs:
+            found, wanted = outputs[spec.name], spec.resolve(sizes)
+            if not isinstance(found, np.ndarray) or found.shape != wanted or found.dtype != spec.dtype:
+                what = f"{found.dtype} {found.shape}" if isinstance(found, np.ndarray) else "no array"
+                raise BackendError(
+                    f"{info.file} gave {spec.name} as {what}, the manifest says {spec.dtype} {wanted}; export it again"
+                )
+        self._checked.add(key)
 
 
 class OnnxRuntimeBackend(Backend):
@@ -112,6 +149,8 @@ class OnnxRuntimeBackend(Backend):
         self._prepack = sum(bundle.manifest.files[file].size for file in files) <= PREPACK_LIMIT
 
     def _open(self, graph: str) -> Engine:
-        path = self.bundle.file(self.bundle.graph(graph).file)
+        info = self.bundle.graph(graph)
+        path = self.bundle.file(info.file)
         log.info("opening %s with %s", path.name, self.provider)
-        return OnnxRuntimeEngine(open_session(path, self.provider, self.threads, prepack=self._prepack), graph)
+        self.bundle.verify_small(info.file)
+        return OnnxRuntimeEngine(open_session(path, self.provider, self.threads, prepack=self._prepack), graph, info)

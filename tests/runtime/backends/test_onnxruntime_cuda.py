@@ -34,6 +34,7 @@ class Session:
         weakref.finalize(self, ort.cuda.events.append, "a session ended")
         self.session = onnxruntime.InferenceSession(path, options)
         self.replays = "enable_cuda_graph" in settings
+        self.get_inputs, self.get_outputs = self.session.get_inputs, self.session.get_outputs
 
     def io_binding(self):
         binding = self.session.io_binding()

@@ -1,0 +1,230 @@
+"""Whether a manifest's fields fit together: what one of them names, another one has, in the shape that it needs.
+
+A bundle may come from anywhere. What is checked here cannot fail in the middle of a run.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from ddit.runtime import shapes
+from ddit.runtime.bundle.names import (
+    CARRY,
+    DEVIATION,
+    DT,
+    GUIDANCE,
+    IDS,
+    IMAGE,
+    KEEP_ESTIMATE,
+    LATENT,
+    NEXT,
+    TABLES,
+    TIMESTEP,
+    UPDATE,
+)
+
+if TYPE_CHECKING:
+    from ddit.runtime.bundle.manifest import GraphInfo, Manifest, ScheduleInfo, TensorSpec
+
+Shape = tuple[int | str, ...]
+
+STEEPEST = 30.0  # |μ| of the sampler's shift e^μ: noise levels of float32 are all 1 or all 0 long before
+
+
+def check_manifest(manifest: "Manifest") -> None:
+    """Raise `ValueError` with what does not fit."""
+    _check_levels(manifest)
+    _check_names(manifest)
+    _check_encoders(manifest)
+    for patch in manifest.patches:
+        _check_level(manifest, patch)
+    _check_update(manifest)
+    _check_decoder(manifest)
+    _check_sampler(manifest)
+    _check_schedule(manifest, manifest.schedule)
+    for calibration in manifest.calibrations:
+        _check_schedule(manifest, calibration)
+        known = calibration.costs.levels.keys()
+        if set(manifest.patches) - known:
+            raise ValueError("a calibration lacks the costs of a level")
+        if any(set(point.shares) - known for point in calibration.curve):
+            raise ValueError("a calibration's curve names a level whose costs it lacks")
+
+
+def check_unique(what: str, names: Iterable[object]) -> None:
+    """Raise `ValueError` for a name that stands twice."""
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"{what} {twice[0]} stands twice")
+
+
+def _check_levels(manifest: "Manifest") -> None:
+    check_unique("level", (level.patch for level in manifest.levels))
+    if manifest.native not in manifest.patches:
+        raise ValueError(f"the native level {manifest.native} is not among the levels")
+    if odd := [patch for patch in manifest.patches if patch % manifest.native]:
+        raise ValueError(f"level {odd[0]} is not a multiple of the native level {manifest.native}")
+    check_unique("axis", (axis.name for axis in manifest.latent.axes))
+    names: set[str | None] = {axis.name for axis in manifest.latent.axes}
+    if names != {"height", "width"}:
+        raise ValueError("the latent of a picture has a height and a width")
+    if odd_axes := {axis.axis for axis in manifest.positions.axes} - names - {None}:
+        raise ValueError(f"the positions turn with {min(map(str, odd_axes))}, which the latent has not")
+
+
+def _check_names(manifest: "Manifest") -> None:
+    """Graphs and files that are named are there."""
+    named = [level.graph for level in manifest.levels] + [one.graph for one in manifest.encoders]
+    for graph in (*named, manifest.decoder.graph, UPDATE):
+        if graph not in manifest.graphs:
+            raise ValueError(f"there is no graph {graph!r}")
+    check_unique("graph", [*named, manifest.decoder.graph, UPDATE])
+    files = [file for graph in manifest.graphs.values() for file in (graph.file, *graph.weights)]
+    for file in (*files, *(one.tokenizer.file for one in manifest.encoders)):
+        if file not in manifest.files:
+            raise ValueError(f"file {file!r} has no entry in files")
+    sides = {shapes.SYMBOLS[axis.name] for axis in manifest.latent.axes}
+    unit = math.lcm(*manifest.patches)
+    for name, info in manifest.graphs.items():
+        specs = (*info.inputs, *info.outputs)
+        check_unique(f"{name}: tensor", (spec.name for spec in specs))
+        for symbol, number in shapes.divisors(spec.shape for spec in specs).items():
+            if symbol not in sides | {"B", "L"}:
+                raise ValueError(f"{name}: nobody knows the dimension {symbol!r}")
+            if (unit if symbol in sides else 1) % number:
+                raise ValueError(f"{name}: {symbol} is not always a multiple of {number}")
+
+
+def _check_encoders(manifest: "Manifest") -> None:
+    check_unique("input", (fed for one in manifest.encoders for fed in one.feeds.values()))
+    taken = {spec.name for level in manifest.levels for spec in manifest.graphs[level.graph].inputs}
+    told = {fed for one in manifest.encoders for fed in one.feeds.values()} | (
+        {GUIDANCE} if manifest.guidance.embedded else set()
+    )
+    if idle := sorted(told - taken):
+        raise ValueError(f"no level takes the input {idle[0]!r}")
+    for one in manifest.encoders:
+        info = manifest.graphs[one.graph]
+        tokens = "L" if one.free_length else one.tokenizer.length
+        _check_tensors(one.graph, info.inputs, {IDS: ("B", tokens)}, {IDS}, dtype="int64")
+        if one.feeds.keys() != _shapes(info.outputs).keys():
+            raise ValueError(f"{one.graph}: feeds and outputs are not the same")
+        _check_rows(one.graph, info.outputs)
+
+
+def _check_level(manifest: "Manifest", patch: int) -> None:
+    graph = manifest.level(patch).graph
+    info = manifest.graphs[graph]
+    grid = [f"{shapes.SYMBOLS[axis.name]}/{patch}" for axis in manifest.latent.axes]
+    table: Shape = (*grid, sum(axis.dimensions for axis in manifest.positions.axes))
+    fed: dict[str, Shape] = {
+        one.feeds[spec.name]: spec.shape for one in manifest.encoders for spec in manifest.graphs[one.graph].outputs
+    }
+    inputs: dict[str, Shape] = {LATENT: manifest.latent.shape, TIMESTEP: ("B",), **dict.fromkeys(TABLES, table), **fed}
+    if manifest.guidance.embedded:
+        inputs[GUIDANCE] = ("B",)
+    _check_tensors(graph, info.inputs, inputs, {LATENT, TIMESTEP})
+    _check_rows(graph, info.outputs)
+    if odd := [spec.name for spec in info.outputs if spec.name.startswith((NEXT, DEVIATION))]:
+        raise ValueError(f"{graph}: {odd[0]} is an output of {UPDATE} only")
+
+
+def _check_update(manifest: "Manifest") -> None:
+    """The step graph takes what the levels give, what the host tells, and what it gave itself a step before."""
+    info = manifest.graphs[UPDATE]
+    outputs = _shapes(info.outputs)
+    known: dict[str, Shape] = {TIMESTEP: ("B",), DT: ("B",), KEEP_ESTIMATE: ("B",), LATENT: manifest.latent.shape}
+    if manifest.coarse:
+        known[CARRY] = ("B", len(manifest.coarse))
+    for name, shape in _shapes(info.inputs).items():
+        if name not in known and NEXT + name in outputs:
+            known[name] = shape
+    levels = [manifest.graphs[level.graph] for level in manifest.levels]
+    for name, shape in _shapes(levels[0].outputs).items():
+        if any(_shapes(level.outputs).get(name) != shape for level in levels):
+            raise ValueError(f"the levels' outputs differ in {name}")
+        known[name] = shape
+    _check_tensors(UPDATE, info.inputs, known, {LATENT})
+    _check_rows(UPDATE, info.inputs)
+    state = {NEXT + name: shape for name, shape in _shapes(info.inputs).items() if NEXT + name in outputs}
+    sides = [shapes.SYMBOLS[axis.name] for axis in manifest.latent.axes]
+    deviations: dict[str, Shape] = {
+        f"{DEVIATION}{patch}": ("B", *(f"{side}/{patch}" for side in sides)) for patch in manifest.coarse
+    }
+    results = {NEXT + LATENT: manifest.latent.shape, **state, **deviations}
+    _check_tensors(UPDATE, info.outputs, results, results)
+    for graph in levels:
+        _check_apart(graph, info)
+
+
+def _check_apart(level: "GraphInfo", update: "GraphInfo") -> None:
+    """A buffer has one shape in all graphs of a step."""
+    shapes_ = _shapes((*level.inputs, *level.outputs))
+    for name, shape in _shapes((*update.inputs, *update.outputs)).items():
+        if shapes_.get(name, shape) != shape:
+            raise ValueError(f"{UPDATE}: {name} has another shape in the levels")
+
+
+def _check_decoder(manifest: "Manifest") -> None:
+    info = manifest.graphs[manifest.decoder.graph]
+    sides = [f"{shapes.SYMBOLS[axis.name]}*{axis.downscale}" for axis in manifest.latent.axes]
+    _check_tensors(manifest.decoder.graph, info.inputs, {LATENT: manifest.latent.shape}, {LATENT})
+    _check_tensors(manifest.decoder.graph, info.outputs, {IMAGE: ("B", 3, *sides)}, {IMAGE})
+
+
+def _check_sampler(manifest: "Manifest") -> None:
+    from ddit.runtime.samplers.sigmas import flow_shift  # which imports the manifest
+
+    for entry in manifest.profile.entry:
+        for bound in ("minimum", "maximum"):
+            sizes = entry.at(bound)
+            tokens = 1
+            for axis in manifest.latent.axes:
+                tokens *= sizes[axis.name] // axis.downscale // manifest.native
+            if manifest.sampler.use_dynamic_shifting and abs(flow_shift(manifest.sampler, tokens)) > STEEPEST:
+                raise ValueError("the sampler's shift leaves no noise levels between 0 and 1 at the profile's sizes")
+
+
+def _check_schedule(manifest: "Manifest", schedule: "ScheduleInfo") -> None:
+    if schedule.smooth and set(manifest.coarse) - schedule.smooth[0].statistic.keys():
+        raise ValueError("smooth lacks the statistic of a coarse level")
+
+
+def _check_tensors(
+    graph: str,
+    specs: Iterable["TensorSpec"],
+    known: Mapping[str, Shape],
+    needed: Iterable[str],
+    dtype: str = "float32",
+) -> None:
+    """Every tensor is a known one in its shape, and none that is needed is missing."""
+    found = {spec.name: spec for spec in specs}
+    for name in needed:
+        if name not in found:
+            raise ValueError(f"{graph} has no tensor {name!r}")
+    for name, spec in found.items():
+        if name not in known:
+            raise ValueError(f"{graph}: nobody knows the tensor {name!r}")
+        if _plain(spec.shape) != _plain(known[name]) or spec.dtype != dtype:
+            raise ValueError(
+                f"{graph}: {name} is {spec.dtype} {_text(spec.shape)}, it has to be {dtype} {_text(known[name])}"
+            )
+
+
+def _check_rows(graph: str, specs: Iterable["TensorSpec"]) -> None:
+    for spec in specs:
+        if spec.shape[0] != "B" or spec.dtype != "float32":
+            raise ValueError(f"{graph}: {spec.name} has to be float32, with a row for every sample")
+
+
+def _shapes(specs: Iterable["TensorSpec"]) -> dict[str, Shape]:
+    return {spec.name: _plain(spec.shape) for spec in specs}
+
+
+def _plain(shape: Shape) -> Shape:
+    """One form for shapes that are the same: ``("H/1",)`` is ``("H",)``."""
+    return tuple(dim if isinstance(dim, int) or shapes.split(dim)[2] != 1 else shapes.split(dim)[0] for dim in shape)
+
+
+def _text(shape: Shape) -> str:
+    return f"({', '.join(map(str, shape))})"
