@@ -15,8 +15,8 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from ddit.runtime.commands import INTERRUPTED
 from ddit.runtime.errors import DditError
+from ddit.runtime.start import INTERRUPTED
 
 LONGEST_LINE = 2000  # characters of a message
 NARROWEST, USUAL, WIDEST = 40, 80, 1000  # columns of a table

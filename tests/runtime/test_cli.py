@@ -171,7 +171,7 @@ def test_a_calibration_that_cannot_be_kept_is_refused_before_anything_is_measure
     def read_only(*args, **options):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("ddit.runtime.cli.NamedTemporaryFile", read_only)
+    monkeypatch.setattr("ddit.runtime.files.NamedTemporaryFile", read_only)
     result = run(main, "calibrate", tiny_bundle, "--prompts", prompts)
     assert (result.exit_code, "measuring" in result.stderr) == (2, False)
     assert "bundle.json cannot be written: Permission denied" in result.stderr
@@ -179,7 +179,7 @@ def test_a_calibration_that_cannot_be_kept_is_refused_before_anything_is_measure
 
 def command(*arguments, **options):
     """ddit-run in a process of its own."""
-    code = "from ddit.runtime.commands import ddit_run; ddit_run()"
+    code = "from ddit.runtime.start import ddit_run; ddit_run()"
     words = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(words, stderr=subprocess.PIPE, timeout=120, **{"stdout": subprocess.PIPE, **options})
 
@@ -218,7 +218,7 @@ def test_ctrl_c_ends_a_command_that_is_still_importing():
         "    def find_spec(self, name, *rest):\n"
         "        if name == 'ddit.runtime.cli': os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.meta_path.insert(0, Finder())\n"
-        "from ddit.runtime.commands import ddit_run; ddit_run()"
+        "from ddit.runtime.start import ddit_run; ddit_run()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
     assert (done.returncode, done.stderr) == (130, b"")

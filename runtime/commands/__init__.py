@@ -1,0 +1,1 @@
+"""The commands of ddit-run, one a module."""

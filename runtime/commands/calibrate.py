@@ -1,0 +1,126 @@
+"""Find the dynamic schedule's τ and keep it."""
+
+import dataclasses
+from pathlib import Path
+
+import click
+from rich.table import Table
+
+from ddit.runtime import strict_json
+from ddit.runtime.bundle import MANIFEST
+from ddit.runtime.commands.options import BACKEND, BUNDLE, JSON, THREADS, check_type
+from ddit.runtime.console import DditCommand, say, terminal
+from ddit.runtime.errors import UsageError
+from ddit.runtime.files import check_outputs, whole
+from ddit.runtime.pipeline import Pipeline
+from ddit.runtime.policies import Dynamic
+from ddit.runtime.request import Request
+from ddit.runtime.tools.inspect import tau_of
+from ddit.runtime.tools.plots import plot_types
+
+LONGEST_LIST = 16_000_000  # characters of a file of prompts
+
+
+@click.command(cls=DditCommand)
+@BUNDLE
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="File with a prompt a line; half of them are kept to test the result.",
+)
+@click.option("--speedup", type=click.FloatRange(1, min_open=True), help="Find the τ that is so many times faster.")
+@click.option(
+    "--quality",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Find the fastest τ with such a mean SSIM to native.",
+)
+@click.option("--steps", type=click.IntRange(1), help="Denoising steps.  [default: the bundle's]")
+@click.option("--height", type=int, help="Pixels.  [default: the profile's optimum]")
+@click.option("--width", type=int, help="Pixels.  [default: the profile's optimum]")
+@click.option(
+    "--schedule",
+    default="dynamic",
+    show_default=True,
+    help="The schedule whose τ is wanted, as in dynamic:rho=0.8,coarsest=4.",
+)
+@click.option("--absolute", is_flag=True, help="An absolute τ, as in the paper, not one relative to smooth pictures.")
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw the curve (.png, .svg, .pdf).")
+@click.option("--dry-run", is_flag=True, help="Leave the bundle as it is.")
+@BACKEND
+@THREADS
+@JSON
+def calibrate(
+    bundle: Path,
+    prompts: Path,
+    speedup: float | None,
+    quality: float | None,
+    steps: int | None,
+    height: int | None,
+    width: int | None,
+    schedule: str,
+    absolute: bool,
+    plot_file: Path | None,
+    dry_run: bool,
+    backend: str | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Find the dynamic schedule's τ and keep it.
+
+    For a number of steps, a size and the backend, in the bundle.
+
+    --speedup 2 unless --quality is given.
+    """
+    from ddit.runtime.tools import calibrate as calibration
+
+    if speedup is not None and quality is not None:
+        raise UsageError("give --speedup or --quality, not both: one τ cannot be chosen by two measures")
+    if plot_file:
+        check_outputs([plot_file])
+        check_type(plot_file, plot_types())
+    target = calibration.Target(speedup=2.0 if speedup is None and quality is None else speedup, similarity=quality)
+    texts = _read_prompts(prompts)
+    pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
+    if not dry_run:
+        check_outputs([bundle / MANIFEST])  # now, not after hours
+    manifest = pipeline.bundle.manifest
+    height, width = manifest.picture_size(height=height, width=width)
+    size = {"steps": steps or manifest.sampler.steps, "height": height, "width": width}
+    for text in texts:
+        pipeline.resolve([Request(text, schedule="native", **size)])  # type: ignore[arg-type]
+    calibration.halves(texts)
+    wanted = pipeline.policy(schedule, **size)
+    if not isinstance(wanted, Dynamic):
+        raise UsageError(f"{schedule} has no τ; only dynamic schedules are calibrated")
+    calibrator = calibration.Calibrator(pipeline, dataclasses.replace(wanted, smooth=None), **size)
+    found = calibration.search(calibrator, texts, target, say, relative=not absolute)
+    best = found.best(target)
+    kept = calibration.calibration(calibrator, found, best)
+    if not dry_run:
+        pipeline.bundle.calibrate(kept)
+    if plot_file:
+        with whole(plot_file) as part:
+            calibration.plot(found, best, part)
+    if as_json:
+        click.echo(strict_json.dump({**kept.model_dump(exclude={"curve"}), **dataclasses.asdict(found)}, indent=2))
+        return
+    table = Table("prompts", "number", "speed-up", "spread", "SSIM to native", "coarse steps")
+    assert found.held_out is not None
+    for name, point in (("τ was chosen on", best), ("others", found.held_out)):
+        table.add_row(name, str(len(point.samples)), f"{point.speedup:.2f}×", *calibration.spread(point))
+    terminal().print(table)
+    where = "not kept (--dry-run)" if dry_run else f"kept in {bundle / 'bundle.json'}"
+    say(f"{tau_of(kept)} for {kept.steps} steps at {kept.height}×{kept.width}, {where}")
+
+
+def _read_prompts(path: Path) -> list[str]:
+    """The lines of a file, or of a pipe, that are not empty."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LONGEST_LIST + 1)
+    except (OSError, UnicodeDecodeError):
+        raise UsageError(f"{path} cannot be read; give a text file with a prompt a line") from None
+    if len(text) > LONGEST_LIST:
+        raise UsageError(f"{path} has more than {LONGEST_LIST} characters; give a text file with a prompt a line")
+    return [line.strip() for line in text.splitlines() if line.strip()]

@@ -1,0 +1,139 @@
+"""Make one picture."""
+
+from pathlib import Path
+
+import click
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as ProgressBar
+
+from ddit.runtime import strict_json
+from ddit.runtime.commands.options import BACKEND, BUNDLE, JSON, THREADS, Seconds, check_type
+from ddit.runtime.console import DditCommand, say, terminal
+from ddit.runtime.denoise import Progress
+from ddit.runtime.errors import UsageError
+from ddit.runtime.files import check_outputs, whole
+from ddit.runtime.pipeline import Pipeline
+from ddit.runtime.tools.plots import plot_complexity, plot_schedule, plot_types
+from ddit.runtime.trace import Trace
+
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}  # which every Pillow writes as they are
+
+
+@click.command(cls=DditCommand)
+@BUNDLE
+@click.argument("prompt")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--steps", type=int, help="Denoising steps.  [default: the bundle's]")
+@click.option(
+    "--schedule",
+    default="dynamic",
+    show_default=True,
+    help="native, fixed:8x10,4x20,2x20 or dynamic[:tau=…,rho=…,warmup=…,hold=…,coarsest=…,absolute=…].",
+)
+@click.option(
+    "--budget", type=Seconds(), help="Seconds for the picture, as in 1.5s or 800ms; chooses the schedule itself."
+)
+@click.option("--height", type=int, help="Pixels.  [default: the profile's optimum]")
+@click.option("--width", type=int, help="Pixels.  [default: the profile's optimum]")
+@click.option("--guidance", type=float, help="Guidance scale.  [default: the bundle's]")
+@click.option(
+    "--carry", type=float, help="Share of native detail that coarse steps take over.  [default: the bundle's]"
+)
+@click.option("--text-length", type=click.IntRange(1), help="Tokens of the prompt.  [default: the bundle's]")
+@click.option("--out", type=click.Path(path_type=Path), default="out.png", show_default=True, help="Picture to write.")
+@click.option("--trace", "trace_file", type=click.Path(path_type=Path), help="Write what every step did as JSON.")
+@click.option(
+    "--plot", "plot_file", type=click.Path(path_type=Path), help="Draw levels and statistics (.png, .svg, .pdf)."
+)
+@click.option("--map", "map_file", type=click.Path(path_type=Path), help="Draw where and when there was detail.")
+@BACKEND
+@THREADS
+@JSON
+def generate(
+    bundle: Path,
+    prompt: str,
+    seed: int,
+    steps: int | None,
+    schedule: str,
+    budget: float | None,
+    height: int | None,
+    width: int | None,
+    guidance: float | None,
+    carry: float | None,
+    text_length: int | None,
+    out: Path,
+    trace_file: Path | None,
+    plot_file: Path | None,
+    map_file: Path | None,
+    backend: str | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Make one picture."""
+    # before the work, not after it: whatever would keep the results from being written
+    check_outputs([path for path in (out, trace_file, plot_file, map_file) if path])
+    check_type(out, PICTURES)
+    for path in filter(None, (plot_file, map_file)):
+        check_type(path, plot_types())
+    pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
+    if map_file and len(pipeline.bundle.manifest.levels) < 2:
+        raise UsageError("a map shows what coarse levels would miss, and the bundle has none")
+    with _progress_bar() as bar:
+        task = bar.add_task("opening", total=None)
+
+        def on_step(done: Progress) -> None:
+            bar.update(task, completed=done.step + 1, total=done.steps, description=f"level {done.levels[0]}")
+
+        result = pipeline(
+            prompt,
+            seed=seed,
+            steps=steps,
+            schedule=schedule,
+            budget=budget,
+            height=height,
+            width=width,
+            guidance=guidance,
+            carry=carry,
+            text_length=text_length,
+            on_step=on_step,
+        )
+    with whole(out) as part:
+        _save(result.image, part)
+    if trace_file:
+        with whole(trace_file) as part:
+            part.write_text(result.trace.to_json() + "\n", encoding="utf-8")
+    if plot_file:
+        with whole(plot_file) as part:
+            plot_schedule(result.trace, part)
+    if map_file:
+        complexity = result.trace.complexity
+        assert complexity is not None
+        with whole(map_file) as part:
+            plot_complexity(result.image, complexity, part)
+    if as_json:
+        click.echo(strict_json.dump({"out": str(out), "seed": seed, **result.trace.summary()}))
+    else:
+        if budget is not None:
+            spent = sum((result.trace.total_milliseconds(), result.trace.encode_milliseconds,
+                         result.trace.decode_milliseconds)) / 1000  # fmt: skip
+            say(f"budget {budget:g} s, used {spent:.2f} s; schedule {result.trace.schedule['text']}")
+        say(f"{out}: {_steps_line(result.trace)}, backend {pipeline.backend}")
+
+
+def _steps_line(trace: Trace) -> str:
+    steps = " + ".join(f"{count} at level {level}" for level, count in trace.steps_per_level().items())
+    return f"{len(trace.steps)} steps ({steps}) in {trace.total_milliseconds() / 1000:.1f} s"
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    try:
+        picture.save(path)
+    except ValueError as error:  # WebP and JPEG have a largest size
+        raise UsageError(f"{path.suffix} cannot hold the picture: {error}; choose --out with .png") from None
+
+
+def _progress_bar() -> ProgressBar:
+    columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = terminal(stderr=True)
+    return ProgressBar(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -1,0 +1,48 @@
+"""What several commands share."""
+
+import re
+from collections.abc import Set
+from pathlib import Path
+
+import click
+
+from ddit.runtime.backends.registry import kinds
+from ddit.runtime.errors import UsageError
+
+BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
+JSON = click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
+
+
+class BackendOption(click.Option):
+    """An option whose help lists the backends that are registered when somebody asks."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """The option and its help."""
+        known = "; ".join(f"{kind.name}: {kind.description}" for kind in kinds())
+        self.help = f"{known}; or an ONNX Runtime execution provider by name.  [default: the fastest here]"
+        return super().get_help_record(ctx)
+
+
+BACKEND = click.option("--backend", cls=BackendOption)
+THREADS = click.option("--threads", type=click.IntRange(1), help="Threads of one graph.  [default: all cores]")
+
+
+class Seconds(click.ParamType):  # type: ignore[type-arg]
+    """A time."""
+
+    name = "time"
+
+    def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """``"1.5s"``, ``"1500ms"`` and ``"1.5"`` → 1.5."""
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)(ms|s|)", value.strip())
+        if match is None or not float(match[1]):
+            self.fail(f"{value!r}: give a time, as in 1.5s or 800ms", param, ctx)
+        return float(match[1]) / (1000 if match[2] == "ms" else 1)
+
+
+def check_type(path: Path, known: Set[str]) -> None:
+    """Raise `UsageError` for a file whose ending is not among the known ones."""
+    if path.suffix.lower() not in known:
+        raise UsageError(f"{path} has an unknown file type; name it {path.with_suffix('.png')}, for instance")
