@@ -22,7 +22,7 @@ $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH_INDEX) "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -e '.[cpu,export,plot,test]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[cpu,export,plot,test]'
 	touch $@
 
 demo: setup
