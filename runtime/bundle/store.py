@@ -111,8 +111,10 @@ class Bundle:
             current = read_manifest(self.path)
             others = (one for one in current.calibrations if (one.size, one.backend) != key)
             manifest = current.model_copy(update={"calibrations": (*others, calibration)})
+            text = manifest.model_dump_json(indent=2) + "\n"
+            Manifest.model_validate_json(text, strict=True)  # before it takes the place of one that can be read
             with whole(self.path / MANIFEST) as part:
-                part.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+                part.write_text(text, encoding="utf-8")
             self.manifest, self._stamp = manifest, _stamp(self.path)
 
     def verify_small(self, name: str) -> None:

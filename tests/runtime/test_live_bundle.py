@@ -21,7 +21,7 @@ def path(tiny_bundle, tmp_path):
 def calibration(steps: int, tau: float = 1.0) -> Calibration:
     return Calibration(
         tau=tau, rho=0.4, warmup=3, steps=steps, height=64, width=64, speedup=2.0, similarity=0.9, prompts=2,
-        backend="cpu", costs=Costs(levels={2: 1.0}, encode=0.0, decode=0.0), curve=(),
+        backend="cpu", costs=Costs(levels={2: 1.0, 4: 0.5, 8: 0.4}, encode=0.0, decode=0.0), curve=(),
     )  # fmt: skip
 
 
