@@ -68,7 +68,7 @@ def without(part: str):
             lambda b: edit(b, lambda m: m.update(parity=[one for one in m["parity"] if one["graph"] != "level-4"])),
             "level-4 was never compared with the model",
         ),
-        (lambda b: write(b, "t5.tokenizer.json", b"{}"), "t5.tokenizer.json is not a readable tokenizer"),
+        (lambda b: write(b, "t5.tokenizer.json", b"{}"), "t5.tokenizer.json is not a usable tokenizer"),
         *(
             (lambda b, name=name: edit(b, lambda m: m["files"].pop(name)), name)
             for name in ("level-8.onnx", "level-8.safetensors", "clip.tokenizer.json", "parity.safetensors")
