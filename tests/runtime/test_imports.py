@@ -2,6 +2,14 @@
 
 import subprocess
 import sys
+from pathlib import Path
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[2]
 
 HEAVY = (
     *("torch", "diffusers", "transformers", "onnx", "onnxruntime", "matplotlib", "ddit.exporter"),
@@ -34,3 +42,13 @@ def test_building_engines_needs_no_torch():
         "onnx",
         "onnx_ir",
     }
+
+
+def test_every_package_is_installed():
+    """A package that pyproject.toml leaves out works from the repository and is missing from a wheel."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    folders = [
+        path.parent for name in ("exporter", "runtime", "profiles") for path in ROOT.glob(f"{name}/**/__init__.py")
+    ]
+    found = {".".join(("ddit", *folder.relative_to(ROOT).parts)) for folder in folders}
+    assert found == set(settings["tool"]["setuptools"]["packages"])
