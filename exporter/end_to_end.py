@@ -6,7 +6,6 @@ that the host makes in its own way, the sign of a step.
 
 import logging
 from collections.abc import Mapping, Sequence
-from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -133,8 +132,7 @@ def _bundle_step(
         outputs = run(encoder.graph, input_ids=ids)
         conditions |= {encoder.feeds[name]: value for name, value in outputs.items()}
 
-    tokens = prod(side // family.native for side in start.shape[2:])
-    sigma = sigmas(family.sampler, STEPS, tokens)
+    sigma = sigmas(family.sampler, STEPS, shapes.image_tokens(family.latent, family.native, sizes))
     timestep, dt, scale = (
         np.full(len(prompts), value, dtype=np.float32) for value in (sigma[0], sigma[1] - sigma[0], guidance)
     )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ddit.runtime import shapes
 from ddit.runtime.bundle import Manifest
 from ddit.runtime.bundle.manifest import MAX_STEPS
 from ddit.runtime.conditioning.guidance import guidance_scale
@@ -101,7 +102,7 @@ class Request:
                 latent = np.asarray(latent, dtype=np.float32)
             except (TypeError, ValueError):
                 raise UsageError("the latent must be an array of numbers") from None
-            shape = (manifest.latent.channels, sizes["H"], sizes["W"])
+            shape = shapes.resolve(manifest.latent.shape, sizes)[1:]
             if latent.shape != shape:
                 raise UsageError(f"the latent has shape {latent.shape}, a picture of {height}×{width} needs {shape}")
             if not np.isfinite(latent).all():
@@ -151,11 +152,9 @@ class Run:
         """How many steps the noise levels are for; those before ``first_step`` are not run."""
         return len(self.sigmas) - 1
 
-    def start(self, channels: int) -> FloatArray:
-        """The latent that the run starts from: the given one, or the seed's noise (C, H, W)."""
-        if self.latent is not None:
-            return self.latent
-        return noise(self.seed, (channels, self.sizes["H"], self.sizes["W"]))
+    def start(self, shape: tuple[int, ...]) -> FloatArray:
+        """The latent that the run starts from: the given one, or the seed's noise of a shape (C, H, W)."""
+        return noise(self.seed, shape) if self.latent is None else self.latent
 
     def under(self, policy: Policy) -> "Run":
         """The same run under another policy."""

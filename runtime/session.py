@@ -12,6 +12,7 @@ from time import perf_counter
 import numpy as np
 
 from ddit.runtime.backends.base import Backend, FloatArray, Workspace
+from ddit.runtime.bundle.names import CARRY, DT, KEEP_ESTIMATE, LATENT, TIMESTEP
 from ddit.runtime.complexity import Complexity
 from ddit.runtime.errors import BackendError
 from ddit.runtime.policies import DIFFERENCE_ORDER, RunHistory, statistic
@@ -55,7 +56,7 @@ class Session:
             name: np.zeros(self._buffers[name].resolve({**run.sizes, "B": 1})[1:], dtype=np.float32)
             for name in self._programs.level(manifest.native, run.sizes).state
         }
-        rows = {**state, **conditions, "latent": run.start(manifest.latent.channels)}
+        rows = {**state, **conditions, LATENT: run.start(state[LATENT].shape)}
         sample = Sample(run, Trace.of(run, self.backend.name), RunHistory(first=run.first_step), rows)
         if manifest.coarse:
             sample.trace.complexity = Complexity(min(manifest.coarse))
@@ -89,9 +90,9 @@ class Session:
     def latent(self, sample: Sample) -> FloatArray:
         """A copy of a sample's latent (C, H, W) as it is now."""
         if sample.place is None:
-            return sample.rows["latent"].copy()
+            return sample.rows[LATENT].copy()
         workspace, row = sample.place
-        return workspace.read("latent", row)
+        return workspace.read(LATENT, row)
 
     def retire(self, sample: Sample) -> FloatArray:
         """Take a sample out, done or not, and return its latent (C, H, W)."""
@@ -106,20 +107,18 @@ class Session:
     def _inputs(self, level: int, members: Sequence[Sample]) -> dict[str, FloatArray]:
         """What is new at every step, a row a sample."""
         manifest, count = self.manifest, len(members)
-        steps = [sample.history.step for sample in members]
-        sigma = np.array([sample.run.sigmas[step] for sample, step in zip(members, steps, strict=True)], np.float32)
-        after = np.array([sample.run.sigmas[step + 1] for sample, step in zip(members, steps, strict=True)], np.float32)
+        sigma, after = np.stack([sample.run.sigmas[sample.history.step :][:2] for sample in members], axis=1)
         inputs = {
-            "timestep": sigma,
-            "dt": after - sigma,
-            "keep_estimate": np.full(count, level == manifest.native, np.float32),
+            TIMESTEP: sigma,
+            DT: after - sigma,
+            KEEP_ESTIMATE: np.full(count, level == manifest.native, np.float32),
         }
         if manifest.coarse:
             carry = np.zeros((count, len(manifest.coarse)), np.float32)
             if level != manifest.native:
                 column = manifest.coarse.index(level)
                 carry[:, column] = [sample.run.carry if sample.native_done else 0.0 for sample in members]
-            inputs["carry"] = carry
+            inputs[CARRY] = carry
         return inputs
 
     def _gather(self, members: Sequence[Sample]) -> Workspace:

@@ -104,6 +104,16 @@ def to_names(latent: "LatentInfo", symbols: Mapping[str, int]) -> dict[str, int]
     return {NAMES[symbol]: value * scales.get(NAMES[symbol], 1) for symbol, value in symbols.items()}
 
 
+def grid(latent: "LatentInfo", patch: int, symbols: Mapping[str, int]) -> dict[str, int]:
+    """A level's patches along each axis of a latent, by the axes' names in the latent's order."""
+    return {axis.name: symbols[SYMBOLS[axis.name]] // patch for axis in latent.axes}
+
+
+def image_tokens(latent: "LatentInfo", patch: int, symbols: Mapping[str, int]) -> int:
+    """How many tokens a latent is at a level."""
+    return math.prod(grid(latent, patch, symbols).values())
+
+
 def check(latent: "LatentInfo", patches: Sequence[int], sizes: Mapping[str, int]) -> None:
     """Raise `UsageError` with the nearest valid values where a side does not fit the levels."""
     for name, unit in units(latent, patches).items():

@@ -13,7 +13,6 @@ FLUX.1's step at level 4 is two calls:
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,12 +63,11 @@ class Program:
 def level_program(manifest: Manifest, patch: int, sizes: Mapping[str, int]) -> Program:
     """One step at a level, for latents of the size that ``sizes`` gives in symbols (``H`` and ``W``)."""
     graph = manifest.level(patch).graph
-    sides = (sizes[shapes.SYMBOLS[axis.name]] // patch for axis in manifest.latent.axes)
     return Program(
         name=graph,
         calls=(call(manifest, graph), call(manifest, UPDATE)),
         tables=level_tables(manifest.positions, manifest.latent, manifest.native, patch, sizes),
-        tokens=prod(sides),
+        tokens=shapes.image_tokens(manifest.latent, patch, sizes),
     )
 
 

@@ -177,10 +177,8 @@ def _check_sampler(manifest: "Manifest") -> None:
 
     for entry in manifest.profile.entry:
         for bound in ("minimum", "maximum"):
-            sizes = entry.at(bound)
-            tokens = 1
-            for axis in manifest.latent.axes:
-                tokens *= sizes[axis.name] // axis.downscale // manifest.native
+            symbols = shapes.to_symbols(manifest.latent, entry.at(bound))
+            tokens = shapes.image_tokens(manifest.latent, manifest.native, symbols)
             if manifest.sampler.use_dynamic_shifting and abs(flow_shift(manifest.sampler, tokens)) > STEEPEST:
                 raise ValueError("the sampler's shift leaves no noise levels between 0 and 1 at the profile's sizes")
 

@@ -9,14 +9,14 @@ from rich.table import Table
 from ddit.runtime import strict_json
 from ddit.runtime.backends.registry import open_backend
 from ddit.runtime.bundle import Bundle
-from ddit.runtime.commands.options import BACKEND, BUNDLE, JSON, THREADS
+from ddit.runtime.commands.options import BACKEND, BUNDLE, HEIGHT, JSON, THREADS, WIDTH
 from ddit.runtime.console import DditCommand, say, terminal
 
 
 @click.command(cls=DditCommand)
 @BUNDLE
-@click.option("--height", type=int, help="Pixels.  [default: the profile's optimum]")
-@click.option("--width", type=int, help="Pixels.  [default: the profile's optimum]")
+@HEIGHT
+@WIDTH
 @click.option(
     "--repeat", type=click.IntRange(1, 5000), default=30, show_default=True, help="Steps to time at each level."
 )

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from ddit.runtime import strict_json
 from ddit.runtime.bundle import MANIFEST
-from ddit.runtime.commands.options import BACKEND, BUNDLE, JSON, THREADS, check_type
+from ddit.runtime.commands.options import BACKEND, BUNDLE, HEIGHT, JSON, THREADS, WIDTH, check_type
 from ddit.runtime.console import DditCommand, say, terminal
 from ddit.runtime.errors import UsageError
 from ddit.runtime.files import check_outputs, whole
@@ -36,8 +36,8 @@ LONGEST_LIST = 16_000_000  # characters of a file of prompts
     help="Find the fastest τ with such a mean SSIM to native.",
 )
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps.  [default: the bundle's]")
-@click.option("--height", type=int, help="Pixels.  [default: the profile's optimum]")
-@click.option("--width", type=int, help="Pixels.  [default: the profile's optimum]")
+@HEIGHT
+@WIDTH
 @click.option(
     "--schedule",
     default="dynamic",

@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as ProgressBar
 
 from ddit.runtime import strict_json
-from ddit.runtime.commands.options import BACKEND, BUNDLE, JSON, THREADS, Seconds, check_type
+from ddit.runtime.commands.options import BACKEND, BUNDLE, HEIGHT, JSON, THREADS, WIDTH, Seconds, check_type
 from ddit.runtime.console import DditCommand, say, terminal
 from ddit.runtime.denoise import Progress
 from ddit.runtime.errors import UsageError
@@ -34,8 +34,8 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}  
 @click.option(
     "--budget", type=Seconds(), help="Seconds for the picture, as in 1.5s or 800ms; chooses the schedule itself."
 )
-@click.option("--height", type=int, help="Pixels.  [default: the profile's optimum]")
-@click.option("--width", type=int, help="Pixels.  [default: the profile's optimum]")
+@HEIGHT
+@WIDTH
 @click.option("--guidance", type=float, help="Guidance scale.  [default: the bundle's]")
 @click.option(
     "--carry", type=float, help="Share of native detail that coarse steps take over.  [default: the bundle's]"

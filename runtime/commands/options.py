@@ -10,6 +10,8 @@ from ddit.runtime.backends.registry import kinds
 from ddit.runtime.errors import UsageError
 
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
+HEIGHT = click.option("--height", type=int, help="Pixels.  [default: the profile's optimum]")
+WIDTH = click.option("--width", type=int, help="Pixels.  [default: the profile's optimum]")
 JSON = click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
 
 

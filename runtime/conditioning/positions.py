@@ -51,5 +51,5 @@ def level_tables(
 
     ``native`` and ``patch`` are the native level's patch and this level's.
     """
-    grid: dict[str, int] = {axis.name: sizes[shapes.SYMBOLS[axis.name]] // patch for axis in latent.axes}
+    grid = shapes.grid(latent, patch, sizes)
     return dict(zip(TABLES, rotary_tables(positions, grid, patch / native), strict=True))

@@ -1,7 +1,6 @@
 """Noise levels of flow-matching sampling, equal to diffusers' `FlowMatchEulerDiscreteScheduler` for FLUX."""
 
 from collections.abc import Mapping
-from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,8 +32,7 @@ def sigmas(sampler: FlowMatchEulerInfo, steps: int, image_tokens: int) -> FloatA
 
 def run_sigmas(manifest: Manifest, steps: int, sizes: Mapping[str, int]) -> FloatArray:
     """The noise levels of a run at a size in symbols (latent ``H`` and ``W``)."""
-    sides = (sizes[shapes.SYMBOLS[axis.name]] // manifest.native for axis in manifest.latent.axes)
-    return sigmas(manifest.sampler, steps, prod(sides))
+    return sigmas(manifest.sampler, steps, shapes.image_tokens(manifest.latent, manifest.native, sizes))
 
 
 def noise(seed: int, shape: tuple[int, ...]) -> FloatArray:

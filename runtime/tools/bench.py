@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import cycle, islice
-from math import prod
 from multiprocessing.pool import Pool
 from pathlib import Path
 
@@ -75,7 +74,7 @@ def bench(job: Job, manifest: Manifest, repeat: int) -> list[Measurement]:
     """Time ``repeat`` steps of every level, or a few more, in one process, and take each level's memory in another."""
     with _process() as pool:
         times = pool.apply(job.times, (manifest.patches, repeat))
-    sides = shapes.to_symbols(manifest.latent, {"height": job.height, "width": job.width}).values()
+    symbols = shapes.to_symbols(manifest.latent, {"height": job.height, "width": job.width})
     measurements = []
     for patch in manifest.patches:
         with _process() as pool:
@@ -84,7 +83,7 @@ def bench(job: Job, manifest: Manifest, repeat: int) -> list[Measurement]:
         measurements.append(
             Measurement(
                 level=patch,
-                image_tokens=prod(side // patch for side in sides),
+                image_tokens=shapes.image_tokens(manifest.latent, patch, symbols),
                 text_tokens=manifest.text_length,
                 milliseconds=statistics.median(values),
                 fastest=min(values),
