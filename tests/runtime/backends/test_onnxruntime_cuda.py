@@ -100,7 +100,8 @@ def test_the_picture_is_the_cpu_s(machine, tiny_bundle, refuses_graphs):
 
 
 def test_levels_share_one_copy_of_the_trunk(machine, tiny_bundle):
-    Pipeline.open(tiny_bundle, backend="cuda")("red", schedule=Fixed((2, 4, 8)), **SIZE)
+    pipeline = Pipeline.open(tiny_bundle, backend="cuda")  # kept: with it goes what it holds on the device
+    pipeline("red", schedule=Fixed((2, 4, 8)), **SIZE)
     entries = onnxruntime_cuda.safetensors_entries(np.memmap(tiny_bundle / "transformer.safetensors", mode="r"))
     trunk = sum(nbytes for *_, nbytes in entries)
     assert sum(len(block) >= trunk for block in machine.cuda.memory.values()) == 1
