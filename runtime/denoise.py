@@ -13,7 +13,7 @@ class Progress:
 
     step: int  # that was done, from 0; the furthest one where samples differ
     steps: int  # of the run
-    levels: list[int]  # that the samples' last steps ran at
+    levels: list[int | None]  # that the samples' last steps ran at; None: predicted
     latents: Callable[[], list[FloatArray]]  # copies of the samples' latents, each (C, H, W)
 
 
@@ -26,6 +26,6 @@ def denoise(session: Session, samples: Sequence[Sample], on_step: OnStep | None 
         session.step()
         if on_step is not None:
             furthest = max(samples, key=lambda sample: sample.history.step)
-            levels = [sample.history.levels[-1] for sample in samples]
+            levels = [sample.trace.levels[-1] for sample in samples]
             step, steps = furthest.history.step - 1, furthest.run.steps
             on_step(Progress(step, steps, levels, lambda: [session.latent(sample) for sample in samples]))

@@ -12,10 +12,22 @@ from time import perf_counter
 import numpy as np
 
 from ddit.runtime.backends.base import Backend, FloatArray, Workspace
-from ddit.runtime.bundle.names import CARRY, DT, KEEP_ESTIMATE, LATENT, TIMESTEP
+from ddit.runtime.bundle.names import (
+    CARRY,
+    CORRECTION,
+    DT,
+    KEEP_ESTIMATE,
+    KEEP_VELOCITY,
+    LATENT,
+    PREDICT,
+    PREDICTION,
+    PREDICTION_ERROR,
+    TIMESTEP,
+)
 from ddit.runtime.complexity import Complexity
 from ddit.runtime.errors import BackendError
-from ddit.runtime.policies import DIFFERENCE_ORDER, RunHistory, statistic
+from ddit.runtime.policies import DIFFERENCE_ORDER, Decision, RunHistory, statistic
+from ddit.runtime.policies.prediction import root_mean_square
 from ddit.runtime.request import Run
 from ddit.runtime.step import Programs, deviations, sample_buffers
 from ddit.runtime.trace import StepRecord, Trace
@@ -47,6 +59,7 @@ class Session:
         self.manifest = backend.bundle.manifest
         self.samples: list[Sample] = []
         self._buffers = sample_buffers(self.manifest)
+        self._kept = self._buffers[PREDICTION].resolve({"B": 1})[1]  # velocities of the last computed steps
         self._programs = programs or Programs(self.manifest)
 
     def admit(self, run: Run, conditions: Mapping[str, FloatArray]) -> Sample:
@@ -57,7 +70,7 @@ class Session:
             for name in self._programs.level(manifest.native, run.sizes).state
         }
         rows = {**state, **conditions, LATENT: run.start(state[LATENT].shape)}
-        sample = Sample(run, Trace.of(run, self.backend.name), RunHistory(first=run.first_step), rows)
+        sample = Sample(run, Trace.of(run, self.backend.name), RunHistory(run.sigmas, run.first_step), rows)
         if manifest.coarse:
             sample.trace.complexity = Complexity(min(manifest.coarse))
         self.samples.append(sample)
@@ -65,27 +78,29 @@ class Session:
 
     def step(self) -> None:
         """One step of every sample that is not done."""
-        for level, members in self.groups():
-            self.advance(level, members)
+        for members in self.groups():
+            self.advance(members)
 
-    def groups(self) -> list[tuple[int, list[Sample]]]:
-        """Which samples can step together, with the level that they want next."""
-        groups: defaultdict[tuple[int, tuple[int, ...]], list[Sample]] = defaultdict(list)
+    def groups(self) -> list[list[tuple[Sample, Decision]]]:
+        """The samples that are not done with what they do next, those together that can share a call."""
+        groups: defaultdict[tuple[int | None, tuple[int, ...]], list[tuple[Sample, Decision]]] = defaultdict(list)
         for sample in self.samples:
             if not sample.done:
-                level = sample.run.policy.decide(sample.history).level
-                groups[level, tuple(sample.run.sizes.values())].append(sample)
-        return [(level, members) for (level, _), members in groups.items()]
+                decision = sample.run.policy.decide(sample.history)
+                groups[decision.level, tuple(sample.run.sizes.values())].append((sample, decision))
+        return list(groups.values())
 
-    def advance(self, level: int, members: Sequence[Sample]) -> None:
-        """One step of samples of the same size at a level. Raises `BackendError` when an engine fails."""
+    def advance(self, members: Sequence[tuple[Sample, Decision]]) -> None:
+        """One step of samples of the same size at the same level. Raises `BackendError` when an engine fails."""
         begin = perf_counter()
-        program = self._programs.level(level, members[0].run.sizes)
-        workspace = self._gather(members)
-        results = deviations(workspace.run(program, self._inputs(level, members)))
+        samples, decisions = zip(*members, strict=True)
+        level = decisions[0].level
+        program = self._programs.predicted if level is None else self._programs.level(level, samples[0].run.sizes)
+        workspace = self._gather(samples)
+        results = workspace.run(program, self._inputs(members))
         milliseconds = (perf_counter() - begin) * 1000
-        for row, sample in enumerate(members):
-            self._record(sample, level, milliseconds, {patch: values[row] for patch, values in results.items()})
+        for row, (sample, decision) in enumerate(members):
+            self._record(sample, decision, milliseconds, {name: values[row] for name, values in results.items()})
 
     def latent(self, sample: Sample) -> FloatArray:
         """A copy of a sample's latent (C, H, W) as it is now."""
@@ -104,21 +119,27 @@ class Session:
             self._vacate(workspace)
         return latent
 
-    def _inputs(self, level: int, members: Sequence[Sample]) -> dict[str, FloatArray]:
+    def _inputs(self, members: Sequence[tuple[Sample, Decision]]) -> dict[str, FloatArray]:
         """What is new at every step, a row a sample."""
         manifest, count = self.manifest, len(members)
-        sigma, after = np.stack([sample.run.sigmas[sample.history.step :][:2] for sample in members], axis=1)
+        sigma, after = np.stack([sample.run.sigmas[sample.history.step :][:2] for sample, _ in members], axis=1)
+        levels = [decision.level for _, decision in members]
+        prediction = np.zeros((count, self._kept), np.float32)
+        for row, (_, decision) in enumerate(members):
+            prediction[row, : len(decision.prediction)] = decision.prediction
         inputs = {
             TIMESTEP: sigma,
             DT: after - sigma,
-            KEEP_ESTIMATE: np.full(count, level == manifest.native, np.float32),
+            KEEP_ESTIMATE: np.array([level == manifest.native for level in levels], np.float32),
+            KEEP_VELOCITY: np.array([level is not None for level in levels], np.float32),
+            PREDICTION: prediction,
+            CORRECTION: np.array([decision.correction for _, decision in members], np.float32),
         }
         if manifest.coarse:
-            carry = np.zeros((count, len(manifest.coarse)), np.float32)
-            if level != manifest.native:
-                column = manifest.coarse.index(level)
-                carry[:, column] = [sample.run.carry if sample.native_done else 0.0 for sample in members]
-            inputs[CARRY] = carry
+            inputs[CARRY] = np.zeros((count, len(manifest.coarse)), np.float32)
+            for row, (sample, decision) in enumerate(members):
+                if decision.level in manifest.coarse and sample.native_done:
+                    inputs[CARRY][row, manifest.coarse.index(decision.level)] = sample.run.carry
         return inputs
 
     def _gather(self, members: Sequence[Sample]) -> Workspace:
@@ -146,26 +167,37 @@ class Session:
         if not any(sample.place and sample.place[0] is workspace for sample in self.samples):
             self.backend.give_back(workspace)
 
-    def _record(self, sample: Sample, level: int, milliseconds: float, measured: dict[int, FloatArray]) -> None:
+    def _record(
+        self, sample: Sample, decision: Decision, milliseconds: float, results: Mapping[str, FloatArray]
+    ) -> None:
         """Keep what a step did: for the policy, for the trace and for the complexity map."""
-        run, history = sample.run, sample.history
+        run, history, manifest = sample.run, sample.history, self.manifest
         step = history.step
-        # whatever is not finite in the latent or the velocity is not in the deviations, which are on the host anyway
-        if any(not np.isfinite(values).all() for values in measured.values()):
-            graph = self.manifest.level(level).graph
-            raise BackendError(not_finite(graph, f"step {step + 1} of {run.steps}", self.manifest.graphs[graph].dtype))
-        history.levels.append(level)
-        sample.native_done |= level == self.manifest.native
-        if len(history.levels) >= DIFFERENCE_ORDER:
-            history.deviations = measured
-            # a difference across a switch shows how levels disagree, not what the picture does
-            if (complexity := sample.trace.complexity) and len(set(history.levels[-DIFFERENCE_ORDER:])) == 1:
-                patch = complexity.patch
-                smooth = run.smooth[patch][step] if patch in run.smooth else 1.0
-                complexity.add(step, measured[patch] / smooth)
+        # whatever is not finite in the latent or the velocity is not in these, which are on the host anyway
+        if any(not np.isfinite(values).all() for values in results.values()):
+            graph = PREDICT if decision.level is None else manifest.level(decision.level).graph
+            raise BackendError(not_finite(graph, f"step {step + 1} of {run.steps}", manifest.graphs[graph].dtype))
+        measured = deviations(results)
+        history.record(decision, results[PREDICTION_ERROR], measured)
+        sample.native_done |= decision.level == manifest.native
+        # a difference across a switch shows how levels disagree, not what the picture does
+        if history.deviations and len(set(history.levels[-DIFFERENCE_ORDER:])) == 1 and sample.trace.complexity:
+            patch = sample.trace.complexity.patch
+            smooth = run.smooth[patch][step] if patch in run.smooth else 1.0
+            sample.trace.complexity.add(step, measured[patch] / smooth)
         rho = run.policy.quantile() or run.rho
-        figures = {patch: statistic(values, rho) for patch, values in history.deviations.items()}
-        sample.trace.steps.append(StepRecord(step, float(run.sigmas[step]), level, milliseconds, figures))
+        sample.trace.steps.append(
+            StepRecord(
+                step=step,
+                sigma=float(run.sigmas[step]),
+                level=decision.level,
+                milliseconds=milliseconds,
+                statistic={patch: statistic(values, rho) for patch, values in history.deviations.items()},
+                error=root_mean_square(history.error) if decision.level and history.error is not None else None,
+                by=decision.by,
+                figures=dict(decision.figures),
+            )
+        )
 
 
 def not_finite(graph: str, where: str, dtype: str) -> str:

@@ -8,6 +8,10 @@ FLUX.1's step at level 4 is two calls:
 
     level-4: latent, timestep, guidance, context, pooled, rope_cos, rope_sin → velocity
     step:    latent, velocity, timestep, dt, difference1, difference2, … → next_latent, next_difference1, …, deviation_4
+
+A step that runs no level has the prediction graph in the level's place:
+
+    predict: velocities, prediction → velocity
 """
 
 from collections.abc import Mapping
@@ -20,7 +24,7 @@ from numpy.typing import NDArray
 from ddit.runtime import shapes
 from ddit.runtime.bundle import Manifest
 from ddit.runtime.bundle.manifest import TensorSpec
-from ddit.runtime.bundle.names import DEVIATION, NEXT, UPDATE
+from ddit.runtime.bundle.names import DEVIATION, NEXT, PREDICT, UPDATE
 from ddit.runtime.conditioning.positions import level_tables
 
 FloatArray = NDArray[np.float32]
@@ -42,7 +46,7 @@ class Program:
     name: str
     calls: tuple[Call, ...]
     tables: Mapping[str, FloatArray]  # buffers that are the same for all samples and steps
-    tokens: int  # of the image, in one sample: how large the step is
+    tokens: int  # of the image that a level runs on, in one sample: how large the step is
 
     @cached_property
     def state(self) -> tuple[str, ...]:
@@ -71,11 +75,17 @@ def level_program(manifest: Manifest, patch: int, sizes: Mapping[str, int]) -> P
     )
 
 
+def predicted_program(manifest: Manifest) -> Program:
+    """One step that runs no level: its velocity is a weighted sum of those of the last computed steps."""
+    return Program(name=PREDICT, calls=(call(manifest, PREDICT), call(manifest, UPDATE)), tables={}, tokens=0)
+
+
 class Programs:
     """The programs of a bundle, each made once."""
 
     def __init__(self, manifest: Manifest):
         self.manifest = manifest
+        self.predicted = predicted_program(manifest)
         self._made: dict[tuple[int, tuple[tuple[str, int], ...]], Program] = {}
 
     def level(self, patch: int, sizes: Mapping[str, int]) -> Program:
@@ -94,7 +104,7 @@ def call(manifest: Manifest, graph: str) -> Call:
 
 def sample_buffers(manifest: Manifest) -> dict[str, TensorSpec]:
     """The buffers with a row for every sample, over all programs of a bundle."""
-    graphs = [manifest.graphs[level.graph] for level in manifest.levels] + [manifest.graphs[UPDATE]]
+    graphs = [manifest.graphs[name] for name in (*(level.graph for level in manifest.levels), PREDICT, UPDATE)]
     specs = {spec.name: spec for graph in graphs for spec in (*graph.inputs, *graph.outputs)}
     return {name: spec for name, spec in specs.items() if spec.shape[0] == "B"}
 

@@ -18,9 +18,12 @@ class StepRecord:
 
     step: int
     sigma: float  # noise level at which the model was asked
-    level: int  # patch that it ran at
+    level: int | None  # patch that it ran at; None: no level ran, the velocity was predicted
     milliseconds: float  # of the level's graph and the step graph; shared by the samples that ran together
     statistic: dict[int, float]  # σ_p of every coarse patch after the step; empty until three steps are done
+    error: float | None = None  # root mean square of v − v̂ at a computed step for which a velocity was predicted
+    by: str = ""  # the policy that decided
+    figures: dict[str, float] = field(default_factory=dict)  # on what, by name
 
 
 @dataclass
@@ -46,19 +49,25 @@ class Trace:
         return cls(run.prompt, run.seed, run.height, run.width, run.guidance, run.carry, backend, run.policy.describe())
 
     @property
-    def levels(self) -> list[int]:
-        """The level of every step."""
+    def levels(self) -> list[int | None]:
+        """The level of every step; None for a predicted one."""
         return [record.level for record in self.steps]
+
+    @property
+    def predicted(self) -> int:
+        """How many steps ran no level."""
+        return self.levels.count(None)
 
     def steps_per_level(self) -> dict[int, int]:
         """How many steps ran at each level."""
-        return dict(sorted(Counter(self.levels).items()))
+        return dict(sorted(Counter(level for level in self.levels if level is not None).items()))
 
     def milliseconds_per_level(self) -> dict[int, float]:
         """Median milliseconds of a step at each level."""
         times: defaultdict[int, list[float]] = defaultdict(list)
         for record in self.steps:
-            times[record.level].append(record.milliseconds)
+            if record.level is not None:
+                times[record.level].append(record.milliseconds)
         return {level: median(values) for level, values in sorted(times.items())}
 
     def total_milliseconds(self) -> float:
@@ -70,6 +79,7 @@ class Trace:
         return {
             "steps": len(self.steps),
             "steps_per_level": self.steps_per_level(),
+            "predicted_steps": self.predicted,
             "milliseconds_per_level": self.milliseconds_per_level(),
             "denoise_milliseconds": self.total_milliseconds(),
             "encode_milliseconds": self.encode_milliseconds,

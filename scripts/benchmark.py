@@ -180,7 +180,7 @@ def closest_call(schedule: Policy, trace: Trace) -> str:
     distances = [
         abs(trace.steps[step - 1].statistic[patch] / schedule.threshold(patch, step - 1) - 1)
         for step in range(schedule.warmup, len(trace.steps))
-        if schedule.judges(trace.levels[:step])
+        if schedule.judges([level for level in trace.levels[:step] if level is not None])
         for patch in schedule.coarse
     ]
     return f"{min(distances):.2%}" if distances else "–"

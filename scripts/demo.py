@@ -60,7 +60,7 @@ def make(pipeline: Pipeline, seed: int, steps: int) -> dict[tuple[str, str], Res
 
 def table(results: dict[tuple[str, str], Result]) -> Table:
     """Steps and milliseconds a level, and the total against the native schedule."""
-    patches = sorted({level for result in results.values() for level in result.trace.levels})
+    patches = sorted({level for result in results.values() for level in result.trace.levels if level is not None})
     levels = [f"level {patch}:\nsteps × ms" for patch in patches]
     shown = Table(padding=0)
     for header in ("prompt", "schedule", *levels, "all\nsteps", "against\nnative"):

@@ -9,6 +9,7 @@ Array = NDArray[np.float64]
 
 
 def step(
+    native: int,
     coarse: Sequence[int],
     *,
     latent: Array,
@@ -18,7 +19,11 @@ def step(
     difference1: Array,
     difference2: Array,
     kept_estimate: Array,
+    velocities: Array,
     keep_estimate: Array,
+    keep_velocity: Array,
+    prediction: Array,
+    correction: Array,
     carry: Array | None = None,
 ) -> tuple[Array, ...]:
     """One step, sample by sample; inputs and outputs are those of `ddit.exporter.steps.update.StepGraph`."""
@@ -31,13 +36,22 @@ def step(
             share = carry[i, column]
             difference = estimate - kept_estimate[i]
             v = v + share / timestep[i] * (difference - np.kron(patches(difference, p).mean(-1), np.ones((p, p))))
+        error = v - predict(velocities=velocities[i : i + 1], prediction=prediction[i : i + 1])[0]
         delta1 = dt[i] * v
         delta2 = delta1 - difference1[i]
         delta3 = delta2 - difference2[i]
         kept = estimate if keep_estimate[i] > 0 else kept_estimate[i]
+        newest = np.stack([v, *velocities[i, :-1]]) if keep_velocity[i] > 0 else velocities[i]
+        missed = np.sqrt((patches(error, native) ** 2).mean(axis=(0, -1)))
         deviations = (patches(delta3, p).std(-1).mean(0) for p in coarse)
-        rows.append((latent[i] + delta1, delta1, delta2, kept, *deviations))
+        moved = latent[i] + correction[i] * error + delta1
+        rows.append((moved, delta1, delta2, kept, newest, missed, *deviations))
     return tuple(np.stack(values) for values in zip(*rows, strict=True))
+
+
+def predict(*, velocities: Array, prediction: Array) -> Array:
+    """The weighted sum of the kept velocities, sample by sample."""
+    return np.stack([sum(w * v for w, v in zip(*one, strict=True)) for one in zip(prediction, velocities, strict=True)])
 
 
 def patches(values: Array, p: int) -> Array:

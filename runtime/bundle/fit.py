@@ -11,17 +11,23 @@ from typing import TYPE_CHECKING
 from ddit.runtime import shapes
 from ddit.runtime.bundle.names import (
     CARRY,
+    CORRECTION,
     DEVIATION,
     DT,
     GUIDANCE,
     IDS,
     IMAGE,
     KEEP_ESTIMATE,
+    KEEP_VELOCITY,
     LATENT,
     NEXT,
+    PREDICT,
+    PREDICTION,
+    PREDICTION_ERROR,
     TABLES,
     TIMESTEP,
     UPDATE,
+    VELOCITIES,
 )
 
 if TYPE_CHECKING:
@@ -75,10 +81,10 @@ def _check_levels(manifest: "Manifest") -> None:
 def _check_names(manifest: "Manifest") -> None:
     """Graphs and files that are named are there."""
     named = [level.graph for level in manifest.levels] + [one.graph for one in manifest.encoders]
-    for graph in (*named, manifest.decoder.graph, UPDATE):
+    for graph in (*named, manifest.decoder.graph, UPDATE, PREDICT):
         if graph not in manifest.graphs:
             raise ValueError(f"there is no graph {graph!r}")
-    check_unique("graph", [*named, manifest.decoder.graph, UPDATE])
+    check_unique("graph", [*named, manifest.decoder.graph, UPDATE, PREDICT])
     files = [file for graph in manifest.graphs.values() for file in (graph.file, *graph.weights)]
     for file in (*files, *(one.tokenizer.file for one in manifest.encoders)):
         if file not in manifest.files:
@@ -133,7 +139,13 @@ def _check_update(manifest: "Manifest") -> None:
     """The step graph takes what the levels give, what the host tells, and what it gave itself a step before."""
     info = manifest.graphs[UPDATE]
     outputs = _shapes(info.outputs)
-    known: dict[str, Shape] = {TIMESTEP: ("B",), DT: ("B",), KEEP_ESTIMATE: ("B",), LATENT: manifest.latent.shape}
+    kept = _kept_velocities(manifest)
+    known: dict[str, Shape] = {
+        **dict.fromkeys((TIMESTEP, DT, CORRECTION, KEEP_ESTIMATE, KEEP_VELOCITY), ("B",)),
+        LATENT: manifest.latent.shape,
+        VELOCITIES: ("B", kept, *manifest.latent.shape[1:]),
+        PREDICTION: ("B", kept),
+    }
     if manifest.coarse:
         known[CARRY] = ("B", len(manifest.coarse))
     for name, shape in _shapes(info.inputs).items():
@@ -144,17 +156,37 @@ def _check_update(manifest: "Manifest") -> None:
         if any(_shapes(level.outputs).get(name) != shape for level in levels):
             raise ValueError(f"the levels' outputs differ in {name}")
         known[name] = shape
-    _check_tensors(UPDATE, info.inputs, known, {LATENT})
+    _check_tensors(UPDATE, info.inputs, known, {LATENT, VELOCITIES, PREDICTION})
     _check_rows(UPDATE, info.inputs)
     state = {NEXT + name: shape for name, shape in _shapes(info.inputs).items() if NEXT + name in outputs}
     sides = [shapes.SYMBOLS[axis.name] for axis in manifest.latent.axes]
     deviations: dict[str, Shape] = {
         f"{DEVIATION}{patch}": ("B", *(f"{side}/{patch}" for side in sides)) for patch in manifest.coarse
     }
-    results = {NEXT + LATENT: manifest.latent.shape, **state, **deviations}
+    error: Shape = ("B", *(f"{side}/{manifest.native}" for side in sides))
+    results = {
+        NEXT + LATENT: manifest.latent.shape,
+        NEXT + VELOCITIES: known[VELOCITIES],
+        PREDICTION_ERROR: error,
+        **state,
+        **deviations,
+    }
     _check_tensors(UPDATE, info.outputs, results, results)
+    predict = manifest.graphs[PREDICT]
+    taken = {name: known[name] for name in (VELOCITIES, PREDICTION)}
+    _check_tensors(PREDICT, predict.inputs, taken, taken)
+    given = _shapes(levels[0].outputs)
+    _check_tensors(PREDICT, predict.outputs, given, given)
     for graph in levels:
         _check_apart(graph, info)
+
+
+def _kept_velocities(manifest: "Manifest") -> int:
+    """How many velocities are kept: what the prediction graph takes."""
+    shape = _shapes(manifest.graphs[PREDICT].inputs).get(PREDICTION, ())
+    if len(shape) != 2 or not isinstance(shape[1], int):
+        raise ValueError(f"{PREDICT}: {PREDICTION} has to have the shape (B, number of velocities)")
+    return shape[1]
 
 
 def _check_apart(level: "GraphInfo", update: "GraphInfo") -> None:

@@ -1,11 +1,16 @@
 """Names of graphs and tensors that hosts know; every other name is the bundle's own (docs/bundle.md)."""
 
 UPDATE = "step"  # the graph that moves the latent
+PREDICT = "predict"  # the graph that gives a velocity where no level runs
 NEXT = "next_"  # before the name of a buffer: its value for the step after
 DEVIATION = "deviation_"  # before a coarse patch
+PREDICTION_ERROR = "prediction_error"
+VELOCITIES = "velocities"  # of the last computed steps, (B, how many are kept, …), the newest first
 TABLES = ("rope_cos", "rope_sin")  # the levels' rotary positions
 LATENT, IMAGE, IDS, GUIDANCE = "latent", "image", "input_ids", "guidance"
 
 # what a session tells a step of every sample, each (B,)
-TIMESTEP, DT, KEEP_ESTIMATE = "timestep", "dt", "keep_estimate"
+TIMESTEP, DT, CORRECTION = "timestep", "dt", "correction"
+KEEP_ESTIMATE, KEEP_VELOCITY = "keep_estimate", "keep_velocity"
+PREDICTION = "prediction"  # weights of the kept velocities, (B, how many are kept)
 CARRY = "carry"  # the same, (B, number of coarse levels); only where there are coarse levels

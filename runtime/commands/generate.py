@@ -29,7 +29,8 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}  
     "--schedule",
     default="dynamic",
     show_default=True,
-    help="native, fixed:8x10,4x20,2x20 or dynamic[:tau=…,rho=…,warmup=…,hold=…,coarsest=…,absolute=…].",
+    help="native, fixed:8x10,4x20,2x20 or dynamic[:tau=…,rho=…,warmup=…,hold=…,coarsest=…,absolute=…], with "
+    "+adaptive[:tolerance=…,order=…,longest=…] or the latter alone.",
 )
 @click.option(
     "--budget", type=Seconds(), help="Seconds for the picture, as in 1.5s or 800ms; chooses the schedule itself."
@@ -83,7 +84,7 @@ def generate(
         task = bar.add_task("opening", total=None)
 
         def on_step(done: Progress) -> None:
-            bar.update(task, completed=done.step + 1, total=done.steps, description=f"level {done.levels[0]}")
+            bar.update(task, completed=done.step + 1, total=done.steps, description=_doing(done.levels[0]))
 
         result = pipeline(
             prompt,
@@ -121,9 +122,15 @@ def generate(
         say(f"{out}: {_steps_line(result.trace)}, backend {pipeline.backend}")
 
 
+def _doing(level: int | None) -> str:
+    return "predicted" if level is None else f"level {level}"
+
+
 def _steps_line(trace: Trace) -> str:
-    steps = " + ".join(f"{count} at level {level}" for level, count in trace.steps_per_level().items())
-    return f"{len(trace.steps)} steps ({steps}) in {trace.total_milliseconds() / 1000:.1f} s"
+    steps = [f"{count} at level {level}" for level, count in trace.steps_per_level().items()]
+    if trace.predicted:
+        steps.append(f"{trace.predicted} predicted")
+    return f"{len(trace.steps)} steps ({' + '.join(steps)}) in {trace.total_milliseconds() / 1000:.1f} s"
 
 
 def _save(picture: Image.Image, path: Path) -> None:

@@ -14,27 +14,55 @@ DIFFERENCE_ORDER = 3  # a third difference needs three finished steps
 
 @dataclass(frozen=True)
 class Decision:
-    """What one denoising step of one sample does."""
+    """What one denoising step of one sample does: run a level, or predict the velocity.
 
-    level: int  # the patch size that it runs at
+    A computed step may have a prediction too. It shows what a prediction in its place would have missed (v − v̂), and
+    ``correction`` times that moves the latent: what the predicted steps before it should have done.
+    """
+
+    level: int | None  # the patch size that it runs at; None: no level runs, the velocity is predicted
+    prediction: tuple[float, ...] = ()  # weights of the kept velocities in v̂, the newest first; empty: none
+    correction: float = 0.0  # Δσ
+    by: str = ""  # the policy that decided
+    figures: Mapping[str, float] = field(default_factory=dict)  # on what, by name
 
 
 @dataclass
 class RunHistory:
-    """A run so far, as its policy sees it.
+    """A run so far, as its policy sees it."""
 
-    ``deviations`` holds, for every coarse patch p, the standard deviation of the latent's third difference inside each
-    p×p patch after the last step, (H/p, W/p); it is empty until three steps are done.
-    """
-
-    levels: list[int] = field(default_factory=list)  # of the steps that are done
-    deviations: Mapping[int, FloatArray] = field(default_factory=dict)
+    sigmas: FloatArray  # noise levels of all steps and 0 at the end
     first: int = 0  # number of the run's first step: above 0 where it goes on from a latent that was given
+    # of the steps that are done; a predicted one has the level of the computed one before it
+    levels: list[int] = field(default_factory=list)
+    computed: list[int] = field(default_factory=list)  # numbers of the steps that ran a level
+    # the root mean square of v − v̂ in every native patch, (H/p, W/p), at the last computed step;
+    # None where nothing was predicted for it
+    error: FloatArray | None = None
+    # for every coarse patch p the standard deviation of the latent's third difference inside each p×p patch after the
+    # last step, (H/p, W/p); empty until three steps are done
+    deviations: Mapping[int, FloatArray] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
         """The number of the step to decide on, from 0."""
         return self.first + len(self.levels)
+
+    @property
+    def steps(self) -> int:
+        """The number of all steps."""
+        return len(self.sigmas) - 1
+
+    def record(self, decision: Decision, error: FloatArray, deviations: Mapping[int, FloatArray]) -> None:
+        """Take a finished step, with what it measured."""
+        if decision.level is None:
+            self.levels.append(self.levels[-1])
+        else:
+            self.computed.append(self.step)
+            self.levels.append(decision.level)
+            self.error = error if decision.prediction else None
+        if len(self.levels) >= DIFFERENCE_ORDER:
+            self.deviations = deviations
 
 
 class Policy(ABC):

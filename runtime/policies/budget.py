@@ -35,9 +35,11 @@ class Budgeted(Policy):
         left = (self.deadline - self.clock()) * 1000
         fastest = min(self.milliseconds, key=self.milliseconds.__getitem__)
         reserve = (self.total - history.step - 1) * self.milliseconds[fastest]
-        wanted = self.wanted.decide(history).level
-        in_time = (p for p in sorted(self.milliseconds) if p >= wanted and self.milliseconds[p] + reserve <= left)
-        return Decision(next(in_time, fastest))
+        wanted = self.wanted.decide(history)
+        if wanted.level is None:
+            return wanted
+        in_time = (p for p in sorted(self.milliseconds) if p >= wanted.level and self.milliseconds[p] + reserve <= left)
+        return replace(wanted, level=next(in_time, fastest))
 
     def quantile(self) -> float | None:
         """That of the wanted policy."""

@@ -34,13 +34,13 @@ class Dynamic(Policy):
         """The largest patch under the threshold."""
         levels = history.levels
         if not self.judges(levels):
-            return Decision(levels[-1] if len(levels) >= self.warmup else self.native)
+            return Decision(levels[-1] if len(levels) >= self.warmup else self.native, by="dynamic")
         under = [
             patch
             for patch in self.coarse
             if statistic(history.deviations[patch], self.rho) < self.threshold(patch, history.step - 1)
         ]
-        return Decision(max(under, default=self.native))
+        return Decision(max(under, default=self.native), by="dynamic")
 
     def judges(self, levels: Sequence[int]) -> bool:
         """Whether the next level depends on the deviations: the warm-up is over, and a level has run long enough."""

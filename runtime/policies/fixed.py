@@ -15,7 +15,7 @@ class Fixed(Policy):
 
     def decide(self, history: RunHistory) -> Decision:
         """The step's entry in the list."""
-        return Decision(self.levels[history.step])
+        return Decision(self.levels[history.step], by="fixed")
 
     def steps(self, asked: int | None, default: int) -> int:
         """As many as it lists."""

@@ -13,7 +13,7 @@ class Native(Policy):
 
     def decide(self, history: RunHistory) -> Decision:
         """The native level."""
-        return Decision(self.native)
+        return Decision(self.native, by="native")
 
     def __str__(self) -> str:
         return "native"

@@ -2,74 +2,104 @@
 
 native                          every step at the native level
 fixed:8x10,4x20,2x20            ten steps at level 8, then twenty at 4, then twenty at 2
-dynamic                         by content (DDiT), with the bundle's settings
+dynamic                         levels by content (DDiT), with the bundle's settings
 dynamic:tau=0.002,rho=0.4       the same with settings of one's own: tau, rho, warmup, hold, coarsest
 dynamic:absolute=1,tau=0.001    τ as the paper has it, not a multiple of smooth pictures' statistic
+adaptive                        steps are predicted where the expected error is small; the others are native
+adaptive:tolerance=0.02         the same with settings of one's own: tolerance, order, longest
+dynamic+adaptive                two in one: the first picks the levels of the steps that the second does not predict
 """
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ddit.runtime.bundle.manifest import MAX_STEPS
 from ddit.runtime.errors import UsageError
+from ddit.runtime.policies.adaptive import Adaptive
 from ddit.runtime.policies.base import DIFFERENCE_ORDER, Policy
 from ddit.runtime.policies.dynamic import Dynamic
 from ddit.runtime.policies.fixed import Fixed
 from ddit.runtime.policies.native import Native
+from ddit.runtime.policies.prediction import KEPT_VELOCITIES
+from ddit.runtime.policies.reuse import Reuse, Reusing
 
-FORMS = "native, fixed:8x10,4x20,2x20 or dynamic[:tau=0.001,rho=0.4,warmup=3,hold=3,coarsest=8,absolute=0]"
-
-
-def parse_schedule(text: str, *, patches: Sequence[int], native: int, default: Dynamic) -> Policy:
-    """Make a schedule from its written form; ``default`` gives what ``dynamic`` leaves unsaid. Raises `UsageError`."""
-    kind, _, rest = text.strip().partition(":")
-    if kind == "native" and not rest:
-        return Native(native)
-    if kind == "fixed" and rest:
-        return Fixed(_fixed_levels(rest, patches))
-    if kind == "dynamic":
-        return _with_settings(default, rest, patches)
-    raise UsageError(f"unknown schedule {text!r}; write {FORMS}")
+FORMS = (
+    "native, fixed:8x10,4x20,2x20 or dynamic[:tau=0.001,rho=0.4,warmup=3,hold=3,coarsest=8,absolute=0], and after a + "
+    "or alone adaptive[:tolerance=0.01,order=1,longest=12]"
+)
 
 
-def _fixed_levels(text: str, patches: Sequence[int]) -> tuple[int, ...]:
+@dataclass(frozen=True)
+class Choices:
+    """What a bundle gives to a written policy."""
+
+    patches: Sequence[int]
+    native: int
+    dynamic: Dynamic  # what ``dynamic`` leaves unsaid
+
+
+def parse_schedule(text: str, choices: Choices) -> Policy:
+    """Make a policy from its written form. Raises `UsageError` that shows the form."""
+    levels: list[Policy] = []
+    reuse: list[Reuse] = []
+    for part in re.split(r"\+(?=[a-z])", text.strip()):
+        kind, colon, settings = part.partition(":")
+        if kind in LEVELS:
+            levels.append(LEVELS[kind](settings, choices))
+        elif kind in REUSE:
+            reuse.append(REUSE[kind](settings))
+        if kind not in {**LEVELS, **REUSE} or (colon and not settings):
+            raise UsageError(f"unknown schedule {text!r}; write {FORMS}")
+    if len(levels) > 1 or len(reuse) > 1:
+        raise UsageError(f"{text!r} decides twice on the same thing; join at most one policy of each kind")
+    chosen = levels[0] if levels else Native(choices.native)
+    return Reusing(chosen, reuse[0]) if reuse else chosen
+
+
+def _native(text: str, choices: Choices) -> Native:
+    if text:
+        raise UsageError(f"native has no settings, as in native:{text}; write {FORMS}")
+    return Native(choices.native)
+
+
+def _fixed(text: str, choices: Choices) -> Fixed:
     levels: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", part)
         if match is None:
             raise UsageError(f"cannot read {part!r} in the schedule; write LEVELxSTEPS, as in fixed:4x20,2x30")
         patch, count = int(match[1]), int(match[2] or 1)
-        if patch not in patches:
-            raise UsageError(f"the schedule asks for level {patch}; the bundle has {', '.join(map(str, patches))}")
+        if patch not in choices.patches:
+            raise UsageError(
+                f"the schedule asks for level {patch}; the bundle has {', '.join(map(str, choices.patches))}"
+            )
         if count > MAX_STEPS - len(levels):
             raise UsageError(f"the schedule has more than {MAX_STEPS} steps")
         levels += [patch] * count
-    return tuple(levels)
+    return Fixed(tuple(levels))
 
 
-def _with_settings(default: Dynamic, text: str, patches: Sequence[int]) -> Dynamic:
+def _dynamic(text: str, choices: Choices) -> Dynamic:
+    default = choices.dynamic
     readers = {"tau": float, "rho": float, "warmup": int, "hold": int, "coarsest": int, "absolute": int}
-    settings: dict[str, float] = {}
-    for part in filter(None, text.split(",")):
-        name, _, value = part.partition("=")
-        try:
-            settings[name.strip()] = readers[name.strip()](value)
-        except (KeyError, ValueError):
-            raise UsageError(f"cannot read {part!r} in the schedule; write {FORMS}") from None
+    settings = _settings(text, readers)
     coarsest = settings.pop("coarsest", None)
     if coarsest is not None:
         if coarsest < default.native:
             raise UsageError(f"coarsest must be at least the native level {default.native}, not {coarsest}")
-        default = replace(default, coarse=tuple(patch for patch in patches if default.native < patch <= coarsest))
+        default = replace(
+            default, coarse=tuple(patch for patch in choices.patches if default.native < patch <= coarsest)
+        )
     if settings.pop("absolute", 0) and default.smooth:
         if "tau" not in settings:
             raise UsageError(
                 "an absolute tau must be given, as in dynamic:absolute=1,tau=0.001: the bundle's is relative"
             )
         default = replace(default, smooth=None)
-    schedule = replace(default, **settings)  # type: ignore[arg-type]
+    schedule = replace(default, **settings)
     if not 0 < schedule.tau < math.inf:
         raise UsageError(f"tau must be above 0, and finite, not {schedule.tau:g}")
     if not 0 < schedule.rho < 1:
@@ -79,3 +109,30 @@ def _with_settings(default: Dynamic, text: str, patches: Sequence[int]) -> Dynam
     if schedule.hold < 1:
         raise UsageError(f"hold must be at least 1 step, not {schedule.hold}")
     return schedule
+
+
+def _adaptive(text: str) -> Adaptive:
+    policy = Adaptive(**_settings(text, {"tolerance": float, "order": int, "longest": int}))
+    if not 0 <= policy.tolerance < math.inf:
+        raise UsageError(f"tolerance must be at least 0, and finite, not {policy.tolerance:g}")
+    if not 0 <= policy.order < KEPT_VELOCITIES:
+        raise UsageError(f"order must lie between 0 and {KEPT_VELOCITIES - 1}, not {policy.order}")
+    if policy.longest < 0:
+        raise UsageError(f"longest must be at least 0 steps, not {policy.longest}")
+    return policy
+
+
+LEVELS: Mapping[str, Callable[[str, Choices], Policy]] = {"native": _native, "fixed": _fixed, "dynamic": _dynamic}
+REUSE: Mapping[str, Callable[[str], Reuse]] = {"adaptive": _adaptive}
+
+
+def _settings(text: str, readers: Mapping[str, Callable[[str], float]]) -> dict[str, Any]:
+    """``"tau=0.002,warmup=3"`` as numbers by name. Raises `UsageError` for a name or number that is none."""
+    settings: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        try:
+            settings[name.strip()] = readers[name.strip()](value)
+        except (KeyError, ValueError):
+            raise UsageError(f"cannot read {part!r} in the schedule; write {FORMS}") from None
+    return settings

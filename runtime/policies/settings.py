@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from ddit.runtime.bundle import Manifest
 from ddit.runtime.policies.base import Policy
 from ddit.runtime.policies.dynamic import Dynamic
-from ddit.runtime.policies.parse import parse_schedule
+from ddit.runtime.policies.parse import Choices, parse_schedule
 from ddit.runtime.policies.smooth import smooth_at
 
 
@@ -23,7 +23,7 @@ def bundle_policy(
     coarse = tuple(patch for patch in manifest.coarse if patch <= (info.coarsest or patch))
     smooth = smooth_at(info.smooth, sigmas) if info.smooth else None
     default = Dynamic(manifest.native, coarse, info.tau, info.rho, info.warmup, info.hold, smooth)
-    return parse_schedule(text, patches=manifest.patches, native=manifest.native, default=default)
+    return parse_schedule(text, Choices(manifest.patches, manifest.native, default))
 
 
 def smooth_curves(

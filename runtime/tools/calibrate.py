@@ -175,7 +175,7 @@ class Calibrator:
         )
 
     def _cost(self, trace: Trace) -> float:
-        return sum(self.costs.levels[level] for level in trace.levels)
+        return sum(self.costs.levels[level] for level in trace.levels if level is not None)
 
 
 def search(

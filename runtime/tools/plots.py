@@ -43,9 +43,21 @@ def plot_schedule(trace: Trace, path: Path) -> None:
     drawing = figure()
     upper, lower = drawing.subplots(2, 1, sharex=True, height_ratios=(2, 3))
     numbers = range(len(trace.steps))
-    upper.step(numbers, trace.levels, where="mid", color="black")
+    computed = [(record.step, record.level) for record in trace.steps if record.level is not None]
+    levels = sorted({level for _, level in computed})
+    # a predicted step stands, hollow, on the level of the computed one before it
+    effective = [
+        max((one for one in computed if one[0] <= record.step), default=computed[0])[1] for record in trace.steps
+    ]
+    upper.step(numbers, effective, where="mid", color="lightgrey")
+    upper.plot(*zip(*computed, strict=True), "o", color="black", markersize=4, label="computed")
+    if trace.predicted:
+        predicted = [(r.step, level) for r, level in zip(trace.steps, effective, strict=True) if r.level is None]
+        upper.plot(*zip(*predicted, strict=True), "o", color="grey", fillstyle="none", markersize=4, label="predicted")
+        upper.legend(fontsize=8)
     upper.set_yscale("log", base=2)
-    upper.set_yticks(sorted(set(trace.levels)), labels=[str(level) for level in sorted(set(trace.levels))])
+    upper.set_yticks(levels, labels=[str(level) for level in levels])
+    upper.minorticks_off()
     upper.set_ylabel("level (patch)")
     title = printable(shorten(trace.prompt, LONGEST_TITLE, placeholder=" …"))[:LONGEST_TITLE]
     upper.set_title(f"“{title}”", fontsize=10, parse_math=False)  # a prompt's dollar signs are no formulas

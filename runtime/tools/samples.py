@@ -10,7 +10,14 @@ from ddit.runtime.bundle.manifest import TensorSpec
 FloatArray = NDArray[np.float32]
 
 # numbers that are given for every sample; other float32 inputs are standard normal
-RANGES = {"timestep": (0.05, 1.0), "dt": (-0.1, -0.01), "guidance": (1.0, 2.0), "carry": (0.0, 1.0)}
+RANGES = {
+    "timestep": (0.05, 1.0),
+    "dt": (-0.1, -0.01),
+    "guidance": (1.0, 2.0),
+    "carry": (0.0, 1.0),
+    "prediction": (-1.0, 2.0),
+    "correction": (-0.1, 0.1),
+}
 VOCABULARY = 4  # token ids that every vocabulary has
 
 

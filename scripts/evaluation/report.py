@@ -72,12 +72,14 @@ def write_report(
 
 def coarse_shares(measured: Measured, native: int) -> list[float]:
     """Share of every picture's steps that ran above the native level."""
-    return [sum(level != native for level in record.levels) / len(record.levels) for record in measured.records]
+    return [
+        sum(level not in (native, None) for level in record.levels) / len(record.levels) for record in measured.records
+    ]
 
 
 def computed(measured: Measured, flops: Mapping[int, float]) -> list[float]:
     """Operations of every picture's transformer steps: the sum of their levels' (see `flops.level_flops`)."""
-    return [sum(flops[level] for level in record.levels) for record in measured.records]
+    return [sum(flops[level] for level in record.levels if level is not None) for record in measured.records]
 
 
 def summarize(

@@ -55,7 +55,7 @@ class Record:
     prompt: str
     seed: int
     schedule: str
-    levels: list[int]  # of every step
+    levels: list[int | None]  # of every step; None where it was predicted
     milliseconds: float  # of all steps; of a batch, the picture's share
 
 

@@ -20,7 +20,7 @@ from ddit.exporter.families.flux.model import Flux
 from ddit.exporter.graphs.job import floats, ids, level_name, loaded_job
 from ddit.exporter.levels import Level, patchify, resize_embedding, resize_head, unpatchify
 from ddit.exporter.models import find_model
-from ddit.exporter.steps.update import step_job
+from ddit.exporter.steps.jobs import sampling_jobs
 from ddit.runtime import Bundle
 from ddit.runtime.backends.registry import open_backend
 from ddit.runtime.bundle.manifest import (
@@ -203,7 +203,7 @@ class Toy(Family):
             trace_sizes={"B": 2, "H": 3, "W": 5},
         )
         coarse = tuple(patch for patch in self.levels if patch > 1)
-        return [words, *map(self.level_job, self.levels), step_job(CHANNELS, coarse), pixels]
+        return [words, *map(self.level_job, self.levels), *sampling_jobs(CHANNELS, 1, coarse), pixels]
 
     @torch.no_grad()
     def original_step(self, prompts, latent, *, steps, guidance, text_length, device):

@@ -29,7 +29,7 @@ def test_a_step_is_calls_on_buffers_that_have_the_tensors_names(pipeline):
     assert all(tensor == buffer for call in program.calls for tensor, buffer in call.inputs.items())
     assert {f"next_{name}" for name in program.state} <= {spec.name for spec in manifest.graphs["step"].outputs}
     assert "latent" in program.state
-    assert program.results == ("deviation_4", "deviation_8")
+    assert program.results == ("prediction_error", "deviation_4", "deviation_8")
     assert program.tokens == 8
     assert program.tables["rope_cos"].shape == (4, 2, 16)
     assert not set(program.tables) & set(sample_buffers(manifest)), "tables are the same for all samples"
@@ -48,7 +48,7 @@ def test_samples_that_come_and_go_are_as_if_alone(pipeline):
         if waiting:  # one more joins at every step, whatever the others are doing
             (prompt, seed), levels = waiting.pop(0)
             flying[prompt, seed] = admit(session, pipeline, prompt, seed, levels)
-        together = max(together, *(len(members) for _, members in session.groups()))
+        together = max(together, *(len(members) for members in session.groups()))
         session.step()
         for key, sample in list(flying.items()):
             if sample.done:
@@ -60,6 +60,27 @@ def test_samples_that_come_and_go_are_as_if_alone(pipeline):
         assert trace.levels == list(levels)
         alone = pipeline(prompt, seed=seed, schedule=Fixed(levels), guidance=2.0, **SIZE).latent
         np.testing.assert_allclose(latent, alone, atol=1e-5 * np.abs(alone).max())
+
+
+def test_samples_that_predict_and_samples_that_compute_step_beside_each_other(pipeline):
+    """What was kept of one sample's velocities is not another's, whoever shares its steps."""
+    schedules = ["adaptive:tolerance=0.5", "fixed:2x4,4x8+adaptive:tolerance=0.5", "native", "adaptive:tolerance=0.05"]
+    requests = [Request("a red circle", seed, 12, text, **SIZE) for seed, text in enumerate(schedules)]
+    results = pipeline.run(requests)
+    assert 0 < results[3].trace.predicted < results[0].trace.predicted
+    for request, result in zip(requests, results, strict=True):
+        (alone,) = pipeline.run([request])
+        assert result.trace.levels == alone.trace.levels
+        np.testing.assert_allclose(result.latent, alone.latent, atol=1e-5 * np.abs(alone.latent).max())
+
+
+@pytest.mark.parametrize("levels", ["native", "fixed:2x4,8x4,4x4"])
+def test_at_tolerance_0_nothing_is_predicted_and_the_picture_is_the_same_to_the_bit(pipeline, levels):
+    size = {"steps": 12, **SIZE}
+    plain = pipeline("a red circle", schedule=levels, **size)
+    none_predicted = pipeline("a red circle", schedule=f"{levels}+adaptive:tolerance=0", **size)
+    assert none_predicted.trace.levels == plain.trace.levels
+    np.testing.assert_array_equal(none_predicted.latent, plain.latent)
 
 
 def test_what_one_sample_carries_does_not_depend_on_who_steps_with_it(pipeline):

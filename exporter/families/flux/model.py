@@ -31,7 +31,7 @@ from ddit.exporter.families.flux.modules import (
 from ddit.exporter.graphs.job import GraphJob, Original, Tables, floats, ids, level_name, loaded_job
 from ddit.exporter.graphs.weights import SafetensorsFolder
 from ddit.exporter.levels import AdapterConfig
-from ddit.exporter.steps.update import step_job
+from ddit.exporter.steps.jobs import sampling_jobs
 from ddit.profiles import why_invalid
 from ddit.runtime.bundle.manifest import (
     AxisInfo,
@@ -163,7 +163,7 @@ class Flux(Family):
             self._clip_job(),
             self._t5_job(),
             *(self.level_job(patch) for patch in self.levels),
-            step_job(self.latent.channels, coarse),
+            *sampling_jobs(self.latent.channels, NATIVE_PATCH, coarse),
             self._vae_job(),
         ]
 

@@ -1,5 +1,6 @@
 """Time budgets: the plan, and the deadline that no schedule misses by more than a step."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from ddit.runtime.cli import main as ddit_run
 from ddit.runtime.errors import UsageError
 from ddit.runtime.policies import Budgeted, Dynamic, Fixed, Native, RunHistory, parse_schedule
 from ddit.runtime.policies.budget import native_first, plan
+from ddit.runtime.policies.parse import Choices
 
 COSTS = Costs(levels={2: 40.0, 4: 15.0, 8: 10.0}, encode=50.0, decode=150.0)
 DEFAULT = Dynamic(native=2, coarse=(4, 8), tau=0.5, rho=0.4, warmup=3)
@@ -26,9 +28,13 @@ class Clock:
         return self.seconds
 
 
+def past(steps: int) -> RunHistory:
+    return RunHistory(np.zeros(101), levels=[2] * steps)
+
+
 def spend(schedule: Budgeted, clock: Clock, steps: int, slower: float) -> None:
     for step in range(steps):
-        clock.seconds += schedule.milliseconds[schedule.decide(RunHistory([2] * step)).level] * slower / 1000
+        clock.seconds += schedule.milliseconds[schedule.decide(past(step)).level] * slower / 1000
 
 
 @given(st.integers(1, 60), st.floats(0.3, 4.0), st.sampled_from([2, 4, 8]))
@@ -45,7 +51,7 @@ def test_a_machine_that_slows_down_ends_as_early_as_it_can():
     schedule = Budgeted(Native(2), COSTS.levels, 20, clock() + 0.8, clock)
     spend(schedule, clock, 20, slower=1.5)
     assert clock() - 100 <= 0.8 + 20 * COSTS.levels[8] * 0.5 / 1000 + 0.06
-    assert schedule.decide(RunHistory([2] * 19)).level == 8
+    assert schedule.decide(past(19)).level == 8
 
 
 def test_all_native_where_it_fits():
@@ -82,10 +88,15 @@ def test_native_steps_first_keep_to_the_time_where_that_can_be(allowed, steps):
 
 @pytest.mark.parametrize(
     "text",
-    ["native", "fixed:8x3,4x1,8x2", "dynamic:tau=0.02,rho=0.3,warmup=4,hold=1,coarsest=4,absolute=1"],
+    [
+        "native",
+        "fixed:8x3,4x1,8x2",
+        "dynamic:tau=0.02,rho=0.3,warmup=4,hold=1,coarsest=4,absolute=1",
+        "fixed:2x8+adaptive:tolerance=0.02,order=2,longest=3",
+    ],
 )
 def test_a_schedule_is_written_as_it_is_read(text):
-    assert str(parse_schedule(text, patches=(2, 4, 8), native=2, default=DEFAULT)) == text
+    assert str(parse_schedule(text, Choices((2, 4, 8), 2, DEFAULT))) == text
 
 
 def test_a_picture_in_time(tiny_bundle):

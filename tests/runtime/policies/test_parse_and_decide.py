@@ -8,13 +8,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddit.runtime.errors import UsageError
-from ddit.runtime.policies import Dynamic, Fixed, Native, Policy, RunHistory, parse_schedule, statistic
+from ddit.runtime.policies import (
+    Adaptive,
+    Dynamic,
+    Fixed,
+    Native,
+    Policy,
+    Reusing,
+    RunHistory,
+    parse_schedule,
+    statistic,
+)
+from ddit.runtime.policies.parse import Choices
 
 DEFAULT = Dynamic(native=2, coarse=(4, 8), tau=0.001, rho=0.4, warmup=3)
 
 
 def parse(text: str):
-    return parse_schedule(text, patches=(2, 4, 8), native=2, default=DEFAULT)
+    return parse_schedule(text, Choices((2, 4, 8), 2, DEFAULT))
 
 
 def deviations(four: float, eight: float) -> dict[int, np.ndarray]:
@@ -23,7 +34,7 @@ def deviations(four: float, eight: float) -> dict[int, np.ndarray]:
 
 def level(policy: Policy, past: list[int], measured: dict[int, np.ndarray]) -> int:
     """The level that a policy decides on."""
-    return policy.decide(RunHistory(past, measured)).level
+    return policy.decide(RunHistory(np.zeros(51), levels=past, deviations=measured)).level
 
 
 def test_written_forms():
@@ -31,6 +42,8 @@ def test_written_forms():
     assert parse("dynamic") == DEFAULT
     assert parse("dynamic:tau=0.5, rho=0.9,warmup=5") == Dynamic(2, (4, 8), 0.5, 0.9, 5)
     assert parse("fixed:8x2,4x1,2") == Fixed((8, 8, 4, 2))
+    assert parse("adaptive") == parse("native+adaptive") == Reusing(Native(2), Adaptive())
+    assert parse("dynamic+adaptive:tolerance=1e+0,order=2") == Reusing(DEFAULT, Adaptive(1.0, 2))
 
 
 @pytest.mark.parametrize(
@@ -38,7 +51,8 @@ def test_written_forms():
     [
         *("", "fast", "native:1", "fixed", "fixed:", "fixed:4y2", "fixed:x2", "fixed:16x2", "fixed:4x-1"),
         *("dynamic:tau", "dynamic:mu=1", "dynamic:rho=1", "dynamic:rho=0", "dynamic:tau=-1", "dynamic:tau=nan"),
-        "dynamic:warmup=2",
+        *("dynamic:warmup=2", "adaptive:tolerance=-1", "adaptive:tolerance=inf", "adaptive:order=3", "adaptive:tau=1"),
+        *("native+dynamic", "adaptive+adaptive", "native+", "+native", "native++adaptive", "native+fast", "adaptive:"),
     ],
 )
 def test_what_cannot_be_read_is_refused(text):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from ddit.runtime.errors import UsageError
 from ddit.runtime.policies import Dynamic, RunHistory, parse_schedule
+from ddit.runtime.policies.parse import Choices
 from ddit.runtime.policies.smooth import SMOOTH, measure_smooth, smooth_at, step_lengths
 
 SIGMAS = np.array([1.0, 0.9, 0.75, 0.6, 0.4, 0.2, 0.0], np.float32)
@@ -56,16 +57,16 @@ def test_tau_is_a_multiple_of_it(tau, scale, level):
     for done in range(3, STEPS):
         statistics = runs((scale,))[0][done - 1]
         deviations = {patch: np.full((2, 2), value, np.float32) for patch, value in statistics.items()}
-        assert schedule.decide(RunHistory([2] * done, deviations)).level == level
+        assert schedule.decide(RunHistory(SIGMAS, levels=[2] * done, deviations=deviations)).level == level
 
 
 def test_the_paper_s_rule_can_be_asked_for():
-    patches = {"patches": (2, 4, 8), "native": 2}
     default = relative(3.0)
-    assert parse_schedule("dynamic", default=default, **patches) == default
-    absolute = parse_schedule("dynamic:absolute=1,tau=0.001", default=default, **patches)
+    choices = Choices((2, 4, 8), 2, default)
+    assert parse_schedule("dynamic", choices) == default
+    absolute = parse_schedule("dynamic:absolute=1,tau=0.001", choices)
     assert absolute == replace(default, tau=0.001, smooth=None)
-    assert parse_schedule(str(absolute), default=default, **patches) == absolute
-    assert parse_schedule(str(default), default=default, **patches) == default
+    assert parse_schedule(str(absolute), choices) == absolute
+    assert parse_schedule(str(default), choices) == default
     with pytest.raises(UsageError, match="an absolute tau must be given"):
-        parse_schedule("dynamic:absolute=1", default=default, **patches)
+        parse_schedule("dynamic:absolute=1", choices)

@@ -1,0 +1,58 @@
+"""The prediction graph: the velocity of a step that runs no level.
+
+The velocity of a sampled path is smooth in the noise level σ, so that it can be predicted from the velocities of the
+last computed steps: v̂ = Σₖ wₖ vₖ. The weights are a few numbers that the host works out, so that every way to predict
+(the last velocity again, a line or a parabola through the last ones) is the same graph.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ddit.exporter.graphs.job import GraphJob, Original, floats
+from ddit.exporter.steps import equations
+from ddit.runtime.policies.prediction import KEPT_VELOCITIES
+
+
+class PredictionGraph(nn.Module):
+    """A weighted sum of kept velocities."""
+
+    def forward(self, velocities: Tensor, prediction: Tensor) -> Tensor:
+        """The predicted velocity (B, C, H, W).
+
+        Args:
+            velocities: (B, K, C, H, W) the velocities of the last computed steps, the newest first.
+            prediction: (B, K) their weights.
+        """
+        return weighted_sum(velocities, prediction)
+
+
+def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
+    """(B, K, …) and (B, K) → (B, …)."""
+    shape = (*weights.shape, *(1 for _ in values.shape[2:]))
+    return (values * weights.reshape(shape)).sum(dim=1)
+
+
+def prediction_job(channels: int) -> GraphJob:
+    """The export job of a bundle's prediction graph."""
+
+    def original(device: torch.device) -> Original:
+        def compute(**inputs: Tensor) -> Tensor:
+            arrays = {name: value.double().cpu().numpy() for name, value in inputs.items()}
+            return torch.from_numpy(equations.predict(**arrays))
+
+        return compute
+
+    return GraphJob(
+        name="predict",
+        module=PredictionGraph(),
+        inputs=(
+            floats("velocities", "B", KEPT_VELOCITIES, channels, "H", "W"),
+            floats("prediction", "B", KEPT_VELOCITIES),
+        ),
+        outputs=(floats("velocity", "B", channels, "H", "W"),),
+        dtype="fp32",
+        values=lambda name: torch.empty(0),
+        place=lambda name: ("", name),
+        original=original,
+        trace_sizes={"B": 2, "H": 8, "W": 12},
+    )
