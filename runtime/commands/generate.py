@@ -30,8 +30,9 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}  
     default="dynamic",
     show_default=True,
     help="native, fixed:8x10,4x20,2x20 or dynamic[:tau=…,rho=…,warmup=…,hold=…,coarsest=…,absolute=…], with "
-    "+adaptive[:tolerance=…,order=…,longest=…] or the latter alone.",
+    "+adaptive[:tolerance=…,order=…,longest=…] or +taylorseer[:interval=…,order=…,first=…] or the latter alone.",
 )
+@click.option("--reuse", help="Which steps run no level, as in taylorseer:4; the same as SCHEDULE+REUSE.")
 @click.option(
     "--budget", type=Seconds(), help="Seconds for the picture, as in 1.5s or 800ms; chooses the schedule itself."
 )
@@ -57,6 +58,7 @@ def generate(
     seed: int,
     steps: int | None,
     schedule: str,
+    reuse: str | None,
     budget: float | None,
     height: int | None,
     width: int | None,
@@ -90,7 +92,7 @@ def generate(
             prompt,
             seed=seed,
             steps=steps,
-            schedule=schedule,
+            schedule=f"{schedule}+{reuse}" if reuse else schedule,
             budget=budget,
             height=height,
             width=width,

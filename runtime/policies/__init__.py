@@ -8,6 +8,7 @@ from ddit.runtime.policies.fixed import Fixed
 from ddit.runtime.policies.native import Native
 from ddit.runtime.policies.parse import parse_schedule
 from ddit.runtime.policies.reuse import Prediction, Reuse, Reusing
+from ddit.runtime.policies.taylorseer import TaylorSeer
 
 __all__ = [
     "DIFFERENCE_ORDER",
@@ -22,6 +23,7 @@ __all__ = [
     "Reuse",
     "Reusing",
     "RunHistory",
+    "TaylorSeer",
     "parse_schedule",
     "statistic",
 ]

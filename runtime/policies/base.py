@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +53,11 @@ class RunHistory:
     def steps(self) -> int:
         """The number of all steps."""
         return len(self.sigmas) - 1
+
+    def computed_at_level(self) -> list[int]:
+        """The steps that were computed since the level last changed, the newest first."""
+        last = reversed(self.computed)
+        return list(takewhile(lambda step: self.levels[step - self.first] == self.levels[-1], last))
 
     def record(self, decision: Decision, error: FloatArray, deviations: Mapping[int, FloatArray]) -> None:
         """Take a finished step, with what it measured."""

@@ -7,6 +7,8 @@ dynamic:tau=0.002,rho=0.4       the same with settings of one's own: tau, rho, w
 dynamic:absolute=1,tau=0.001    τ as the paper has it, not a multiple of smooth pictures' statistic
 adaptive                        steps are predicted where the expected error is small; the others are native
 adaptive:tolerance=0.02         the same with settings of one's own: tolerance, order, longest
+taylorseer:interval=4,order=2   every fourth step is computed, the others are predicted (TaylorSeer)
+taylorseer:4                    the same: a number alone is the first setting
 dynamic+adaptive                two in one: the first picks the levels of the steps that the second does not predict
 """
 
@@ -25,10 +27,11 @@ from ddit.runtime.policies.fixed import Fixed
 from ddit.runtime.policies.native import Native
 from ddit.runtime.policies.prediction import KEPT_VELOCITIES
 from ddit.runtime.policies.reuse import Reuse, Reusing
+from ddit.runtime.policies.taylorseer import TaylorSeer
 
 FORMS = (
     "native, fixed:8x10,4x20,2x20 or dynamic[:tau=0.001,rho=0.4,warmup=3,hold=3,coarsest=8,absolute=0], and after a + "
-    "or alone adaptive[:tolerance=0.01,order=1,longest=12]"
+    "or alone adaptive[:tolerance=0.01,order=1,longest=12] or taylorseer[:interval=4,order=2,first=3]"
 )
 
 
@@ -50,7 +53,7 @@ def parse_schedule(text: str, choices: Choices) -> Policy:
         if kind in LEVELS:
             levels.append(LEVELS[kind](settings, choices))
         elif kind in REUSE:
-            reuse.append(REUSE[kind](settings))
+            reuse.append(REUSE[kind](settings, choices))
         if kind not in {**LEVELS, **REUSE} or (colon and not settings):
             raise UsageError(f"unknown schedule {text!r}; write {FORMS}")
     if len(levels) > 1 or len(reuse) > 1:
@@ -111,7 +114,7 @@ def _dynamic(text: str, choices: Choices) -> Dynamic:
     return schedule
 
 
-def _adaptive(text: str) -> Adaptive:
+def _adaptive(text: str, choices: Choices) -> Adaptive:
     policy = Adaptive(**_settings(text, {"tolerance": float, "order": int, "longest": int}))
     if not 0 <= policy.tolerance < math.inf:
         raise UsageError(f"tolerance must be at least 0, and finite, not {policy.tolerance:g}")
@@ -122,15 +125,31 @@ def _adaptive(text: str) -> Adaptive:
     return policy
 
 
+def _taylorseer(text: str, choices: Choices) -> TaylorSeer:
+    policy = TaylorSeer(**_settings(text, {"interval": int, "order": int, "first": int}, alone="interval"))
+    if policy.interval < 1:
+        raise UsageError(f"interval must be at least 1 step, not {policy.interval}; write taylorseer:interval=4")
+    if not 0 <= policy.order < KEPT_VELOCITIES:
+        raise UsageError(f"order must lie between 0 and {KEPT_VELOCITIES - 1}, not {policy.order}")
+    if policy.first < 1:
+        raise UsageError(f"first must be at least 1 step, not {policy.first}: nothing can be predicted before")
+    return policy
+
+
 LEVELS: Mapping[str, Callable[[str, Choices], Policy]] = {"native": _native, "fixed": _fixed, "dynamic": _dynamic}
-REUSE: Mapping[str, Callable[[str], Reuse]] = {"adaptive": _adaptive}
+REUSE: Mapping[str, Callable[[str, Choices], Reuse]] = {"adaptive": _adaptive, "taylorseer": _taylorseer}
 
 
-def _settings(text: str, readers: Mapping[str, Callable[[str], float]]) -> dict[str, Any]:
-    """``"tau=0.002,warmup=3"`` as numbers by name. Raises `UsageError` for a name or number that is none."""
+def _settings(text: str, readers: Mapping[str, Callable[[str], float]], alone: str = "") -> dict[str, Any]:
+    """``"tau=0.002,warmup=3"`` as numbers by name. Raises `UsageError` for a name or number that is none.
+
+    ``alone``: the setting that a number without a name is.
+    """
     settings: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
-        name, _, value = part.partition("=")
+        name, equals, value = part.partition("=")
+        if alone and not equals:
+            name, value = alone, part
         try:
             settings[name.strip()] = readers[name.strip()](value)
         except (KeyError, ValueError):

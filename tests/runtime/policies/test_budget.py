@@ -93,6 +93,7 @@ def test_native_steps_first_keep_to_the_time_where_that_can_be(allowed, steps):
         "fixed:8x3,4x1,8x2",
         "dynamic:tau=0.02,rho=0.3,warmup=4,hold=1,coarsest=4,absolute=1",
         "fixed:2x8+adaptive:tolerance=0.02,order=2,longest=3",
+        "native+taylorseer:interval=6,order=1,first=2",
     ],
 )
 def test_a_schedule_is_written_as_it_is_read(text):

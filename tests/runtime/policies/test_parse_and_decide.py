@@ -16,6 +16,7 @@ from ddit.runtime.policies import (
     Policy,
     Reusing,
     RunHistory,
+    TaylorSeer,
     parse_schedule,
     statistic,
 )
@@ -43,6 +44,7 @@ def test_written_forms():
     assert parse("dynamic:tau=0.5, rho=0.9,warmup=5") == Dynamic(2, (4, 8), 0.5, 0.9, 5)
     assert parse("fixed:8x2,4x1,2") == Fixed((8, 8, 4, 2))
     assert parse("adaptive") == parse("native+adaptive") == Reusing(Native(2), Adaptive())
+    assert parse("taylorseer:5") == parse("native+taylorseer:interval=5") == Reusing(Native(2), TaylorSeer(5))
     assert parse("dynamic+adaptive:tolerance=1e+0,order=2") == Reusing(DEFAULT, Adaptive(1.0, 2))
 
 
@@ -53,6 +55,7 @@ def test_written_forms():
         *("dynamic:tau", "dynamic:mu=1", "dynamic:rho=1", "dynamic:rho=0", "dynamic:tau=-1", "dynamic:tau=nan"),
         *("dynamic:warmup=2", "adaptive:tolerance=-1", "adaptive:tolerance=inf", "adaptive:order=3", "adaptive:tau=1"),
         *("native+dynamic", "adaptive+adaptive", "native+", "+native", "native++adaptive", "native+fast", "adaptive:"),
+        *("taylorseer:0", "taylorseer:order=3", "taylorseer:first=0", "taylorseer:1.5", "adaptive+taylorseer"),
     ],
 )
 def test_what_cannot_be_read_is_refused(text):
