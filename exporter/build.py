@@ -67,6 +67,7 @@ def export_bundle(family: Family, out: Path, *, profile: Profile, opset: int, re
             positions=family.positions,
             guidance=family.guidance,
             decoder=family.decoder,
+            gate=family.gate,
             carry=CARRY if family.source.defaults.carry is None else family.source.defaults.carry,
             schedule=_schedule(family),
             parity=tuple(parity),

@@ -15,6 +15,7 @@ from ddit.runtime.bundle.manifest import MAX_STEPS
 from ddit.runtime.conditioning.guidance import guidance_scale
 from ddit.runtime.errors import UsageError
 from ddit.runtime.policies import Dynamic, Policy
+from ddit.runtime.policies.parse import NO_GATE
 from ddit.runtime.policies.settings import bundle_policy, smooth_curves
 from ddit.runtime.samplers.sigmas import noise, run_sigmas
 
@@ -88,6 +89,8 @@ class Request:
             policy = bundle_policy(policy, manifest, sigmas, height=height, width=width, backend=backend)
         if not isinstance(policy, Policy):
             raise UsageError(f"the schedule must be a text or a policy, not {policy!r}")
+        if policy.gate and manifest.gate is None:
+            raise UsageError(f"{policy} needs a gate graph, which the bundle lacks; {NO_GATE}")
         if budget is not None and not isinstance(policy, Dynamic):
             raise UsageError("a budget chooses the schedule of one picture; leave the schedule out")
         steps = policy.steps(None if self.steps is None else asked, manifest.sampler.steps)

@@ -16,6 +16,9 @@ from ddit.runtime.bundle.names import (
     CARRY,
     CORRECTION,
     DT,
+    GATE_CHANGES,
+    GATE_INPUT,
+    GATE_TIMESTEP,
     KEEP_ESTIMATE,
     KEEP_VELOCITY,
     LATENT,
@@ -26,7 +29,7 @@ from ddit.runtime.bundle.names import (
 )
 from ddit.runtime.complexity import Complexity
 from ddit.runtime.errors import BackendError
-from ddit.runtime.policies import DIFFERENCE_ORDER, Decision, RunHistory, statistic
+from ddit.runtime.policies import DIFFERENCE_ORDER, Change, Decision, RunHistory, statistic
 from ddit.runtime.policies.prediction import root_mean_square
 from ddit.runtime.request import Run
 from ddit.runtime.step import Programs, deviations, sample_buffers
@@ -67,7 +70,10 @@ class Session:
         manifest = self.manifest
         state = {
             name: np.zeros(self._buffers[name].resolve({**run.sizes, "B": 1})[1:], dtype=np.float32)
-            for name in self._programs.level(manifest.native, run.sizes).state
+            for name in (
+                *self._programs.level(manifest.native, run.sizes).state,
+                *([GATE_INPUT] if run.policy.gate else []),
+            )
         }
         rows = {**state, **conditions, LATENT: run.start(state[LATENT].shape)}
         sample = Sample(run, Trace.of(run, self.backend.name), RunHistory(run.sigmas, run.first_step), rows)
@@ -83,6 +89,7 @@ class Session:
 
     def groups(self) -> list[list[tuple[Sample, Decision]]]:
         """The samples that are not done with what they do next, those together that can share a call."""
+        self._run_gates()
         groups: defaultdict[tuple[int | None, tuple[int, ...]], list[tuple[Sample, Decision]]] = defaultdict(list)
         for sample in self.samples:
             if not sample.done:
@@ -101,6 +108,34 @@ class Session:
         milliseconds = (perf_counter() - begin) * 1000
         for row, (sample, decision) in enumerate(members):
             self._record(sample, decision, milliseconds, {name: values[row] for name, values in results.items()})
+
+    def _run_gates(self) -> None:
+        """Find how much the next step will differ from the one before, for the samples whose policy looks at it."""
+        waiting: defaultdict[object, list[Sample]] = defaultdict(list)
+        for sample in self.samples:
+            # once a step, however often somebody asks for the groups
+            if sample.run.policy.gate and not sample.done and len(sample.history.changes) == len(sample.history.levels):
+                # where their rows are: samples regroup for the step itself, not for this
+                place = id(sample.place[0]) if sample.place else tuple(sample.run.sizes.values())
+                waiting[place].append(sample)
+        for samples in waiting.values():
+            self._run_gate(samples[0].place[0] if samples[0].place else self._gather(samples), samples)
+
+    def _run_gate(self, workspace: Workspace, samples: Sequence[Sample]) -> None:
+        """Run the gate on all rows of a workspace; what it gives for other rows than these samples' means nothing."""
+        sigmas = np.ones(workspace.sizes["B"], np.float32)
+        rows = {sample.place[1]: sample for sample in samples if sample.place}
+        for row, sample in rows.items():
+            sigmas[row] = sample.run.sigmas[sample.history.step]
+        assert self._programs.gate is not None
+        results = workspace.run(self._programs.gate, {GATE_TIMESTEP: sigmas})
+        for row, sample in rows.items():
+            found = [float(results[name][row]) for name in GATE_CHANGES]
+            if not np.isfinite(found).all():
+                graph, step = self._programs.gate.name, sample.history.step
+                where = f"step {step + 1} of {sample.run.steps}"
+                raise BackendError(not_finite(graph, where, self.manifest.graphs[graph].dtype))
+            sample.history.changes.append(Change(*found))
 
     def latent(self, sample: Sample) -> FloatArray:
         """A copy of a sample's latent (C, H, W) as it is now."""

@@ -12,10 +12,14 @@ FLUX.1's step at level 4 is two calls:
 A step that runs no level has the prediction graph in the level's place:
 
     predict: velocities, prediction → velocity
+
+What a method of reuse wants to know beforehand is a program of its own, run before the decision:
+
+    gate: latent, timestep, guidance, pooled, gate_input → next_gate_input, gate_change, …
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -24,7 +28,7 @@ from numpy.typing import NDArray
 from ddit.runtime import shapes
 from ddit.runtime.bundle import Manifest
 from ddit.runtime.bundle.manifest import TensorSpec
-from ddit.runtime.bundle.names import DEVIATION, NEXT, PREDICT, UPDATE
+from ddit.runtime.bundle.names import DEVIATION, GATE_TIMESTEP, NEXT, PREDICT, TIMESTEP, UPDATE
 from ddit.runtime.conditioning.positions import level_tables
 
 FloatArray = NDArray[np.float32]
@@ -80,12 +84,25 @@ def predicted_program(manifest: Manifest) -> Program:
     return Program(name=PREDICT, calls=(call(manifest, PREDICT), call(manifest, UPDATE)), tables={}, tokens=0)
 
 
+def gate_program(manifest: Manifest) -> Program | None:
+    """What is run before a step to see how much it will differ from the one before; None where there is no gate.
+
+    Its timestep has a buffer of its own: what the host sends a step of the model lies side by side.
+    """
+    if manifest.gate is None:
+        return None
+    plain = call(manifest, manifest.gate.graph)
+    inputs = {tensor: GATE_TIMESTEP if tensor == TIMESTEP else buffer for tensor, buffer in plain.inputs.items()}
+    return Program(name=plain.graph, calls=(replace(plain, inputs=inputs),), tables={}, tokens=0)
+
+
 class Programs:
     """The programs of a bundle, each made once."""
 
     def __init__(self, manifest: Manifest):
         self.manifest = manifest
         self.predicted = predicted_program(manifest)
+        self.gate = gate_program(manifest)
         self._made: dict[tuple[int, tuple[tuple[str, int], ...]], Program] = {}
 
     def level(self, patch: int, sizes: Mapping[str, int]) -> Program:
@@ -104,8 +121,11 @@ def call(manifest: Manifest, graph: str) -> Call:
 
 def sample_buffers(manifest: Manifest) -> dict[str, TensorSpec]:
     """The buffers with a row for every sample, over all programs of a bundle."""
-    graphs = [manifest.graphs[name] for name in (*(level.graph for level in manifest.levels), PREDICT, UPDATE)]
+    names = [*(level.graph for level in manifest.levels), PREDICT, UPDATE]
+    names += [manifest.gate.graph] if manifest.gate else []
+    graphs = [manifest.graphs[name] for name in names]
     specs = {spec.name: spec for graph in graphs for spec in (*graph.inputs, *graph.outputs)}
+    specs[GATE_TIMESTEP] = specs[TIMESTEP]
     return {name: spec for name, spec in specs.items() if spec.shape[0] == "B"}
 
 

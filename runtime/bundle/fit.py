@@ -14,6 +14,8 @@ from ddit.runtime.bundle.names import (
     CORRECTION,
     DEVIATION,
     DT,
+    GATE_CHANGES,
+    GATE_INPUT,
     GUIDANCE,
     IDS,
     IMAGE,
@@ -46,6 +48,7 @@ def check_manifest(manifest: "Manifest") -> None:
     for patch in manifest.patches:
         _check_level(manifest, patch)
     _check_update(manifest)
+    _check_gate(manifest)
     _check_decoder(manifest)
     _check_sampler(manifest)
     _check_schedule(manifest, manifest.schedule)
@@ -81,6 +84,7 @@ def _check_levels(manifest: "Manifest") -> None:
 def _check_names(manifest: "Manifest") -> None:
     """Graphs and files that are named are there."""
     named = [level.graph for level in manifest.levels] + [one.graph for one in manifest.encoders]
+    named += [manifest.gate.graph] if manifest.gate else []
     for graph in (*named, manifest.decoder.graph, UPDATE, PREDICT):
         if graph not in manifest.graphs:
             raise ValueError(f"there is no graph {graph!r}")
@@ -123,16 +127,40 @@ def _check_level(manifest: "Manifest", patch: int) -> None:
     info = manifest.graphs[graph]
     grid = [f"{shapes.SYMBOLS[axis.name]}/{patch}" for axis in manifest.latent.axes]
     table: Shape = (*grid, sum(axis.dimensions for axis in manifest.positions.axes))
-    fed: dict[str, Shape] = {
-        one.feeds[spec.name]: spec.shape for one in manifest.encoders for spec in manifest.graphs[one.graph].outputs
-    }
-    inputs: dict[str, Shape] = {LATENT: manifest.latent.shape, TIMESTEP: ("B",), **dict.fromkeys(TABLES, table), **fed}
-    if manifest.guidance.embedded:
-        inputs[GUIDANCE] = ("B",)
+    inputs = {**_model_inputs(manifest), **dict.fromkeys(TABLES, table)}
     _check_tensors(graph, info.inputs, inputs, {LATENT, TIMESTEP})
     _check_rows(graph, info.outputs)
     if odd := [spec.name for spec in info.outputs if spec.name.startswith((NEXT, DEVIATION))]:
         raise ValueError(f"{graph}: {odd[0]} is an output of {UPDATE} only")
+
+
+def _model_inputs(manifest: "Manifest") -> dict[str, Shape]:
+    """What a graph of the model may take at every size: the latent, the noise level and the conditions."""
+    fed: dict[str, Shape] = {
+        one.feeds[spec.name]: spec.shape for one in manifest.encoders for spec in manifest.graphs[one.graph].outputs
+    }
+    scale: dict[str, Shape] = {GUIDANCE: ("B",)} if manifest.guidance.embedded else {}
+    return {LATENT: manifest.latent.shape, TIMESTEP: ("B",), **fed, **scale}
+
+
+def _check_gate(manifest: "Manifest") -> None:
+    """The gate graph takes what a level takes and its own output of the step before, which no other graph knows."""
+    if manifest.gate is None:
+        return
+    graph, info = manifest.gate.graph, manifest.graphs[manifest.gate.graph]
+    state = _shapes(info.inputs).get(GATE_INPUT, ())
+    sides = tuple(f"{shapes.SYMBOLS[axis.name]}/{manifest.native}" for axis in manifest.latent.axes)
+    if len(state) != len(sides) + 2 or state[:-1] != _plain(("B", *sides)) or not isinstance(state[-1], int):
+        raise ValueError(f"{graph}: {GATE_INPUT} has to have the shape {_text(('B', *sides, 'width'))}")
+    inputs = {**_model_inputs(manifest), GATE_INPUT: state}
+    _check_tensors(graph, info.inputs, inputs, {LATENT, TIMESTEP, GATE_INPUT})
+    outputs: dict[str, Shape] = {NEXT + GATE_INPUT: state, **dict.fromkeys(GATE_CHANGES, ("B",))}
+    _check_tensors(graph, info.outputs, outputs, outputs)
+    own = {GATE_INPUT, *outputs}
+    for other in (*(level.graph for level in manifest.levels), UPDATE):
+        specs = (*manifest.graphs[other].inputs, *manifest.graphs[other].outputs)
+        if taken := sorted(own & _shapes(specs).keys()):
+            raise ValueError(f"{other}: {taken[0]} is a tensor of {graph} only")
 
 
 def _check_update(manifest: "Manifest") -> None:

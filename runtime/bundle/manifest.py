@@ -177,6 +177,18 @@ class DecoderInfo(_Model):
     graph: Name
 
 
+class GateInfo(_Model):
+    """A small graph that shows, before a step, how much it will differ from the one before (TeaCache)."""
+
+    graph: Name
+    coefficients: tuple[Annotated[float, Field(ge=-1e9, le=1e9)], ...] = Field(
+        min_length=1,
+        max_length=8,
+        description="of the polynomial from the change of the modulated input to that of the velocity, highest first",
+    )
+    source: Text = Field(description="where the coefficients are from, for people to read")
+
+
 class SmoothPoint(_Model):
     """The statistics of smooth pictures at one noise level (`ddit.runtime.policies.smooth`)."""
 
@@ -276,6 +288,7 @@ class Manifest(_Model):
     positions: RotaryInfo
     guidance: GuidanceInfo
     decoder: DecoderInfo
+    gate: GateInfo | None = None
     carry: float = Field(ge=0, le=1, description="share of the last native step's detail that coarse steps take over")
     schedule: ScheduleInfo
     calibrations: tuple[Calibration, ...] = ()

@@ -2,6 +2,9 @@
 
 UPDATE = "step"  # the graph that moves the latent
 PREDICT = "predict"  # the graph that gives a velocity where no level runs
+GATE_INPUT = "gate_input"  # of a gate graph: the first block's modulated input at the step before, (B, H/p, W/p, …)
+GATE_CHANGES = ("gate_change", "gate_change_low", "gate_change_high")  # what it gives, each (B,)
+GATE_TIMESTEP = "gate_timestep"  # the buffer that it reads its timestep from
 NEXT = "next_"  # before the name of a buffer: its value for the step after
 DEVIATION = "deviation_"  # before a coarse patch
 PREDICTION_ERROR = "prediction_error"

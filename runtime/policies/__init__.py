@@ -1,7 +1,7 @@
 """Policies: what decides what every denoising step does."""
 
 from ddit.runtime.policies.adaptive import Adaptive
-from ddit.runtime.policies.base import DIFFERENCE_ORDER, Decision, Policy, RunHistory
+from ddit.runtime.policies.base import DIFFERENCE_ORDER, Change, Decision, Policy, RunHistory
 from ddit.runtime.policies.budget import Budgeted
 from ddit.runtime.policies.dynamic import Dynamic, statistic
 from ddit.runtime.policies.fixed import Fixed
@@ -9,11 +9,13 @@ from ddit.runtime.policies.native import Native
 from ddit.runtime.policies.parse import parse_schedule
 from ddit.runtime.policies.reuse import Prediction, Reuse, Reusing
 from ddit.runtime.policies.taylorseer import TaylorSeer
+from ddit.runtime.policies.teacache import TeaCache
 
 __all__ = [
     "DIFFERENCE_ORDER",
     "Adaptive",
     "Budgeted",
+    "Change",
     "Decision",
     "Dynamic",
     "Fixed",
@@ -24,6 +26,7 @@ __all__ = [
     "Reusing",
     "RunHistory",
     "TaylorSeer",
+    "TeaCache",
     "parse_schedule",
     "statistic",
 ]

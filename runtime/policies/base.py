@@ -28,6 +28,18 @@ class Decision:
     figures: Mapping[str, float] = field(default_factory=dict)  # on what, by name
 
 
+@dataclass(frozen=True)
+class Change:
+    """What a bundle's gate finds before a step: the relative L1 change of the first block's modulated input x.
+
+    mean|x − x'| / mean|x'|, where x' is that of the step before.
+    """
+
+    whole: float
+    low: float  # of the first half of the channels
+    high: float  # of the second half
+
+
 @dataclass
 class RunHistory:
     """A run so far, as its policy sees it."""
@@ -40,6 +52,8 @@ class RunHistory:
     # the root mean square of v − v̂ in every native patch, (H/p, W/p), at the last computed step;
     # None where nothing was predicted for it
     error: FloatArray | None = None
+    # by the gate, of every step up to the one to decide on; empty where the policy needs none (`Policy.gate`)
+    changes: list[Change] = field(default_factory=list)
     # for every coarse patch p the standard deviation of the latent's third difference inside each p×p patch after the
     # last step, (H/p, W/p); empty until three steps are done
     deviations: Mapping[int, FloatArray] = field(default_factory=dict)
@@ -53,6 +67,10 @@ class RunHistory:
     def steps(self) -> int:
         """The number of all steps."""
         return len(self.sigmas) - 1
+
+    def changes_since_computed(self) -> list[Change]:
+        """Those of the steps after the last computed one, the step to decide on included."""
+        return self.changes[self.computed[-1] + 1 - self.first :]
 
     def computed_at_level(self) -> list[int]:
         """The steps that were computed since the level last changed, the newest first."""
@@ -88,6 +106,11 @@ class Policy(ABC):
     def steps(self, asked: int | None, default: int) -> int:
         """How many steps a run has. Raises `UsageError` where ``asked`` does not fit the policy."""
         return default if asked is None else asked
+
+    @property
+    def gate(self) -> bool:
+        """Whether it needs what the bundle's gate finds before every step (`RunHistory.changes`)."""
+        return False
 
     def quantile(self) -> float | None:
         """The quantile ρ of the deviations that it looks at; None for a policy that looks at none."""

@@ -41,6 +41,11 @@ class Budgeted(Policy):
         in_time = (p for p in sorted(self.milliseconds) if p >= wanted.level and self.milliseconds[p] + reserve <= left)
         return replace(wanted, level=next(in_time, fastest))
 
+    @property
+    def gate(self) -> bool:
+        """Whether the wanted policy needs it."""
+        return self.wanted.gate
+
     def quantile(self) -> float | None:
         """That of the wanted policy."""
         return self.wanted.quantile()

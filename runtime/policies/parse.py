@@ -9,6 +9,7 @@ adaptive                        steps are predicted where the expected error is 
 adaptive:tolerance=0.02         the same with settings of one's own: tolerance, order, longest
 taylorseer:interval=4,order=2   every fourth step is computed, the others are predicted (TaylorSeer)
 taylorseer:4                    the same: a number alone is the first setting
+teacache:threshold=0.4          a step whose input has changed little repeats the last velocity (TeaCache)
 dynamic+adaptive                two in one: the first picks the levels of the steps that the second does not predict
 """
 
@@ -28,11 +29,15 @@ from ddit.runtime.policies.native import Native
 from ddit.runtime.policies.prediction import KEPT_VELOCITIES
 from ddit.runtime.policies.reuse import Reuse, Reusing
 from ddit.runtime.policies.taylorseer import TaylorSeer
+from ddit.runtime.policies.teacache import TeaCache
 
 FORMS = (
     "native, fixed:8x10,4x20,2x20 or dynamic[:tau=0.001,rho=0.4,warmup=3,hold=3,coarsest=8,absolute=0], and after a + "
-    "or alone adaptive[:tolerance=0.01,order=1,longest=12] or taylorseer[:interval=4,order=2,first=3]"
+    "or alone adaptive[:tolerance=0.01,order=1,longest=12], taylorseer[:interval=4,order=2,first=3] or "
+    "teacache[:threshold=0.4]"
 )
+
+NO_GATE = "export it again, or choose adaptive or taylorseer"  # what to do about it
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Choices:
     patches: Sequence[int]
     native: int
     dynamic: Dynamic  # what ``dynamic`` leaves unsaid
+    gate: tuple[float, ...] = ()  # coefficients of its gate's polynomial, the highest power first; empty: no gate
 
 
 def parse_schedule(text: str, choices: Choices) -> Policy:
@@ -136,8 +142,21 @@ def _taylorseer(text: str, choices: Choices) -> TaylorSeer:
     return policy
 
 
+def _teacache(text: str, choices: Choices) -> TeaCache:
+    if not choices.gate:
+        raise UsageError(f"teacache needs a gate graph, which the bundle lacks; {NO_GATE}")
+    policy = TeaCache(choices.gate, **_settings(text, {"threshold": float}, alone="threshold"))
+    if not 0 <= policy.threshold < math.inf:
+        raise UsageError(f"threshold must be at least 0, and finite, not {policy.threshold:g}; write teacache:0.4")
+    return policy
+
+
 LEVELS: Mapping[str, Callable[[str, Choices], Policy]] = {"native": _native, "fixed": _fixed, "dynamic": _dynamic}
-REUSE: Mapping[str, Callable[[str, Choices], Reuse]] = {"adaptive": _adaptive, "taylorseer": _taylorseer}
+REUSE: Mapping[str, Callable[[str, Choices], Reuse]] = {
+    "adaptive": _adaptive,
+    "taylorseer": _taylorseer,
+    "teacache": _teacache,
+}
 
 
 def _settings(text: str, readers: Mapping[str, Callable[[str], float]], alone: str = "") -> dict[str, Any]:

@@ -31,7 +31,7 @@ def taylor_weights(steps: Sequence[int], step: int, order: int) -> tuple[float, 
     """The weights of the values at ``steps``, the newest first, in their Taylor expansion at ``step`` (TaylorSeer).
 
     Derivatives are backward differences over the number of steps between the values. Where these are equal, N, this is
-    TaylorSeer's equation 3 (arXiv 2503.06923): Σᵢ Δⁱv / (i! Nⁱ) · kⁱ, with ``step`` k steps after the newest value. The
+    TaylorSeer's formula (arXiv 2503.06923): Σᵢ Δⁱv / (i! Nⁱ) · kⁱ, with ``step`` k steps after the newest value. The
     order is lower where there are too few values. From the second order on this is not the interpolating polynomial.
 
     >>> taylor_weights([8, 4, 0], 10, order=1)

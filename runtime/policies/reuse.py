@@ -29,6 +29,7 @@ class Reuse(ABC):
     """
 
     name: str  # in the written form and the trace
+    gate: bool = False  # whether it needs what the bundle's gate finds before every step
 
     @abstractmethod
     def predict(self, history: RunHistory) -> Prediction | None:
@@ -60,6 +61,11 @@ class Reusing(Policy):
     def steps(self, asked: int | None, default: int) -> int:
         """As many as the levels' policy has."""
         return self.levels.steps(asked, default)
+
+    @property
+    def gate(self) -> bool:
+        """Whether one of both needs it."""
+        return self.reuse.gate or self.levels.gate
 
     def quantile(self) -> float | None:
         """That of the levels' policy."""

@@ -23,7 +23,8 @@ def bundle_policy(
     coarse = tuple(patch for patch in manifest.coarse if patch <= (info.coarsest or patch))
     smooth = smooth_at(info.smooth, sigmas) if info.smooth else None
     default = Dynamic(manifest.native, coarse, info.tau, info.rho, info.warmup, info.hold, smooth)
-    return parse_schedule(text, Choices(manifest.patches, manifest.native, default))
+    gate = manifest.gate.coefficients if manifest.gate else ()
+    return parse_schedule(text, Choices(manifest.patches, manifest.native, default, gate))
 
 
 def smooth_curves(

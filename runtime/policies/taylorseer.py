@@ -11,7 +11,7 @@ from ddit.runtime.policies.reuse import Prediction, Reuse
 class TaylorSeer(Reuse):
     """Compute every ``interval``-th step; predict the k-th step after a computed one by a Taylor expansion in k.
 
-        v̂(k) = Σᵢ Δⁱv / (i! Nⁱ) · kⁱ        i = 0 … ``order``, N = ``interval`` (equation 3 of the paper)
+        v̂(k) = Σᵢ Δⁱv / (i! Nⁱ) · kⁱ        i = 0 … ``order``, N = ``interval``
 
     The paper counts time downwards and writes (−k)ⁱ. Order 0 is plain reuse. The first ``first`` steps are computed,
     as in the authors' code; where computed steps lie nearer to each other than ``interval``, as there, differences are

@@ -9,7 +9,7 @@ from torch import nn
 from conftest import run
 from ddit.exporter.cli import main
 from ddit.exporter.families.flux.model import Flux
-from ddit.exporter.families.flux.modules import ClipEncoder, FluxLevel, T5Encoder, VaeDecoder
+from ddit.exporter.families.flux.modules import ClipEncoder, FluxGate, FluxLevel, T5Encoder, VaeDecoder
 from ddit.exporter.graphs.job import GraphJob
 from ddit.exporter.graphs.trace import export_graph
 from ddit.exporter.graphs.weights import WeightFiles
@@ -86,6 +86,13 @@ def scale_the_states(monkeypatch) -> None:
     monkeypatch.setattr(T5Encoder, "forward", forward)
 
 
+def look_at_half_the_noise(monkeypatch) -> None:
+    usual = FluxGate.forward
+    monkeypatch.setattr(
+        FluxGate, "forward", lambda module, latent, timestep, *rest: usual(module, latent, timestep / 2, *rest)
+    )
+
+
 @pytest.mark.parametrize(
     ("graph", "tensor", "spoil"),
     [
@@ -93,6 +100,7 @@ def scale_the_states(monkeypatch) -> None:
         ("level-2", "velocity", turn_the_other_way),
         ("clip", "pooled", take_the_first_token),
         ("t5", "context", scale_the_states),
+        ("gate", "next_gate_input", look_at_half_the_noise),
     ],
 )
 def test_a_wrapper_that_computes_something_else_is_refused(tiny_pipeline, tmp_path, monkeypatch, graph, tensor, spoil):
@@ -123,9 +131,10 @@ def test_decoded_pixels_are_the_vae_s(tmp_path, post_quant_conv):
     np.testing.assert_allclose(engine.run({"latent": latent.numpy()})["image"], expected, atol=1e-5)
 
 
-def test_half_precision_is_held_to_float32(tiny_pipeline, tmp_path):
+@pytest.mark.parametrize("graph", ["level-2", "gate"])
+def test_half_precision_is_held_to_float32(tiny_pipeline, tmp_path, graph):
     """Weights are rounded for the reference, the rest is not: an error is the graph's own."""
-    error = gate(tiny_pipeline, tmp_path, "level-2", "fp16")
+    error = gate(tiny_pipeline, tmp_path, graph, "fp16")
     assert 1e-5 < error < 2e-3
 
 

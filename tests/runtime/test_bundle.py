@@ -161,6 +161,12 @@ def last(manifest, graph, side="inputs"):
     return manifest["graphs"][graph][side][-1]
 
 
+def add_a_state_of_the_gate_s_name(manifest) -> None:
+    step = manifest["graphs"]["step"]
+    for side, name in (("inputs", "gate_input"), ("outputs", "next_gate_input")):
+        step[side].append({"name": name, "dtype": "float32", "shape": ["B", "H", "W"]})
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -189,6 +195,16 @@ def last(manifest, graph, side="inputs"):
         (lambda m: m.update(family="flux\nerror: forged"), "family: Value error, the text has a line break"),
         (lambda m: m["made_with"].update({"\x1b[2J": "1"}), "cannot be shown"),
         (lambda m: m.update(opset="23"), "opset"),
+        (lambda m: m["gate"].update(graph="level-2"), "graph level-2 stands twice"),
+        (lambda m: m["gate"].update(graph="none"), "there is no graph 'none'"),
+        (lambda m: m["gate"].update(coefficients=[]), "gate.coefficients"),
+        (lambda m: m["gate"].update(coefficients=[float("inf")]), "Infinity is no number"),
+        (lambda m: m["graphs"]["gate"]["inputs"].pop(3), "gate_input has to have the shape (B, H/2, W/2, width)"),
+        (lambda m: m["graphs"]["gate"]["inputs"].pop(0), "gate has no tensor 'latent'"),
+        (lambda m: m["graphs"]["gate"]["inputs"][2].update(name="rope_cos"), "nobody knows the tensor 'rope_cos'"),
+        (lambda m: m["graphs"]["gate"]["outputs"][0].update(shape=["B", "H/2", "W/2", 7]), "it has to be float32"),
+        (lambda m: last(m, "gate", "outputs").update(name="velocity"), "gate has no tensor 'gate_change_high'"),
+        (add_a_state_of_the_gate_s_name, "step: gate_input is a tensor of gate only"),
     ],
 )
 def test_fields_that_do_not_fit_together_are_refused(copy, change, words):

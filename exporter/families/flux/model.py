@@ -23,6 +23,7 @@ from ddit.exporter.families.flux.modules import (
     FEED_FORWARD,
     NATIVE_PATCH,
     ClipEncoder,
+    FluxGate,
     FluxLevel,
     T5Encoder,
     VaeDecoder,
@@ -31,6 +32,7 @@ from ddit.exporter.families.flux.modules import (
 from ddit.exporter.graphs.job import GraphJob, Original, Tables, floats, ids, level_name, loaded_job
 from ddit.exporter.graphs.weights import SafetensorsFolder
 from ddit.exporter.levels import AdapterConfig
+from ddit.exporter.steps.gate import GATE, gate_outputs, gate_state
 from ddit.exporter.steps.jobs import sampling_jobs
 from ddit.profiles import why_invalid
 from ddit.runtime.bundle.manifest import (
@@ -38,6 +40,7 @@ from ddit.runtime.bundle.manifest import (
     DecoderInfo,
     Dtype,
     FlowMatchEulerInfo,
+    GateInfo,
     GuidanceInfo,
     LatentInfo,
     RotaryAxis,
@@ -50,6 +53,8 @@ from ddit.runtime.errors import ModelError
 
 CLIP, T5, DECODER = "clip", "t5", "vae_decoder"  # graphs
 TRUNK_FILE = "transformer.safetensors"
+# TeaCache's polynomial for FLUX.1, from the paper's code; the highest power first
+TEACACHE = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
 ROPE_THETA = 10000.0  # fixed in diffusers' FluxTransformer2DModel
 
 # What the runtime's sampler computes. A scheduler that asks for anything else is refused, never approximated.
@@ -133,6 +138,11 @@ class Flux(Family):
         """The VAE's decoder."""
         return DecoderInfo(graph=DECODER)
 
+    @property
+    def gate(self) -> GateInfo:
+        """TeaCache's, with its published polynomial."""
+        return GateInfo(graph=GATE, coefficients=TEACACHE, source="TeaCache's for FLUX.1 (arXiv 2411.19108)")
+
     def save_tokenizers(self, folder: Path) -> tuple[TextEncoderInfo, ...]:
         """Write both tokenizers as ``tokenizer.json`` files and describe the encoders that they belong to."""
         infos = []
@@ -164,6 +174,7 @@ class Flux(Family):
             self._t5_job(),
             *(self.level_job(patch) for patch in self.levels),
             *sampling_jobs(self.latent.channels, NATIVE_PATCH, coarse),
+            self._gate_job(),
             self._vae_job(),
         ]
 
@@ -262,6 +273,43 @@ class Flux(Family):
         level = self.level(transformer, patch).float().to(device)
         level.dtype = torch.float32
         return level
+
+    def _gate_job(self) -> GraphJob:
+        """The gate's graph; all of its weights are the native level's."""
+        config, patch = self.transformer_config, NATIVE_PATCH
+        module = FluxGate(self._meta_transformer)  # type: ignore[arg-type]
+        width: int = module.x_embedder.out_features
+
+        def stored_name(name: str) -> str:
+            return name.replace("norm.", "transformer_blocks.0.norm1.", 1) if name.startswith("norm.") else name
+
+        def load_original(device: torch.device) -> Original:
+            # no more blocks than are looked at: the whole model would not fit where the gate does
+            short = {**config, "num_layers": 1, "num_single_layers": 1}
+
+            def make() -> nn.Module:
+                rounded: nn.Module = FluxTransformer2DModel.from_config(short).to(TORCH_DTYPES[self.dtype])
+                return rounded
+
+            return original.first_block_change(shortened(make, self._transformer_weights).to(device))
+
+        return GraphJob(
+            name=GATE,
+            module=module,
+            inputs=(
+                floats("latent", *self.latent.shape),
+                floats("timestep", "B"),
+                floats("pooled", "B", config["pooled_projection_dim"]),
+                gate_state("gate_input", patch, width),
+                *([floats("guidance", "B")] if self.guidance.embedded else []),
+            ),
+            outputs=gate_outputs(patch, width),
+            dtype=self.dtype,
+            values=lambda name: self._transformer_weights[stored_name(name)],
+            place=lambda name: (TRUNK_FILE, stored_name(name)),
+            original=load_original,
+            trace_sizes={"B": 2, "H": 2 * patch, "W": 3 * patch},
+        )
 
     @cached_property
     def _meta_transformer(self) -> nn.Module:

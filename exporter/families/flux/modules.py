@@ -18,6 +18,7 @@ from ddit.exporter.levels import (
     share_parameters,
     unpatchify,
 )
+from ddit.exporter.steps.gate import relative_changes
 
 NATIVE_PATCH = 2  # diffusers packs 2×2 latent pixels into one token before the transformer sees them
 
@@ -120,6 +121,32 @@ class FluxLevel(Level):
         if self.residual is not None:
             velocity = velocity + self.residual(latent, velocity, embedding)
         return velocity.float()
+
+
+class FluxGate(nn.Module):
+    """What TeaCache looks at before a step: the first block's modulated input at the native patch, and its change.
+
+    The parameters of ``transformer`` are shared, not copied.
+    """
+
+    def __init__(self, transformer: FluxTransformer2DModel):
+        super().__init__()
+        self.dtype = transformer.dtype
+        self.x_embedder: nn.Linear = transformer.x_embedder
+        self.time_text_embed: Any = transformer.time_text_embed
+        self.norm: Any = transformer.transformer_blocks[0].norm1
+
+    def forward(
+        self, latent: Tensor, timestep: Tensor, pooled: Tensor, gate_input: Tensor, guidance: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """The modulated input and its relative changes (`relative_changes`); the arguments are those of `FluxLevel`."""
+        height, width = latent.shape[2] // NATIVE_PATCH, latent.shape[3] // NATIVE_PATCH
+        # in float32 up to the sinusoids, as in `FluxLevel`
+        scale = () if guidance is None else (guidance * 1000,)
+        embedding = self.time_text_embed(timestep * 1000, *scale, pooled.to(self.dtype))
+        tokens = self.x_embedder(patchify(latent.to(self.dtype), NATIVE_PATCH))
+        modulated: Tensor = self.norm(tokens, emb=embedding)[0]
+        return relative_changes(modulated.reshape(-1, height, width, modulated.shape[-1]).float(), gate_input)
 
 
 def resized_ends(native: Mapping[str, Tensor], patch: int) -> dict[str, Tensor]:

@@ -52,6 +52,27 @@ def native_velocity(transformer: Any) -> Original:
     return velocity
 
 
+def first_block_change(transformer: Any) -> Original:
+    """The first block's input after its modulated norm, and its relative L1 change as in TeaCache's code for FLUX."""
+
+    def change(now: Tensor, before: Tensor) -> Tensor:
+        return torch.stack([(a - b).abs().mean() / b.abs().mean() for a, b in zip(now, before, strict=True)])
+
+    def changes(
+        *, latent: Tensor, timestep: Tensor, pooled: Tensor, gate_input: Tensor, guidance: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        batch, channels, height, width = latent.shape
+        tokens = transformer.x_embedder(FluxPipeline._pack_latents(latent, batch, channels, height, width))
+        numbers = [value * 1000 for value in (timestep, guidance) if value is not None]
+        embedding = transformer.time_text_embed(*numbers, pooled)
+        modulated = transformer.transformer_blocks[0].norm1(tokens, emb=embedding)[0]
+        now = modulated.reshape(gate_input.shape)
+        pairs = zip(now.chunk(2, dim=-1), gate_input.chunk(2, dim=-1), strict=True)
+        return now, change(now, gate_input), *(change(*pair) for pair in pairs)
+
+    return changes
+
+
 def pooled_text(encoder: Any) -> Original:
     """CLIP as `FluxPipeline._get_clip_prompt_embeds` calls it."""
     return lambda input_ids: encoder(input_ids, output_hidden_states=False).pooler_output

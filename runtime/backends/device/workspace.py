@@ -15,7 +15,7 @@ from ddit.runtime.backends.base import Array, Backend, Engine, FloatArray, Works
 from ddit.runtime.backends.device.cuda import CudaGraph, DeviceArray, DeviceBlock, DeviceSpan, Gpu
 from ddit.runtime.bundle import Bundle
 from ddit.runtime.bundle.manifest import GraphInfo, TensorSpec
-from ddit.runtime.bundle.names import NEXT
+from ddit.runtime.bundle.names import GATE_INPUT, NEXT
 from ddit.runtime.shapes import infer
 from ddit.runtime.step import Program
 
@@ -139,7 +139,8 @@ class DeviceWorkspace(Workspace):
         self.arrays: dict[str, DeviceArray] = {}
         self._shapes = {name: spec.resolve(sizes) for name, spec in buffers.items()}
         self._bound: dict[str, BoundProgram] = {}
-        state = tuple(name for name in buffers if NEXT + name in buffers)
+        # a gate's is as large as several of the others together, and is made when a sample needs it
+        state = tuple(name for name in buffers if NEXT + name in buffers and name != GATE_INPUT)
         self.blocks = {names: self._block(names) for names in (state, tuple(NEXT + name for name in state))}
 
     def array(self, name: str) -> DeviceArray:
