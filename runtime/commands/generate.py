@@ -30,9 +30,14 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}  
     default="dynamic",
     show_default=True,
     help="native, fixed:8x10,4x20,2x20 or dynamic[:tau=…,rho=…,warmup=…,hold=…,coarsest=…,absolute=…], with "
-    "+adaptive[:tolerance=…,order=…,longest=…] or +taylorseer[:interval=…,order=…,first=…] or the latter alone.",
+    "+adaptive[:tolerance=…,order=…,longest=…] or a method of --reuse, or the latter alone.",
 )
-@click.option("--reuse", help="Which steps run no level, as in taylorseer:4; the same as SCHEDULE+REUSE.")
+@click.option(
+    "--reuse",
+    help="Which steps run no level; the same as SCHEDULE+REUSE. taylorseer[:interval=…,order=…,first=…], "
+    "teacache[:threshold=…], spectralcache[:threshold=…,low=…,high=…,least=…,most=…,longest=…] or adaptive[:…]; "
+    "a number alone is the first setting, as in teacache:0.4.",
+)
 @click.option(
     "--budget", type=Seconds(), help="Seconds for the picture, as in 1.5s or 800ms; chooses the schedule itself."
 )

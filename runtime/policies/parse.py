@@ -10,6 +10,7 @@ adaptive:tolerance=0.02         the same with settings of one's own: tolerance, 
 taylorseer:interval=4,order=2   every fourth step is computed, the others are predicted (TaylorSeer)
 taylorseer:4                    the same: a number alone is the first setting
 teacache:threshold=0.4          a step whose input has changed little repeats the last velocity (TeaCache)
+spectralcache:threshold=0.6     the same with a threshold that follows the run, and one for each band (SpectralCache)
 dynamic+adaptive                two in one: the first picks the levels of the steps that the second does not predict
 """
 
@@ -28,13 +29,14 @@ from ddit.runtime.policies.fixed import Fixed
 from ddit.runtime.policies.native import Native
 from ddit.runtime.policies.prediction import KEPT_VELOCITIES
 from ddit.runtime.policies.reuse import Reuse, Reusing
+from ddit.runtime.policies.spectralcache import SpectralCache
 from ddit.runtime.policies.taylorseer import TaylorSeer
 from ddit.runtime.policies.teacache import TeaCache
 
 FORMS = (
     "native, fixed:8x10,4x20,2x20 or dynamic[:tau=0.001,rho=0.4,warmup=3,hold=3,coarsest=8,absolute=0], and after a + "
-    "or alone adaptive[:tolerance=0.01,order=1,longest=12], taylorseer[:interval=4,order=2,first=3] or "
-    "teacache[:threshold=0.4]"
+    "or alone adaptive[:tolerance=0.01,order=1,longest=12], taylorseer[:interval=4,order=2,first=3], "
+    "teacache[:threshold=0.4] or spectralcache[:threshold=0.6,low=0.8,high=1.5,least=0.5,most=1.5,longest=2]"
 )
 
 NO_GATE = "export it again, or choose adaptive or taylorseer"  # what to do about it
@@ -142,12 +144,30 @@ def _taylorseer(text: str, choices: Choices) -> TaylorSeer:
     return policy
 
 
-def _teacache(text: str, choices: Choices) -> TeaCache:
+def _polynomial(reuse: str, choices: Choices) -> tuple[float, ...]:
+    """The coefficients that a method with a gate needs. Raises `UsageError` for a bundle without one."""
     if not choices.gate:
-        raise UsageError(f"teacache needs a gate graph, which the bundle lacks; {NO_GATE}")
-    policy = TeaCache(choices.gate, **_settings(text, {"threshold": float}, alone="threshold"))
+        raise UsageError(f"{reuse} needs a gate graph, which the bundle lacks; {NO_GATE}")
+    return choices.gate
+
+
+def _teacache(text: str, choices: Choices) -> TeaCache:
+    coefficients = _polynomial("teacache", choices)
+    policy = TeaCache(coefficients, **_settings(text, {"threshold": float}, alone="threshold"))
     if not 0 <= policy.threshold < math.inf:
         raise UsageError(f"threshold must be at least 0, and finite, not {policy.threshold:g}; write teacache:0.4")
+    return policy
+
+
+def _spectralcache(text: str, choices: Choices) -> SpectralCache:
+    coefficients = _polynomial("spectralcache", choices)
+    shares = dict.fromkeys(("threshold", "low", "high", "least", "most"), float)
+    policy = SpectralCache(coefficients, **_settings(text, {**shares, "longest": int}, alone="threshold"))
+    for name in (*shares, "longest"):
+        if not 0 <= getattr(policy, name) < math.inf:
+            raise UsageError(
+                f"{name} must be at least 0, and finite, not {getattr(policy, name):g}; write spectralcache:0.6"
+            )
     return policy
 
 
@@ -156,6 +176,7 @@ REUSE: Mapping[str, Callable[[str, Choices], Reuse]] = {
     "adaptive": _adaptive,
     "taylorseer": _taylorseer,
     "teacache": _teacache,
+    "spectralcache": _spectralcache,
 }
 
 

@@ -94,10 +94,12 @@ def test_native_steps_first_keep_to_the_time_where_that_can_be(allowed, steps):
         "dynamic:tau=0.02,rho=0.3,warmup=4,hold=1,coarsest=4,absolute=1",
         "fixed:2x8+adaptive:tolerance=0.02,order=2,longest=3",
         "native+taylorseer:interval=6,order=1,first=2",
+        "native+teacache:threshold=0.25",
+        "native+spectralcache:threshold=0.5,low=0.7,high=1.4,least=0.3,most=2,longest=3",
     ],
 )
 def test_a_schedule_is_written_as_it_is_read(text):
-    assert str(parse_schedule(text, Choices((2, 4, 8), 2, DEFAULT))) == text
+    assert str(parse_schedule(text, Choices((2, 4, 8), 2, DEFAULT, gate=(1.0, 0.0)))) == text
 
 
 def test_a_picture_in_time(tiny_bundle):

@@ -16,17 +16,20 @@ from ddit.runtime.policies import (
     Policy,
     Reusing,
     RunHistory,
+    SpectralCache,
     TaylorSeer,
+    TeaCache,
     parse_schedule,
     statistic,
 )
 from ddit.runtime.policies.parse import Choices
 
+GATE = (1.0, 0.0)  # a gate's polynomial
 DEFAULT = Dynamic(native=2, coarse=(4, 8), tau=0.001, rho=0.4, warmup=3)
 
 
 def parse(text: str):
-    return parse_schedule(text, Choices((2, 4, 8), 2, DEFAULT))
+    return parse_schedule(text, Choices((2, 4, 8), 2, DEFAULT, GATE))
 
 
 def deviations(four: float, eight: float) -> dict[int, np.ndarray]:
@@ -45,6 +48,9 @@ def test_written_forms():
     assert parse("fixed:8x2,4x1,2") == Fixed((8, 8, 4, 2))
     assert parse("adaptive") == parse("native+adaptive") == Reusing(Native(2), Adaptive())
     assert parse("taylorseer:5") == parse("native+taylorseer:interval=5") == Reusing(Native(2), TaylorSeer(5))
+    assert parse("dynamic+teacache:0.25") == parse("dynamic+teacache:threshold=0.25")
+    assert parse("dynamic+teacache:0.25") == Reusing(DEFAULT, TeaCache(GATE, 0.25))
+    assert parse("spectralcache:1,low=0.5") == Reusing(Native(2), SpectralCache(GATE, 1.0, low=0.5))
     assert parse("dynamic+adaptive:tolerance=1e+0,order=2") == Reusing(DEFAULT, Adaptive(1.0, 2))
 
 
@@ -56,6 +62,14 @@ def test_written_forms():
         *("dynamic:warmup=2", "adaptive:tolerance=-1", "adaptive:tolerance=inf", "adaptive:order=3", "adaptive:tau=1"),
         *("native+dynamic", "adaptive+adaptive", "native+", "+native", "native++adaptive", "native+fast", "adaptive:"),
         *("taylorseer:0", "taylorseer:order=3", "taylorseer:first=0", "taylorseer:1.5", "adaptive+taylorseer"),
+        *(
+            "teacache:-1",
+            "teacache:inf",
+            "teacache:tau=1",
+            "teacache:0.4,0.5x",
+            "teacache+taylorseer",
+            "spectralcache:x",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_refused(text):
