@@ -52,6 +52,7 @@ def check_manifest(manifest: "Manifest") -> None:
     _check_decoder(manifest)
     _check_sampler(manifest)
     _check_schedule(manifest, manifest.schedule)
+    _check_paths(manifest)
     for calibration in manifest.calibrations:
         _check_schedule(manifest, calibration)
         known = calibration.costs.levels.keys()
@@ -59,6 +60,10 @@ def check_manifest(manifest: "Manifest") -> None:
             raise ValueError("a calibration lacks the costs of a level")
         if any(set(point.shares) - known for point in calibration.curve):
             raise ValueError("a calibration's curve names a level whose costs it lacks")
+
+
+def _check_paths(manifest: "Manifest") -> None:
+    check_unique("the path for steps, height and width", (path.size for path in manifest.paths))
 
 
 def check_unique(what: str, names: Iterable[object]) -> None:

@@ -36,6 +36,7 @@ MAX_STEPS = 10_000
 LARGEST = 1_000_000  # of a tensor's fixed dimensions
 MAX_PATCH = 256  # latent pixels
 MAX_GUIDANCE = 1_000.0
+LARGEST_COEFFICIENT = 1e9  # of a gate's polynomial
 
 Dtype = Literal["fp32", "fp16", "bf16"]
 Name = Annotated[Text, Field(min_length=1, max_length=200)]
@@ -181,7 +182,7 @@ class GateInfo(_Model):
     """A small graph that shows, before a step, how much it will differ from the one before (TeaCache)."""
 
     graph: Name
-    coefficients: tuple[Annotated[float, Field(ge=-1e9, le=1e9)], ...] = Field(
+    coefficients: tuple[Annotated[float, Field(ge=-LARGEST_COEFFICIENT, le=LARGEST_COEFFICIENT)], ...] = Field(
         min_length=1,
         max_length=8,
         description="of the polynomial from the change of the modulated input to that of the velocity, highest first",
@@ -251,6 +252,30 @@ class Calibration(ScheduleInfo):
         return self.steps, self.height, self.width
 
 
+class StepPath(_Model):
+    """The steps that are computed of a number of them at a size (`ddit.runtime.policies.dpcache`)."""
+
+    steps: StepCount
+    height: Pixels
+    width: Pixels
+    computed: tuple[Annotated[int, Field(ge=0, lt=MAX_STEPS)], ...] = Field(
+        min_length=1, description="their numbers, from 0"
+    )
+    error: float = Field(ge=0, description="by which the others are expected to move the latent wrongly")
+    prompts: int = Field(ge=1, description="how many it was found on")
+
+    @model_validator(mode="after")
+    def _rises(self) -> "StepPath":
+        if list(self.computed) != sorted(set(self.computed)) or self.computed[0] or self.computed[-1] >= self.steps:
+            raise ValueError("the computed steps have to rise from 0 and to stay below their number")
+        return self
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Steps, height and width."""
+        return self.steps, self.height, self.width
+
+
 class ParityResult(_Model):
     """One comparison of a graph's output with the original model's."""
 
@@ -292,6 +317,7 @@ class Manifest(_Model):
     carry: float = Field(ge=0, le=1, description="share of the last native step's detail that coarse steps take over")
     schedule: ScheduleInfo
     calibrations: tuple[Calibration, ...] = ()
+    paths: tuple[StepPath, ...] = ()
     parity: tuple[ParityResult, ...]
     files: dict[FileName, FileInfo]
     made_with: dict[Name, Text]
@@ -321,6 +347,10 @@ class Manifest(_Model):
         """What was found for a number of steps and a size on this backend, or else on the last one that was tried."""
         found = [one for one in self.calibrations if one.size == (steps, height, width)]
         return next((one for one in found if one.backend == backend), found[-1] if found else None)
+
+    def path(self, *, steps: int, height: int, width: int) -> StepPath | None:
+        """The path that was found for a number of steps and a size."""
+        return next((one for one in self.paths if one.size == (steps, height, width)), None)
 
     @property
     def coarse(self) -> tuple[int, ...]:

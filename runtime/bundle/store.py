@@ -1,7 +1,7 @@
 """A bundle on disk: its manifest, read and validated, and its files."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,7 +9,16 @@ from pydantic import ValidationError
 
 from ddit.profiles import why_invalid
 from ddit.runtime import strict_json
-from ddit.runtime.bundle.manifest import FORMAT_VERSION, MANIFEST, Calibration, FileInfo, GraphInfo, Manifest
+from ddit.runtime.bundle.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    Calibration,
+    FileInfo,
+    GateInfo,
+    GraphInfo,
+    Manifest,
+    StepPath,
+)
 from ddit.runtime.errors import BundleError, DditError
 from ddit.runtime.files import PARTIAL, whole
 from ddit.runtime.folders import locked, set_aside
@@ -105,12 +114,32 @@ class Bundle:
         `BundleError` where the bundle was exported again, `DditError` where it cannot be written.
         """
         key = (calibration.size, calibration.backend)
+
+        def change(current: Manifest) -> dict[str, object]:
+            others = (one for one in current.calibrations if (one.size, one.backend) != key)
+            return {"calibrations": (*others, calibration)}
+
+        self._rewrite(change)
+
+    def keep_path(self, path: StepPath) -> None:
+        """Keep a path in the place of an older one for the same steps and size, as `calibrate` keeps a calibration."""
+
+        def change(current: Manifest) -> dict[str, object]:
+            return {"paths": (*(one for one in current.paths if one.size != path.size), path)}
+
+        self._rewrite(change)
+
+    def keep_gate(self, gate: GateInfo) -> None:
+        """Keep the coefficients of the gate's polynomial, as `calibrate` keeps a calibration."""
+        self._rewrite(lambda current: {"gate": gate})
+
+    def _rewrite(self, change: Callable[[Manifest], dict[str, object]]) -> None:
+        """Replace fields of ``bundle.json``, given what it holds now."""
         with self.lock():
             for left in self.path.glob(f".{Path(MANIFEST).stem}{PARTIAL}*"):  # a killed process's
                 left.unlink()
             current = read_manifest(self.path)
-            others = (one for one in current.calibrations if (one.size, one.backend) != key)
-            manifest = current.model_copy(update={"calibrations": (*others, calibration)})
+            manifest = current.model_copy(update=change(current))
             text = manifest.model_dump_json(indent=2) + "\n"
             Manifest.model_validate_json(text, strict=True)  # before it takes the place of one that can be read
             with whole(self.path / MANIFEST) as part:

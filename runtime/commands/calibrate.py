@@ -13,7 +13,7 @@ from ddit.runtime.console import DditCommand, say, terminal
 from ddit.runtime.errors import UsageError
 from ddit.runtime.files import check_outputs, whole
 from ddit.runtime.pipeline import Pipeline
-from ddit.runtime.policies import Dynamic
+from ddit.runtime.policies import Dynamic, Reuse, TeaCache
 from ddit.runtime.request import Request
 from ddit.runtime.tools.inspect import tau_of
 from ddit.runtime.tools.plots import plot_types
@@ -46,6 +46,12 @@ LONGEST_LIST = 16_000_000  # characters of a file of prompts
 )
 @click.option("--absolute", is_flag=True, help="An absolute τ, as in the paper, not one relative to smooth pictures.")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw the curve (.png, .svg, .pdf).")
+@click.option(
+    "--reuse",
+    type=click.Choice(["teacache", "dpcache"]),
+    help="Not τ, but what a method of reuse keeps: teacache's polynomial, dpcache's choice of steps.",
+)
+@click.option("--computed", type=click.IntRange(1), help="Steps that dpcache computes.  [default: a third of all]")
 @click.option("--dry-run", is_flag=True, help="Leave the bundle as it is.")
 @BACKEND
 @THREADS
@@ -61,6 +67,8 @@ def calibrate(
     schedule: str,
     absolute: bool,
     plot_file: Path | None,
+    reuse: str | None,
+    computed: int | None,
     dry_run: bool,
     backend: str | None,
     threads: int | None,
@@ -68,7 +76,7 @@ def calibrate(
 ) -> None:
     """Find the dynamic schedule's τ and keep it.
 
-    For a number of steps, a size and the backend, in the bundle.
+    For a number of steps, a size and the backend, in the bundle. With --reuse, what a method of reuse keeps there.
 
     --speedup 2 unless --quality is given.
     """
@@ -76,6 +84,10 @@ def calibrate(
 
     if speedup is not None and quality is not None:
         raise UsageError("give --speedup or --quality, not both: one τ cannot be chosen by two measures")
+    if reuse and (speedup or quality or absolute or plot_file):
+        raise UsageError("--speedup, --quality, --absolute and --plot are for τ; leave them out, or --reuse")
+    if computed and reuse != "dpcache":
+        raise UsageError("--computed is dpcache's; give --reuse dpcache too")
     if plot_file:
         check_outputs([plot_file])
         check_type(plot_file, plot_types())
@@ -89,6 +101,9 @@ def calibrate(
     size = {"steps": steps or manifest.sampler.steps, "height": height, "width": width}
     for text in texts:
         pipeline.resolve([Request(text, schedule="native", **size)])  # type: ignore[arg-type]
+    if reuse:
+        _calibrate_reuse(pipeline, reuse, texts, size, computed, dry_run, as_json)
+        return
     calibration.halves(texts)
     wanted = pipeline.policy(schedule, **size)
     if not isinstance(wanted, Dynamic):
@@ -112,6 +127,41 @@ def calibrate(
     terminal().print(table)
     where = "not kept (--dry-run)" if dry_run else f"kept in {bundle / 'bundle.json'}"
     say(f"{tau_of(kept)} for {kept.steps} steps at {kept.height}×{kept.width}, {where}")
+
+
+def _calibrate_reuse(
+    pipeline: Pipeline,
+    reuse: str,
+    texts: list[str],
+    size: dict[str, int],
+    computed: int | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Find what a method of reuse keeps in the bundle, try it on the held-out prompts, and keep it."""
+    from ddit.runtime.tools import calibrate_reuse as calibration
+
+    found = calibration.Size(**size)
+    method: Reuse
+    if reuse == "dpcache":
+        path = calibration.find_path(pipeline, texts, found, computed or -(-found.steps // 3), say)
+        method, figures = calibration.path_reuse(path), path.model_dump()
+        line = f"dpcache computes steps {', '.join(map(str, path.computed))} of {path.steps}"
+    else:
+        gate, error = calibration.fit_gate(pipeline, texts, found, say)
+        method, figures = TeaCache(gate.coefficients), {**gate.model_dump(), "error": error}
+        line = f"teacache's polynomial misses the change of the velocity by {error:.2g}"
+    held_out = calibration.try_reuse(pipeline, texts, found, method, say)
+    if not dry_run and reuse == "dpcache":
+        pipeline.bundle.keep_path(path)
+    elif not dry_run:
+        pipeline.bundle.keep_gate(gate)
+    if as_json:
+        click.echo(strict_json.dump({**figures, "held_out": dataclasses.asdict(held_out)}, indent=2))
+        return
+    say(f"{method} on {held_out.prompts} other prompts: {held_out.computed:g} of {found.steps} steps computed, "
+        f"SSIM to native {held_out.similarity:.3f}")  # fmt: skip
+    say(f"{line}, {'not kept (--dry-run)' if dry_run else f'kept in {pipeline.bundle.path / MANIFEST}'}")
 
 
 def _read_prompts(path: Path) -> list[str]:

@@ -35,8 +35,8 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}  
 @click.option(
     "--reuse",
     help="Which steps run no level; the same as SCHEDULE+REUSE. taylorseer[:interval=…,order=…,first=…], "
-    "teacache[:threshold=…], spectralcache[:threshold=…,low=…,high=…,least=…,most=…,longest=…] or adaptive[:…]; "
-    "a number alone is the first setting, as in teacache:0.4.",
+    "teacache[:threshold=…], spectralcache[:threshold=…,low=…,high=…,least=…,most=…,longest=…], dpcache or "
+    "adaptive[:…]; a number alone is the first setting, as in teacache:0.4.",
 )
 @click.option(
     "--budget", type=Seconds(), help="Seconds for the picture, as in 1.5s or 800ms; chooses the schedule itself."

@@ -3,6 +3,7 @@
 from ddit.runtime.policies.adaptive import Adaptive
 from ddit.runtime.policies.base import DIFFERENCE_ORDER, Change, Decision, Policy, RunHistory
 from ddit.runtime.policies.budget import Budgeted
+from ddit.runtime.policies.dpcache import DPCache
 from ddit.runtime.policies.dynamic import Dynamic, statistic
 from ddit.runtime.policies.fixed import Fixed
 from ddit.runtime.policies.native import Native
@@ -17,6 +18,7 @@ __all__ = [
     "Adaptive",
     "Budgeted",
     "Change",
+    "DPCache",
     "Decision",
     "Dynamic",
     "Fixed",

@@ -11,6 +11,7 @@ taylorseer:interval=4,order=2   every fourth step is computed, the others are pr
 taylorseer:4                    the same: a number alone is the first setting
 teacache:threshold=0.4          a step whose input has changed little repeats the last velocity (TeaCache)
 spectralcache:threshold=0.6     the same with a threshold that follows the run, and one for each band (SpectralCache)
+dpcache                         the steps that a calibration chose are computed, the others are predicted (DPCache)
 dynamic+adaptive                two in one: the first picks the levels of the steps that the second does not predict
 """
 
@@ -20,10 +21,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ddit.runtime.bundle.manifest import MAX_STEPS
+from ddit.runtime.bundle.manifest import MAX_STEPS, StepPath
 from ddit.runtime.errors import UsageError
 from ddit.runtime.policies.adaptive import Adaptive
 from ddit.runtime.policies.base import DIFFERENCE_ORDER, Policy
+from ddit.runtime.policies.dpcache import DPCache
 from ddit.runtime.policies.dynamic import Dynamic
 from ddit.runtime.policies.fixed import Fixed
 from ddit.runtime.policies.native import Native
@@ -36,7 +38,7 @@ from ddit.runtime.policies.teacache import TeaCache
 FORMS = (
     "native, fixed:8x10,4x20,2x20 or dynamic[:tau=0.001,rho=0.4,warmup=3,hold=3,coarsest=8,absolute=0], and after a + "
     "or alone adaptive[:tolerance=0.01,order=1,longest=12], taylorseer[:interval=4,order=2,first=3], "
-    "teacache[:threshold=0.4] or spectralcache[:threshold=0.6,low=0.8,high=1.5,least=0.5,most=1.5,longest=2]"
+    "teacache[:threshold=0.4], spectralcache[:threshold=0.6,low=0.8,high=1.5,least=0.5,most=1.5,longest=2] or dpcache"
 )
 
 NO_GATE = "export it again, or choose adaptive or taylorseer"  # what to do about it
@@ -50,6 +52,7 @@ class Choices:
     native: int
     dynamic: Dynamic  # what ``dynamic`` leaves unsaid
     gate: tuple[float, ...] = ()  # coefficients of its gate's polynomial, the highest power first; empty: no gate
+    path: StepPath | None = None  # of dpcache, for the run's steps and size
 
 
 def parse_schedule(text: str, choices: Choices) -> Policy:
@@ -171,12 +174,24 @@ def _spectralcache(text: str, choices: Choices) -> SpectralCache:
     return policy
 
 
+def _dpcache(text: str, choices: Choices) -> DPCache:
+    if text:
+        raise UsageError(f"dpcache has no settings, as in dpcache:{text}; ddit-run calibrate --reuse dpcache chooses")
+    if choices.path is None:
+        raise UsageError(
+            "the bundle has no path of dpcache for this number of steps and size; find one with ddit-run calibrate "
+            "--reuse dpcache"
+        )
+    return DPCache(choices.path.steps, choices.path.computed)
+
+
 LEVELS: Mapping[str, Callable[[str, Choices], Policy]] = {"native": _native, "fixed": _fixed, "dynamic": _dynamic}
 REUSE: Mapping[str, Callable[[str, Choices], Reuse]] = {
     "adaptive": _adaptive,
     "taylorseer": _taylorseer,
     "teacache": _teacache,
     "spectralcache": _spectralcache,
+    "dpcache": _dpcache,
 }
 
 

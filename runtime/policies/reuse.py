@@ -35,6 +35,9 @@ class Reuse(ABC):
     def predict(self, history: RunHistory) -> Prediction | None:
         """What there is for the next step; None where nothing can be predicted yet."""
 
+    def check(self, steps: int) -> None:  # noqa: B027
+        """Raise `UsageError` where it cannot be used in a run of so many steps."""
+
     @abstractmethod
     def __str__(self) -> str:
         """The written form."""
@@ -60,7 +63,9 @@ class Reusing(Policy):
 
     def steps(self, asked: int | None, default: int) -> int:
         """As many as the levels' policy has."""
-        return self.levels.steps(asked, default)
+        steps = self.levels.steps(asked, default)
+        self.reuse.check(steps)
+        return steps
 
     @property
     def gate(self) -> bool:

@@ -24,7 +24,8 @@ def bundle_policy(
     smooth = smooth_at(info.smooth, sigmas) if info.smooth else None
     default = Dynamic(manifest.native, coarse, info.tau, info.rho, info.warmup, info.hold, smooth)
     gate = manifest.gate.coefficients if manifest.gate else ()
-    return parse_schedule(text, Choices(manifest.patches, manifest.native, default, gate))
+    path = manifest.path(steps=len(sigmas) - 1, height=height, width=width)
+    return parse_schedule(text, Choices(manifest.patches, manifest.native, default, gate, path))
 
 
 def smooth_curves(

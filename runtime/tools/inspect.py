@@ -35,6 +35,13 @@ def show(bundle: Path, manifest: Manifest, engines: Sequence[StoredEngine]) -> N
             f"{one.warmup}, hold {one.hold}; {one.speedup:.2f}× on {one.backend}, SSIM {one.similarity:.3f} "
             f"({one.prompts} prompts)"
         )
+    if manifest.gate:
+        console.print(f"teacache's polynomial: {manifest.gate.source}")
+    for path in manifest.paths:
+        console.print(
+            f"dpcache computes {len(path.computed)} of {path.steps} steps at {path.height}×{path.width}: "
+            f"{', '.join(map(str, path.computed))} ({path.prompts} prompts)"
+        )
     console.print(_levels_table(manifest))
     console.print(_graphs_table(manifest))
     for backend, built_for in sorted({(engine.info.backend, engine.info.built_for) for engine in engines}):

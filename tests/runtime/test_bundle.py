@@ -161,6 +161,11 @@ def last(manifest, graph, side="inputs"):
     return manifest["graphs"][graph][side][-1]
 
 
+def add_path(manifest, **fields) -> None:
+    path = {"steps": 12, "height": 64, "width": 64, "computed": [0, 1, 2], "error": 0.1, "prompts": 2}
+    manifest.setdefault("paths", []).append({**path, **fields})
+
+
 def add_a_state_of_the_gate_s_name(manifest) -> None:
     step = manifest["graphs"]["step"]
     for side, name in (("inputs", "gate_input"), ("outputs", "next_gate_input")):
@@ -204,6 +209,10 @@ def add_a_state_of_the_gate_s_name(manifest) -> None:
         (lambda m: m["graphs"]["gate"]["inputs"][2].update(name="rope_cos"), "nobody knows the tensor 'rope_cos'"),
         (lambda m: m["graphs"]["gate"]["outputs"][0].update(shape=["B", "H/2", "W/2", 7]), "it has to be float32"),
         (lambda m: last(m, "gate", "outputs").update(name="velocity"), "gate has no tensor 'gate_change_high'"),
+        (lambda m: add_path(m, computed=[0, 2, 1]), "have to rise from 0"),
+        (lambda m: add_path(m, computed=[1, 2]), "have to rise from 0"),
+        (lambda m: add_path(m, computed=[0, 12]), "stay below their number"),
+        (lambda m: (add_path(m), add_path(m)), "the path for steps, height and width (12, 64, 64) stands twice"),
         (add_a_state_of_the_gate_s_name, "step: gate_input is a tensor of gate only"),
     ],
 )
