@@ -9,7 +9,15 @@ from pydantic import ValidationError
 
 from ddit.profiles import why_invalid
 from ddit.runtime import strict_json
-from ddit.runtime.bundle.manifest import FORMAT_VERSION, MANIFEST, Calibration, FileInfo, GraphInfo, Manifest
+from ddit.runtime.bundle.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    AdaptiveCalibration,
+    DynamicCalibration,
+    FileInfo,
+    GraphInfo,
+    Manifest,
+)
 from ddit.runtime.errors import BundleError, DditError
 from ddit.runtime.files import PARTIAL, whole
 from ddit.runtime.folders import locked, set_aside
@@ -98,18 +106,21 @@ class Bundle:
         except OSError as error:
             raise DditError(f"{self.path} cannot be written: {error.strerror or error}") from None
 
-    def calibrate(self, calibration: Calibration) -> None:
-        """Keep a calibration in ``bundle.json``, in the place of an older one for the same steps, size and backend.
+    def calibrate(self, calibration: DynamicCalibration | AdaptiveCalibration) -> None:
+        """Keep a calibration in ``bundle.json``, in the place of an older one of its kind, steps, size and backend.
 
         Whatever others kept there since the bundle was opened stays. The file is replaced as a whole. Raises
         `BundleError` where the bundle was exported again, `DditError` where it cannot be written.
         """
-        key = (calibration.size, calibration.backend)
+
+        def key(one: DynamicCalibration | AdaptiveCalibration) -> tuple[object, ...]:
+            return one.kind, one.size, one.backend
+
         with self.lock():
             for left in self.path.glob(f".{Path(MANIFEST).stem}{PARTIAL}*"):  # a killed process's
                 left.unlink()
             current = read_manifest(self.path)
-            others = (one for one in current.calibrations if (one.size, one.backend) != key)
+            others = (one for one in current.calibrations if key(one) != key(calibration))
             manifest = current.model_copy(update={"calibrations": (*others, calibration)})
             text = manifest.model_dump_json(indent=2) + "\n"
             Manifest.model_validate_json(text, strict=True)  # before it takes the place of one that can be read
