@@ -1,14 +1,14 @@
-"""Train the demo model: VAE, text encoders, transformer, guidance, adapter; about 12 minutes on two GPUs.
+"""Train the demo model: VAE, text encoders, transformer, guidance, adapter; about 11 minutes on two GPUs.
 
     torchrun --nproc-per-node 2 scripts/train_demo.py --out runs/demo --start exporter/demo      # or, on one GPU:
-    python scripts/train_demo.py --out runs/demo --flow-seconds 660 --adapter-seconds 260
+    python scripts/train_demo.py --out runs/demo --vae-seconds 150 --flow-seconds 600 --adapter-seconds 260
     cp -r runs/demo/model exporter/demo
 
 Work: a step's pictures have one of 15 sizes (`demo_model.buckets`) and, text included, as many tokens as 320 pictures
 of 256×256, 87,000 a GPU. 11 M parameters and 272 tokens make about 13 GFLOP for a picture forward and backward, so a
 step is 4.2 TFLOP a GPU, whatever the size. One H200 trained 11,000 to 13,500 pictures of 256×256 a second in bfloat16
-with torch.compile: 145 to 175 TFLOP/s, a fifth of its peak, which the H100 shares. So 330 seconds are 11,000 to 14,000
-steps, on two GPUs 7 to 9 million pictures' worth of tokens, of 128,000 scenes.
+with torch.compile: 145 to 175 TFLOP/s, a fifth of its peak, which the H100 shares. So 300 seconds are 10,000 to 12,500
+steps, on two GPUs 6 to 8 million pictures' worth of tokens, of 128,000 scenes.
 
 --start continues from a saved model. Without it everything begins at random and needs about twice the time.
 
@@ -66,9 +66,9 @@ class Config:
     )
     batch: int = option(default=320, help="Pictures of a step and process, counted in tokens of 256×256.")
     scenes: int = option(default=128_000, help="Training scenes.")
-    vae_seconds: float = option(default=80.0)
-    flow_seconds: float = option(default=330.0)
-    guidance_seconds: float = option(default=60.0)
+    vae_seconds: float = option(default=75.0)
+    flow_seconds: float = option(default=300.0)
+    guidance_seconds: float = option(default=55.0)
     adapter_seconds: float = option(default=130.0)
 
     def run(self) -> Run:

@@ -49,12 +49,16 @@ class Course:
         decay: float,
         weight_decay: float = 0.0,
         groups: Sequence[dict[str, Any]] | None = None,
+        fused: bool = True,
     ):
-        """``lr``: the highest learning rate. ``decay``: of the average. ``groups``: parameters clipped together."""
+        """``lr``: the highest learning rate. ``decay``: of the average. ``groups``: parameters clipped together.
+
+        ``fused``: one kernel for the optimiser's step, which needs gradients to lie in memory as their parameters do.
+        """
         self.run, self.name, self.trained, self.lr = run, name, trained, lr
         run.start_together(trained.parameters())
         self.optimizer = torch.optim.AdamW(
-            groups or trained.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
+            groups or trained.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=fused
         )
         self.ema, self.progress = Ema(trained, decay), Progress()
 

@@ -143,7 +143,7 @@ def noisy_batch(run: Run, bucket: Bucket, latents: Tensor) -> tuple[Tensor, Tens
 def stage_vae(run: Run, seconds: float, vae: AutoencoderKL) -> None:
     """Restore scenes, drawn on the fly, from latents that are a little off, as the transformer's will be."""
     vae.to(run.device, memory_format=torch.channels_last)
-    course = Course(run, "vae", vae, lr=1e-3, decay=0.998, weight_decay=1e-4)
+    course = Course(run, "vae", vae, lr=1e-3, decay=0.998, weight_decay=1e-4, fused=False)
     pool = sample_scenes(32_000 if run.device.type == "cuda" else 64, TRAIN_SEED + 100 * run.rank)
     drawn: list[Tensor] = []
     first = 0
