@@ -1,6 +1,6 @@
 """Train the demo model: VAE, text encoders, transformer, guidance, adapter; about 11 minutes on two GPUs.
 
-    torchrun --nproc-per-node 2 scripts/train_demo.py --out runs/demo --start exporter/demo      # or, on one GPU:
+    torchrun --nproc-per-node 2 scripts/train_demo.py --out runs/demo --initial exporter/demo      # or, on one GPU:
     python scripts/train_demo.py --out runs/demo --vae-seconds 150 --flow-seconds 600 --adapter-seconds 260
     cp -r runs/demo/model exporter/demo
 
@@ -10,7 +10,7 @@ step is 4.2 TFLOP a GPU, whatever the size. One H200 trained 11,000 to 13,500 pi
 with torch.compile: 145 to 175 TFLOP/s, a fifth of its peak, which the H100 shares. So 300 seconds are 10,000 to 12,500
 steps, on two GPUs 6 to 8 million pictures' worth of tokens, of 128,000 scenes.
 
---start continues from a saved model. Without it everything begins at random and needs about twice the time.
+--initial continues from a saved model. Without it everything begins at random and needs about twice the time.
 
 Stages run in order and leave their results in --out; a run that was interrupted goes on where it was a minute before.
 cuDNN's attention is switched off: its backward pass crashed for these shapes (torch 2.11, CUDA 13.0, H200).
@@ -54,7 +54,7 @@ class Config:
     out: Path = option(
         type=click.Path(path_type=Path), required=True, help="Folder for results; finished stages are kept."
     )
-    start: Path | None = option(
+    initial: Path | None = option(
         type=click.Path(path_type=Path, exists=True, file_okay=False),
         help="A saved model whose weights training begins with.  [default: random ones]",
     )
@@ -95,9 +95,9 @@ def main(**given: Any) -> None:
     run.out.mkdir(parents=True, exist_ok=True)
 
     denoiser, vae = Denoiser(run.sizes), make_vae(run.sizes)
-    if config.start is not None:
-        start_from(config.start, denoiser, vae)
-    share_tokenizers(run, denoiser, config.start)
+    if config.initial is not None:
+        start_from(config.initial, denoiser, vae)
+    share_tokenizers(run, denoiser, config.initial)
     denoiser.to(run.device)
     if not (run.out / "vae").exists():
         stage_vae(run, config.vae_seconds, vae)
