@@ -12,7 +12,8 @@ from ddit.runtime import strict_json
 from ddit.runtime.bundle.manifest import (
     FORMAT_VERSION,
     MANIFEST,
-    Calibration,
+    AdaptiveCalibration,
+    DynamicCalibration,
     FileInfo,
     GateInfo,
     GraphInfo,
@@ -107,16 +108,18 @@ class Bundle:
         except OSError as error:
             raise DditError(f"{self.path} cannot be written: {error.strerror or error}") from None
 
-    def calibrate(self, calibration: Calibration) -> None:
-        """Keep a calibration in ``bundle.json``, in the place of an older one for the same steps, size and backend.
+    def calibrate(self, calibration: DynamicCalibration | AdaptiveCalibration) -> None:
+        """Keep a calibration in ``bundle.json``, in the place of an older one of its kind, steps, size and backend.
 
         Whatever others kept there since the bundle was opened stays. The file is replaced as a whole. Raises
         `BundleError` where the bundle was exported again, `DditError` where it cannot be written.
         """
-        key = (calibration.size, calibration.backend)
+
+        def key(one: DynamicCalibration | AdaptiveCalibration) -> tuple[object, ...]:
+            return one.kind, one.size, one.backend
 
         def change(current: Manifest) -> dict[str, object]:
-            others = (one for one in current.calibrations if (one.size, one.backend) != key)
+            others = (one for one in current.calibrations if key(one) != key(calibration))
             return {"calibrations": (*others, calibration)}
 
         self._rewrite(change)

@@ -27,16 +27,14 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}  
 @click.option("--steps", type=int, help="Denoising steps.  [default: the bundle's]")
 @click.option(
     "--schedule",
-    default="dynamic",
-    show_default=True,
     help="native, fixed:8x10,4x20,2x20 or dynamic[:tau=…,rho=…,warmup=…,hold=…,coarsest=…,absolute=…], with "
-    "+adaptive[:tolerance=…,order=…,longest=…] or a method of --reuse, or the latter alone.",
+    "+adaptive[:tolerance] or a method of --reuse, or the latter alone.  [default: adaptive]",
 )
 @click.option(
     "--reuse",
     help="Which steps run no level; the same as SCHEDULE+REUSE. taylorseer[:interval=…,order=…,first=…], "
     "teacache[:threshold=…], spectralcache[:threshold=…,low=…,high=…,least=…,most=…,longest=…], dpcache or "
-    "adaptive[:…]; a number alone is the first setting, as in teacache:0.4.",
+    "adaptive[:tolerance]; a number alone is the first setting, as in teacache:0.4.",
 )
 @click.option(
     "--budget", type=Seconds(), help="Seconds for the picture, as in 1.5s or 800ms; chooses the schedule itself."
@@ -62,7 +60,7 @@ def generate(
     prompt: str,
     seed: int,
     steps: int | None,
-    schedule: str,
+    schedule: str | None,
     reuse: str | None,
     budget: float | None,
     height: int | None,
@@ -97,7 +95,7 @@ def generate(
             prompt,
             seed=seed,
             steps=steps,
-            schedule=f"{schedule}+{reuse}" if reuse else schedule,
+            schedule="+".join(part for part in (schedule, reuse) if part is not None) or None,
             budget=budget,
             height=height,
             width=width,

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import takewhile
 
 import numpy as np
@@ -115,6 +115,17 @@ class Policy(ABC):
     def quantile(self) -> float | None:
         """The quantile ρ of the deviations that it looks at; None for a policy that looks at none."""
         return None
+
+    def knob(self) -> str | None:
+        """The name of the number that trades quality for speed, larger is faster; None where there is none."""
+        return None
+
+    def turned(self, value: float) -> "Policy":
+        """The policy with another value of that number."""
+        name = self.knob()
+        assert name is not None
+        changed: Policy = replace(self, **{name: value})  # type: ignore[type-var]
+        return changed
 
     def describe(self) -> dict[str, object]:
         """The policy as plain data, for the trace."""

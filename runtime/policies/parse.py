@@ -6,7 +6,8 @@ dynamic                         levels by content (DDiT), with the bundle's sett
 dynamic:tau=0.002,rho=0.4       the same with settings of one's own: tau, rho, warmup, hold, coarsest
 dynamic:absolute=1,tau=0.001    τ as the paper has it, not a multiple of smooth pictures' statistic
 adaptive                        steps are predicted where the expected error is small; the others are native
-adaptive:tolerance=0.02         the same with settings of one's own: tolerance, order, longest
+adaptive:0.02                   the same with a tolerance of one's own; or adaptive:tolerance=0.02,order=2
+adams                           every step is computed, with a second-order solver: for runs of fewer steps
 taylorseer:interval=4,order=2   every fourth step is computed, the others are predicted (TaylorSeer)
 taylorseer:4                    the same: a number alone is the first setting
 teacache:threshold=0.4          a step whose input has changed little repeats the last velocity (TeaCache)
@@ -23,6 +24,7 @@ from typing import Any
 
 from ddit.runtime.bundle.manifest import MAX_STEPS, StepPath
 from ddit.runtime.errors import UsageError
+from ddit.runtime.policies.adams import Adams
 from ddit.runtime.policies.adaptive import Adaptive
 from ddit.runtime.policies.base import DIFFERENCE_ORDER, Policy
 from ddit.runtime.policies.dpcache import DPCache
@@ -37,8 +39,8 @@ from ddit.runtime.policies.teacache import TeaCache
 
 FORMS = (
     "native, fixed:8x10,4x20,2x20 or dynamic[:tau=0.001,rho=0.4,warmup=3,hold=3,coarsest=8,absolute=0], and after a + "
-    "or alone adaptive[:tolerance=0.01,order=1,longest=12], taylorseer[:interval=4,order=2,first=3], "
-    "teacache[:threshold=0.4], spectralcache[:threshold=0.6,low=0.8,high=1.5,least=0.5,most=1.5,longest=2] or dpcache"
+    "or alone adaptive[:0.04], taylorseer[:interval=4,order=2,first=3], teacache[:threshold=0.4], "
+    "spectralcache[:threshold=0.6,low=0.8,high=1.5,least=0.5,most=1.5,longest=2] or dpcache"
 )
 
 NO_GATE = "export it again, or choose adaptive or taylorseer"  # what to do about it
@@ -51,6 +53,7 @@ class Choices:
     patches: Sequence[int]
     native: int
     dynamic: Dynamic  # what ``dynamic`` leaves unsaid
+    adaptive: Adaptive  # and ``adaptive``
     gate: tuple[float, ...] = ()  # coefficients of its gate's polynomial, the highest power first; empty: no gate
     path: StepPath | None = None  # of dpcache, for the run's steps and size
 
@@ -125,19 +128,23 @@ def _dynamic(text: str, choices: Choices) -> Dynamic:
     return schedule
 
 
+def _adams(text: str, choices: Choices) -> Adams:
+    if text:
+        raise UsageError(f"adams has no settings, as in adams:{text}; write {FORMS}")
+    return Adams()
+
+
 def _adaptive(text: str, choices: Choices) -> Adaptive:
-    policy = Adaptive(**_settings(text, {"tolerance": float, "order": int, "longest": int}))
+    policy = replace(choices.adaptive, **_settings(text, {"tolerance": float, "order": int}))
     if not 0 <= policy.tolerance < math.inf:
         raise UsageError(f"tolerance must be at least 0, and finite, not {policy.tolerance:g}")
     if not 0 <= policy.order < KEPT_VELOCITIES:
         raise UsageError(f"order must lie between 0 and {KEPT_VELOCITIES - 1}, not {policy.order}")
-    if policy.longest < 0:
-        raise UsageError(f"longest must be at least 0 steps, not {policy.longest}")
     return policy
 
 
 def _taylorseer(text: str, choices: Choices) -> TaylorSeer:
-    policy = TaylorSeer(**_settings(text, {"interval": int, "order": int, "first": int}, alone="interval"))
+    policy = TaylorSeer(**_settings(text, {"interval": int, "order": int, "first": int}))
     if policy.interval < 1:
         raise UsageError(f"interval must be at least 1 step, not {policy.interval}; write taylorseer:interval=4")
     if not 0 <= policy.order < KEPT_VELOCITIES:
@@ -156,7 +163,7 @@ def _polynomial(reuse: str, choices: Choices) -> tuple[float, ...]:
 
 def _teacache(text: str, choices: Choices) -> TeaCache:
     coefficients = _polynomial("teacache", choices)
-    policy = TeaCache(coefficients, **_settings(text, {"threshold": float}, alone="threshold"))
+    policy = TeaCache(coefficients, **_settings(text, {"threshold": float}))
     if not 0 <= policy.threshold < math.inf:
         raise UsageError(f"threshold must be at least 0, and finite, not {policy.threshold:g}; write teacache:0.4")
     return policy
@@ -165,7 +172,7 @@ def _teacache(text: str, choices: Choices) -> TeaCache:
 def _spectralcache(text: str, choices: Choices) -> SpectralCache:
     coefficients = _polynomial("spectralcache", choices)
     shares = dict.fromkeys(("threshold", "low", "high", "least", "most"), float)
-    policy = SpectralCache(coefficients, **_settings(text, {**shares, "longest": int}, alone="threshold"))
+    policy = SpectralCache(coefficients, **_settings(text, {**shares, "longest": int}))
     for name in (*shares, "longest"):
         if not 0 <= getattr(policy, name) < math.inf:
             raise UsageError(
@@ -187,6 +194,7 @@ def _dpcache(text: str, choices: Choices) -> DPCache:
 
 LEVELS: Mapping[str, Callable[[str, Choices], Policy]] = {"native": _native, "fixed": _fixed, "dynamic": _dynamic}
 REUSE: Mapping[str, Callable[[str, Choices], Reuse]] = {
+    "adams": _adams,
     "adaptive": _adaptive,
     "taylorseer": _taylorseer,
     "teacache": _teacache,
@@ -195,16 +203,14 @@ REUSE: Mapping[str, Callable[[str, Choices], Reuse]] = {
 }
 
 
-def _settings(text: str, readers: Mapping[str, Callable[[str], float]], alone: str = "") -> dict[str, Any]:
-    """``"tau=0.002,warmup=3"`` as numbers by name. Raises `UsageError` for a name or number that is none.
+def _settings(text: str, readers: Mapping[str, Callable[[str], float]]) -> dict[str, Any]:
+    """``"tau=0.002,warmup=3"`` as numbers by name; a number alone is the first one's.
 
-    ``alone``: the setting that a number without a name is.
+    Raises `UsageError` for a name or number that is none.
     """
     settings: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
-        name, equals, value = part.partition("=")
-        if alone and not equals:
-            name, value = alone, part
+        name, _, value = part.partition("=") if "=" in part else (next(iter(readers)), "", part)
         try:
             settings[name.strip()] = readers[name.strip()](value)
         except (KeyError, ValueError):

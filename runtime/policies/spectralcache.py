@@ -32,6 +32,7 @@ class SpectralCache(Reuse):
     longest: int = 2  # steps reused in a row
 
     name = "spectralcache"
+    knob = "threshold"
     gate = True
 
     def predict(self, history: RunHistory) -> Prediction | None:

@@ -27,6 +27,7 @@ class TeaCache(Reuse):
     threshold: float = 0.4
 
     name = "teacache"
+    knob = "threshold"
     gate = True
 
     def predict(self, history: RunHistory) -> Prediction | None:

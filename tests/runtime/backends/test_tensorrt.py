@@ -82,8 +82,8 @@ def test_engines_are_built_once_and_make_the_same_picture(machine):
     assert {path.parent.name for path in machine.plans()} == {plan["key"] for plan in plans}
 
     again = machine.build()
-    assert "0 engines built in 0 s, 6 were there already" in again.stderr
-    assert machine.trt.builds == 6
+    assert "0 engines built in 0 s, 8 were there already" in again.stderr
+    assert machine.trt.builds == 8
 
     levels = Fixed((2, 4) * 3)
     expected = Pipeline.open(machine.bundle, backend="cpu")("a red circle", seed=3, schedule=levels, **SIZE)
@@ -136,7 +136,7 @@ def test_a_graph_that_is_too_new_is_named(tiny_bundle, tmp_path, monkeypatch):
 def test_attention_may_decompose(tiny_bundle, tmp_path, monkeypatch):
     machine = Machine(VERSIONS[-1], tiny_bundle, tmp_path, monkeypatch)
     assert machine.build("--level", 4).exit_code == 0  # the fake's builder refuses an attention that may not
-    assert len(machine.plans()) == 5  # one level and everything that is not a level
+    assert len(machine.plans()) == 7  # one level and everything that is not a level
 
 
 def test_profiles_become_optimization_profiles(one_machine, tmp_path):
@@ -386,7 +386,7 @@ def test_inspect_shows_the_engines_and_verify_runs_them(built):
     assert all(plan["key"] in text for plan in plans)  # in 80 columns
 
     verified = json.loads(run(ddit_run, "verify", built.bundle, "--json").stdout)
-    assert (verified["backend"], verified["plans"], verified["passed"]) == ("tensorrt", 6, True)
+    assert (verified["backend"], verified["plans"], verified["passed"]) == ("tensorrt", 8, True)
     assert len(verified["checks"]) > 6
 
     plan = built.plans()[0]
@@ -404,7 +404,7 @@ def test_a_bundle_and_its_engines_in_one_go(tiny_pipeline, opset17_bundle, tmp_p
         result = run(export, "flux", *options, "--engines", "tensorrt", "--out", machine.bundle)
         assert result.exit_code == 0, result.stderr
     assert "level-2: built already" in result.stderr, "the engines of an unchanged graph stay"
-    assert machine.trt.builds == len(machine.plans()) == 5
+    assert machine.trt.builds == len(machine.plans()) == 7
 
     machine.cuda.devices = 0
     machine.cuda.install(monkeypatch)
@@ -418,9 +418,9 @@ def test_engines_of_graphs_that_are_gone_are_not_taken_over(built, tmp_path):
     opened = Bundle.open(built.bundle)
     new = Bundle(tmp_path / "new", opened.manifest)
     EngineStore(new).adopt(EngineStore(opened))
-    assert len(EngineStore(new).engines()) == len(built.plans()) == 6
+    assert len(EngineStore(new).engines()) == len(built.plans()) == 8
     opened.manifest.files["level-4.onnx"] = opened.manifest.files["level-2.onnx"]
     newer = Bundle(tmp_path / "newer", opened.manifest)
     EngineStore(newer).adopt(EngineStore(opened))
-    assert len(EngineStore(newer).engines()) == 5
-    assert len(built.plans()) == 6, "the older bundle stays whole until the new one is in its place"
+    assert len(EngineStore(newer).engines()) == 7
+    assert len(built.plans()) == 8, "the older bundle stays whole until the new one is in its place"

@@ -122,7 +122,7 @@ def test_a_path_is_for_its_number_of_steps(tiny_bundle):
         (("--reuse", "dpcache", "--computed", 3), "more than 3 steps and fewer than all"),
         (("--reuse", "dpcache", "--computed", 12), "more than 3 steps and fewer than all"),
         (("--reuse", "dpcache", "--steps", 101), "of 100 at most"),
-        (("--reuse", "dpcache", "--speedup", 2), "are for τ"),
+        (("--reuse", "dpcache", "--speedup", 2), "are for the search"),
         (("--computed", 5), "give --reuse dpcache too"),
         (("--reuse", "teacache", "--steps", 2), "a polynomial needs 10 changes"),
     ],

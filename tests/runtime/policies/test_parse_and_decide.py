@@ -29,7 +29,7 @@ DEFAULT = Dynamic(native=2, coarse=(4, 8), tau=0.001, rho=0.4, warmup=3)
 
 
 def parse(text: str):
-    return parse_schedule(text, Choices((2, 4, 8), 2, DEFAULT, GATE))
+    return parse_schedule(text, Choices((2, 4, 8), 2, DEFAULT, Adaptive(0.04), GATE))
 
 
 def deviations(four: float, eight: float) -> dict[int, np.ndarray]:
@@ -46,12 +46,12 @@ def test_written_forms():
     assert parse("dynamic") == DEFAULT
     assert parse("dynamic:tau=0.5, rho=0.9,warmup=5") == Dynamic(2, (4, 8), 0.5, 0.9, 5)
     assert parse("fixed:8x2,4x1,2") == Fixed((8, 8, 4, 2))
-    assert parse("adaptive") == parse("native+adaptive") == Reusing(Native(2), Adaptive())
+    assert parse("adaptive") == parse("native+adaptive") == Reusing(Native(2), Adaptive(0.04))
     assert parse("taylorseer:5") == parse("native+taylorseer:interval=5") == Reusing(Native(2), TaylorSeer(5))
     assert parse("dynamic+teacache:0.25") == parse("dynamic+teacache:threshold=0.25")
     assert parse("dynamic+teacache:0.25") == Reusing(DEFAULT, TeaCache(GATE, 0.25))
     assert parse("spectralcache:1,low=0.5") == Reusing(Native(2), SpectralCache(GATE, 1.0, low=0.5))
-    assert parse("dynamic+adaptive:tolerance=1e+0,order=2") == Reusing(DEFAULT, Adaptive(1.0, 2))
+    assert parse("dynamic+adaptive:1e+0,order=2") == Reusing(DEFAULT, Adaptive(1.0, 2))
 
 
 @pytest.mark.parametrize(
