@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ddit.runtime import Bundle, Pipeline
+from ddit.runtime import Bundle, Pipeline, Request
 from ddit.runtime.backends.onnxruntime import cuda as onnxruntime_cuda
 from ddit.runtime.backends.onnxruntime import host
 from ddit.runtime.backends.onnxruntime.cuda import CudaBackend
@@ -97,6 +97,19 @@ def test_the_picture_is_the_cpu_s(machine, tiny_bundle, refuses_graphs):
     np.testing.assert_array_equal(np.asarray(actual.image), np.asarray(expected.image))
     # a level and a size have one graph, whatever comes between their steps
     assert len(set(machine.graph_ids)) == (0 if refuses_graphs else 3)
+
+
+def test_a_gate_s_state_stays_on_the_device(machine, tiny_bundle):
+    """Samples that look at it and one that does not regroup as they decide, and are as on the CPU."""
+    schedules = ["teacache:0.4", "dynamic:tau=2+teacache:0.9", "native", "spectralcache:1"]
+    requests = [Request("a red circle", seed, 8, text, 64, 64) for seed, text in enumerate(schedules)]
+    expected = Pipeline.open(tiny_bundle, backend="cpu").run(requests)
+    actual = Pipeline.open(tiny_bundle, backend="cuda").run(requests)
+    assert [result.trace.predicted > 0 for result in actual] == [True, True, False, True]
+    for one, other in zip(actual, expected, strict=True):
+        assert one.trace.levels == other.trace.levels
+        assert [step.figures for step in one.trace.steps] == [step.figures for step in other.trace.steps]
+        np.testing.assert_array_equal(one.latent, other.latent)
 
 
 def test_levels_share_one_copy_of_the_trunk(machine, tiny_bundle):
