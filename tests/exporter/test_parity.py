@@ -88,9 +88,11 @@ def scale_the_states(monkeypatch) -> None:
 
 def look_at_half_the_noise(monkeypatch) -> None:
     usual = FluxGate.forward
-    monkeypatch.setattr(
-        FluxGate, "forward", lambda module, latent, timestep, *rest: usual(module, latent, timestep / 2, *rest)
-    )
+
+    def forward(module, latent, timestep, pooled, gate_input, guidance=None):
+        return usual(module, latent, timestep / 2, pooled, gate_input, guidance)
+
+    monkeypatch.setattr(FluxGate, "forward", forward)
 
 
 @pytest.mark.parametrize(
