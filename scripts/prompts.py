@@ -7,7 +7,7 @@ writes those that `evaluate.py` takes to a file, for `ddit-run calibrate`.
 
 import click
 
-from command_line.prompts import PROMPT_SEED, read_prompts
+from command_line.prompts import prompt_texts
 from ddit.runtime.console import DditCommand
 
 
@@ -15,12 +15,7 @@ from ddit.runtime.console import DditCommand
 @click.argument("prompts")
 def main(prompts: str) -> None:
     """Print prompts, one a line: scenes:N, scenes:START-STOP, or a file's."""
-    from demo_model.scenes import balanced_scenes  # needs torch
-
-    asked = read_prompts(prompts)
-    if isinstance(asked, range):
-        asked = [scene.caption for scene in balanced_scenes(asked.stop, PROMPT_SEED)[asked.start :]]
-    for prompt in asked:
+    for prompt in prompt_texts(prompts):
         click.echo(prompt)
 
 

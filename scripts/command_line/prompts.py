@@ -29,3 +29,13 @@ def read_prompts(text: str) -> range | list[str]:
     if not prompts:
         raise UsageError(f"{text} holds no prompt; write one a line")
     return prompts
+
+
+def prompt_texts(text: str) -> list[str]:
+    """The prompts themselves: a file's lines, or the scenes' captions, which need torch. Raises `UsageError`."""
+    asked = read_prompts(text)
+    if isinstance(asked, list):
+        return asked
+    from demo_model.scenes import balanced_scenes
+
+    return [scene.caption for scene in balanced_scenes(asked.stop, PROMPT_SEED)[asked.start :]]
