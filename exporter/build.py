@@ -69,6 +69,7 @@ def export_bundle(family: Family, out: Path, *, profile: Profile, opset: int, re
             decoder=family.decoder,
             carry=CARRY if family.source.defaults.carry is None else family.source.defaults.carry,
             schedule=_schedule(family),
+            spectrum=family.source.defaults.spectrum or family.spectrum,
             parity=tuple(parity),
             files={path.name: file_info(path) for path in sorted(folder.iterdir())},
             made_with={name: version(name) for name in MADE_WITH},

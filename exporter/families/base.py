@@ -22,6 +22,7 @@ from ddit.runtime.bundle.manifest import (
     GuidanceInfo,
     LatentInfo,
     RotaryInfo,
+    SpectrumInfo,
     TextEncoderInfo,
 )
 from ddit.runtime.errors import AdapterError, ModelError, UsageError
@@ -65,7 +66,8 @@ class Family(ABC):
     ``feed_forward``, ``attention``     training: the layers that get LoRA
     ``latent``, ``positions``,          the manifest, for hosts; the parity gate, for inputs of a graph's
     ``guidance``, ``sampler``,          own kind
-    ``decoder``, ``save_tokenizers``
+    ``decoder``, ``save_tokenizers``,
+    ``spectrum``
     ``jobs``                            the export: every graph of the bundle, with the original's own
                                         computation of the same thing
     ``original_step``                   the parity gate: the original pipeline from prompt to picture
@@ -128,6 +130,11 @@ class Family(ABC):
     @abstractmethod
     def decoder(self) -> DecoderInfo:
         """The graph that turns a latent into a picture."""
+
+    @property
+    def spectrum(self) -> SpectrumInfo | None:
+        """The power of the family's latents over the frequency; None where nobody has measured it."""
+        return None
 
     @abstractmethod
     def save_tokenizers(self, folder: Path) -> tuple[TextEncoderInfo, ...]:

@@ -1,5 +1,7 @@
 """Make one picture."""
 
+import math
+from collections import Counter
 from pathlib import Path
 
 import click
@@ -30,7 +32,7 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}  
     default="dynamic",
     show_default=True,
     help="native, fixed:8x10,4x20,2x20 or dynamic[:tau=…,rho=…,warmup=…,hold=…,coarsest=…,absolute=…], with "
-    "+adaptive[:tolerance=…,order=…,longest=…] or the latter alone.",
+    "+adaptive[:tolerance=…,order=…,longest=…] and +progressive[:delta=…,scales=…,adaptive], or these alone.",
 )
 @click.option(
     "--budget", type=Seconds(), help="Seconds for the picture, as in 1.5s or 800ms; chooses the schedule itself."
@@ -127,9 +129,11 @@ def _doing(level: int | None) -> str:
 
 
 def _steps_line(trace: Trace) -> str:
-    steps = [f"{count} at level {level}" for level, count in trace.steps_per_level().items()]
-    if trace.predicted:
-        steps.append(f"{trace.predicted} predicted")
+    counts = Counter((record.scale, record.size, record.level) for record in trace.steps)
+    steps = []
+    for (scale, size, level), count in sorted(counts.items(), key=lambda one: (one[0][0], one[0][2] or math.inf)):
+        small = f" at {size[0]}×{size[1]}" if size and scale < 1 else ""
+        steps.append(f"{count} {'predicted' if level is None else f'at level {level}'}{small}")
     return f"{len(trace.steps)} steps ({' + '.join(steps)}) in {trace.total_milliseconds() / 1000:.1f} s"
 
 

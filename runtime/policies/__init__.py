@@ -7,6 +7,7 @@ from ddit.runtime.policies.dynamic import Dynamic, statistic
 from ddit.runtime.policies.fixed import Fixed
 from ddit.runtime.policies.native import Native
 from ddit.runtime.policies.parse import parse_schedule
+from ddit.runtime.policies.progressive import Progressive
 from ddit.runtime.policies.reuse import Prediction, Reuse, Reusing
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Native",
     "Policy",
     "Prediction",
+    "Progressive",
     "Reuse",
     "Reusing",
     "RunHistory",

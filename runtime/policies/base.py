@@ -1,8 +1,9 @@
 """What a policy is: it decides what every denoising step does, and knows nothing of the model or of where it runs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,8 @@ class Decision:
     correction: float = 0.0  # Δσ
     by: str = ""  # the policy that decided
     figures: Mapping[str, float] = field(default_factory=dict)  # on what, by name
+    scale: Fraction = Fraction(1)  # share of the full latent's height and width; one that it has not grows first,
+    gain: float = 1.0  # and this is κ: the step then starts at the noise level κσ
 
 
 @dataclass
@@ -32,7 +35,8 @@ class RunHistory:
     """A run so far, as its policy sees it."""
 
     sigmas: FloatArray  # noise levels of all steps and 0 at the end
-    first: int = 0  # number of the run's first step: above 0 where it goes on from a latent that was given
+    # number of the first step that this tells of: above 0 where the latent was given in the middle of a run, or grew
+    first: int = 0
     # of the steps that are done; a predicted one has the level of the computed one before it
     levels: list[int] = field(default_factory=list)
     computed: list[int] = field(default_factory=list)  # numbers of the steps that ran a level
@@ -42,6 +46,9 @@ class RunHistory:
     # for every coarse patch p the standard deviation of the latent's third difference inside each p×p patch after the
     # last step, (H/p, W/p); empty until three steps are done
     deviations: Mapping[int, FloatArray] = field(default_factory=dict)
+    scale: Fraction = Fraction(1)  # of the latent: its share of the full height and width
+    # reads the estimate of the clean latent that the last step made, (C, H, W); None where no level has run yet
+    estimate: Callable[[], FloatArray | None] = lambda: None
 
     @property
     def step(self) -> int:
@@ -52,6 +59,12 @@ class RunHistory:
     def steps(self) -> int:
         """The number of all steps."""
         return len(self.sigmas) - 1
+
+    def grown(self, scale: Fraction, gain: float) -> "RunHistory":
+        """The history after the latent has grown, before the step: it starts anew, at a higher noise level."""
+        sigmas = self.sigmas.copy()
+        sigmas[self.step] *= gain
+        return RunHistory(sigmas, self.step, scale=scale, estimate=self.estimate)
 
     def record(self, decision: Decision, error: FloatArray, deviations: Mapping[int, FloatArray]) -> None:
         """Take a finished step, with what it measured."""
@@ -86,6 +99,10 @@ class Policy(ABC):
     def quantile(self) -> float | None:
         """The quantile ρ of the deviations that it looks at; None for a policy that looks at none."""
         return None
+
+    def scales(self) -> tuple[Fraction, ...]:
+        """The scales that it decides among, the one to start at first and 1 at the end."""
+        return (Fraction(1),)
 
     def describe(self) -> dict[str, object]:
         """The policy as plain data, for the trace."""

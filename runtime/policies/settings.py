@@ -1,14 +1,20 @@
 """What a bundle says of its dynamic policy: a calibration for the run's steps, size and backend, or its defaults."""
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from functools import partial
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ddit.runtime import shapes
 from ddit.runtime.bundle import Manifest
+from ddit.runtime.errors import UsageError
 from ddit.runtime.policies.base import Policy
 from ddit.runtime.policies.dynamic import Dynamic
 from ddit.runtime.policies.parse import Choices, parse_schedule
+from ddit.runtime.policies.progressive import Stage
 from ddit.runtime.policies.smooth import smooth_at
 
 
@@ -23,7 +29,26 @@ def bundle_policy(
     coarse = tuple(patch for patch in manifest.coarse if patch <= (info.coarsest or patch))
     smooth = smooth_at(info.smooth, sigmas) if info.smooth else None
     default = Dynamic(manifest.native, coarse, info.tau, info.rho, info.warmup, info.hold, smooth)
-    return parse_schedule(text, Choices(manifest.patches, manifest.native, default))
+    symbols = shapes.to_symbols(manifest.latent, {"height": height, "width": width})
+    stages = partial(growing_stages, manifest, symbols)
+    return parse_schedule(text, Choices(manifest.patches, manifest.native, default, manifest.spectrum, stages))
+
+
+def growing_stages(manifest: Manifest, symbols: Mapping[str, int], scales: Sequence[Fraction]) -> tuple[Stage, ...]:
+    """The sizes of rising scales and the full size after them, for a latent of the size that ``symbols`` gives.
+
+    Raises `UsageError` for scales at which the levels have no size of their own.
+    """
+    full = [symbols[shapes.SYMBOLS[axis.name]] for axis in manifest.latent.axes]
+    stages = []
+    for scale in (*scales, Fraction(1)):
+        small = shapes.scaled(manifest.latent, manifest.patches, symbols, scale)
+        sides = [small[shapes.SYMBOLS[axis.name]] for axis in manifest.latent.axes]
+        share = min(side / whole for side, whole in zip(sides, full, strict=True))
+        stages.append(Stage(scale, share * min(full) / 2, prod(sides)))
+        if len(stages) > 1 and stages[-2].pixels >= stages[-1].pixels:
+            raise UsageError(f"the scales {stages[-2].scale} and {scale} are the same size here; leave one out")
+    return tuple(stages)
 
 
 def smooth_curves(

@@ -24,7 +24,7 @@ def dct_matrix(size: int) -> NDArray[np.float64]:
     [[0.707, 0.707], [0.707, -0.707]]
     """
     frequencies, places = np.arange(size)[:, None], np.arange(size) + 0.5
-    matrix = np.sqrt(2 / size) * np.cos(np.pi / size * frequencies * places)
+    matrix: NDArray[np.float64] = np.sqrt(2 / size) * np.cos(np.pi / size * frequencies * places)
     matrix[0] /= np.sqrt(2)
     return matrix
 

@@ -42,6 +42,7 @@ from ddit.runtime.bundle.manifest import (
     LatentInfo,
     RotaryAxis,
     RotaryInfo,
+    SpectrumInfo,
     TextEncoderInfo,
     TokenizerInfo,
 )
@@ -51,6 +52,7 @@ from ddit.runtime.errors import ModelError
 CLIP, T5, DECODER = "clip", "t5", "vae_decoder"  # graphs
 TRUNK_FILE = "transformer.safetensors"
 ROPE_THETA = 10000.0  # fixed in diffusers' FluxTransformer2DModel
+SPECTRUM = SpectrumInfo(amplitude=203.615097, exponent=1.915461)  # of FLUX.1's latents (arXiv 2605.18736)
 
 # What the runtime's sampler computes. A scheduler that asks for anything else is refused, never approximated.
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
@@ -132,6 +134,11 @@ class Flux(Family):
     def decoder(self) -> DecoderInfo:
         """The VAE's decoder."""
         return DecoderInfo(graph=DECODER)
+
+    @property
+    def spectrum(self) -> SpectrumInfo:
+        """That of FLUX.1's latents; a model of another kind says its own in ``ddit.json``."""
+        return SPECTRUM
 
     def save_tokenizers(self, folder: Path) -> tuple[TextEncoderInfo, ...]:
         """Write both tokenizers as ``tokenizer.json`` files and describe the encoders that they belong to."""
