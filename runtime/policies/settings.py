@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import partial
+from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -39,16 +40,21 @@ def growing_stages(manifest: Manifest, symbols: Mapping[str, int], scales: Seque
 
     Raises `UsageError` for scales at which the levels have no size of their own.
     """
-    full = [symbols[shapes.SYMBOLS[axis.name]] for axis in manifest.latent.axes]
-    stages = []
-    for scale in (*scales, Fraction(1)):
-        small = shapes.scaled(manifest.latent, manifest.patches, symbols, scale)
-        sides = [small[shapes.SYMBOLS[axis.name]] for axis in manifest.latent.axes]
-        share = min(side / whole for side, whole in zip(sides, full, strict=True))
-        stages.append(Stage(scale, share * min(full) / 2, prod(sides)))
-        if len(stages) > 1 and stages[-2].pixels >= stages[-1].pixels:
-            raise UsageError(f"the scales {stages[-2].scale} and {scale} are the same size here; leave one out")
-    return tuple(stages)
+    rising = (*scales, Fraction(1))
+    sizes = [
+        shapes.grid(manifest.latent, 1, shapes.scaled(manifest.latent, manifest.patches, symbols, scale))
+        for scale in rising
+    ]
+    for number, (small, large) in enumerate(pairwise(sizes)):
+        if same := [name for name in small if small[name] >= large[name]]:
+            one, other = rising[number : number + 2]
+            raise UsageError(f"the scales {one} and {other} have the same {same[0]} here; leave one out")
+    full = sizes[-1]
+    shares = [min(size[name] / full[name] for name in full) for size in sizes]
+    return tuple(
+        Stage(scale, share * min(full.values()) / 2, prod(size.values()))
+        for scale, share, size in zip(rising, shares, sizes, strict=True)
+    )
 
 
 def smooth_curves(
