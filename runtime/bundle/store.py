@@ -1,9 +1,10 @@
 """A bundle on disk: its manifest, read and validated, and its files."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -101,16 +102,27 @@ class Bundle:
     def calibrate(self, calibration: Calibration) -> None:
         """Keep a calibration in ``bundle.json``, in the place of an older one for the same steps, size and backend.
 
+        Raises as `keep` does.
+        """
+        key = (calibration.size, calibration.backend)
+
+        def kept(current: Manifest) -> dict[str, Any]:
+            others = (one for one in current.calibrations if (one.size, one.backend) != key)
+            return {"calibrations": (*others, calibration)}
+
+        self.keep(kept)
+
+    def keep(self, change: Callable[[Manifest], dict[str, Any]]) -> None:
+        """Change fields of ``bundle.json``: ``change`` gives their new values.
+
         Whatever others kept there since the bundle was opened stays. The file is replaced as a whole. Raises
         `BundleError` where the bundle was exported again, `DditError` where it cannot be written.
         """
-        key = (calibration.size, calibration.backend)
         with self.lock():
             for left in self.path.glob(f".{Path(MANIFEST).stem}{PARTIAL}*"):  # a killed process's
                 left.unlink()
             current = read_manifest(self.path)
-            others = (one for one in current.calibrations if (one.size, one.backend) != key)
-            manifest = current.model_copy(update={"calibrations": (*others, calibration)})
+            manifest = current.model_copy(update=change(current))
             text = manifest.model_dump_json(indent=2) + "\n"
             Manifest.model_validate_json(text, strict=True)  # before it takes the place of one that can be read
             with whole(self.path / MANIFEST) as part:

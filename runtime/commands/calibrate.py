@@ -8,7 +8,7 @@ from rich.table import Table
 
 from ddit.runtime import strict_json
 from ddit.runtime.bundle import MANIFEST
-from ddit.runtime.commands.options import BACKEND, BUNDLE, HEIGHT, JSON, THREADS, WIDTH, check_type
+from ddit.runtime.commands.options import BACKEND, BUNDLE, HEIGHT, JSON, THREADS, WIDTH, check_type, read_prompts
 from ddit.runtime.console import DditCommand, say, terminal
 from ddit.runtime.errors import UsageError
 from ddit.runtime.files import check_outputs, whole
@@ -17,8 +17,6 @@ from ddit.runtime.policies import Dynamic
 from ddit.runtime.request import Request
 from ddit.runtime.tools.inspect import tau_of
 from ddit.runtime.tools.plots import plot_types
-
-LONGEST_LIST = 16_000_000  # characters of a file of prompts
 
 
 @click.command(cls=DditCommand)
@@ -80,7 +78,7 @@ def calibrate(
         check_outputs([plot_file])
         check_type(plot_file, plot_types())
     target = calibration.Target(speedup=2.0 if speedup is None and quality is None else speedup, similarity=quality)
-    texts = _read_prompts(prompts)
+    texts = read_prompts(prompts)
     pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
     if not dry_run:
         check_outputs([bundle / MANIFEST])  # now, not after hours
@@ -112,15 +110,3 @@ def calibrate(
     terminal().print(table)
     where = "not kept (--dry-run)" if dry_run else f"kept in {bundle / 'bundle.json'}"
     say(f"{tau_of(kept)} for {kept.steps} steps at {kept.height}×{kept.width}, {where}")
-
-
-def _read_prompts(path: Path) -> list[str]:
-    """The lines of a file, or of a pipe, that are not empty."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(LONGEST_LIST + 1)
-    except (OSError, UnicodeDecodeError):
-        raise UsageError(f"{path} cannot be read; give a text file with a prompt a line") from None
-    if len(text) > LONGEST_LIST:
-        raise UsageError(f"{path} has more than {LONGEST_LIST} characters; give a text file with a prompt a line")
-    return [line.strip() for line in text.splitlines() if line.strip()]

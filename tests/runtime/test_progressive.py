@@ -1,7 +1,5 @@
 """Runs on a latent that grows, beside a plain loop over the bundle's engines and SciPy's cosine transform."""
 
-from fractions import Fraction
-
 from dataclasses import replace
 
 import numpy as np
@@ -178,9 +176,7 @@ def test_a_small_latent_goes_on_at_its_size_and_a_full_one_at_its_own(pipeline):
     seen = []
     (whole,) = pipeline.run([request], lambda done: seen.append(done.latents()[0]))
     for step in (2, STEPS - 1):
-        rest = Request(
-            PROMPT, SEED, STEPS, "progressive:delta=0.5", **SIZE, latent=seen[step - 1], first_step=step
-        )
+        rest = Request(PROMPT, SEED, STEPS, "progressive:delta=0.5", **SIZE, latent=seen[step - 1], first_step=step)
         (again,) = pipeline.run([rest])
         assert [r.scale for r in again.trace.steps] == [r.scale for r in whole.trace.steps[step:]]
         np.testing.assert_allclose(again.latent, whole.latent, atol=2e-5 * np.abs(whole.latent).max())
