@@ -17,6 +17,7 @@ from ddit.runtime.conditioning.guidance import guidance_scale
 from ddit.runtime.errors import UsageError
 from ddit.runtime.policies import Dynamic, Policy
 from ddit.runtime.policies.settings import bundle_policy, smooth_curves
+from ddit.runtime.samplers.growing import noise_coefficients, small_noise
 from ddit.runtime.samplers.sigmas import noise, run_sigmas
 
 FloatArray = NDArray[np.float32]
@@ -162,9 +163,14 @@ class Run:
         """How many steps the noise levels are for; those before ``first_step`` are not run."""
         return len(self.sigmas) - 1
 
-    def start(self, shape: tuple[int, ...]) -> FloatArray:
-        """The latent that the run starts from: the given one, or the seed's noise of a shape (C, H, W)."""
-        return noise(self.seed, shape) if self.latent is None else self.latent
+    def start(self, shape: tuple[int, ...], full: tuple[int, ...]) -> FloatArray:
+        """The latent that the run starts from: the given one, or the seed's noise of a shape (C, H, W).
+
+        Where the latent is to grow, that is what the noise of the ``full`` shape looks like from afar.
+        """
+        if self.latent is not None:
+            return self.latent
+        return noise(self.seed, full) if shape == full else small_noise(noise_coefficients(self.seed, full), shape)
 
     def under(self, policy: Policy) -> "Run":
         """The same run under another policy."""

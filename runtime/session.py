@@ -37,7 +37,7 @@ from ddit.runtime.errors import BackendError
 from ddit.runtime.policies import DIFFERENCE_ORDER, Decision, RunHistory, statistic
 from ddit.runtime.policies.prediction import root_mean_square
 from ddit.runtime.request import Run
-from ddit.runtime.samplers.growing import growing_noise, growing_tables, in_corner
+from ddit.runtime.samplers.growing import growing_tables, in_corner, noise_coefficients
 from ddit.runtime.step import Programs, deviations, sample_buffers
 from ddit.runtime.trace import StepRecord, Trace
 
@@ -81,7 +81,7 @@ class Session:
         history = RunHistory(run.sigmas, run.first_step, scale=run.start_scale)
         sample = Sample(run, Trace.of(run, self.backend.name), history, rows=conditions)
         state = self._empty_state(sample)
-        sample.rows = {**conditions, **state, LATENT: run.start(state[LATENT].shape)}
+        sample.rows = {**conditions, **state, LATENT: run.start(state[LATENT].shape, self._shape(run.sizes))}
         history.estimate = partial(self._estimate, sample)
         if self.manifest.coarse:
             sample.trace.complexity = Complexity(min(self.manifest.coarse))
@@ -138,6 +138,10 @@ class Session:
         state = self._programs.level(self.manifest.native, sample.sizes).state
         return {name: np.zeros(self._buffers[name].resolve(sizes)[1:], dtype=np.float32) for name in state}
 
+    def _shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """A latent's shape (C, H, W)."""
+        return self._buffers[LATENT].resolve({**sizes, "B": 1})[1:]
+
     def _estimate(self, sample: Sample) -> FloatArray | None:
         """x̂ = z − σ·v: what the last computed velocity leads to from the latent as it is now."""
         if sample.place is None or not sample.history.computed:
@@ -155,9 +159,10 @@ class Session:
         sample.history = history.grown(decision.scale, decision.gain)
         state = self._empty_state(sample)
         shape = state[LATENT].shape
+        noise = noise_coefficients(run.seed, self._shape(run.sizes))[:, : shape[1], : shape[2]]
         inputs = {
             LATENT: in_corner(small, shape)[None],
-            NOISE: growing_noise(run.seed, list(run.scales).index(decision.scale), shape)[None],
+            NOISE: noise[None],
             TIMESTEP: np.array([sigma], np.float32),
             GAIN: np.array([decision.gain], np.float32),
             **growing_tables(small.shape[1:], shape[1:]),

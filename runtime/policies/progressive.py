@@ -33,8 +33,8 @@ class Progressive(Policy):
 
     The latent leaves a stage at the first step whose noise level is at most t*(ω), the level at which the frequency ω
     just above the stage's band is activated (`activation`), and at the last step at the latest. The power P(ω) is that
-    of the model's latents, A·ω^−β, or with ``own`` the run's: its last estimate of the clean latent shows the power at
-    the edge of the stage's band, once noise's part in that is reckoned (`clean_power`).
+    of the model's latents, A·ω^−β. With ``own`` it is the picture's: that of the last step's estimate of the clean
+    latent at the edge of the stage's band.
 
     Where the latent grows, a run starts anew for the other policy: what it knows of steps is about another size.
     """
@@ -66,10 +66,9 @@ class Progressive(Policy):
     def power(self, stage: Stage, history: RunHistory | None) -> float:
         """P at a stage's edge, as a coefficient of the full latent's orthonormal DCT has it."""
         estimate = history.estimate() if self.own and history else None
-        if estimate is None or history is None:
+        if estimate is None:
             return self.spectrum.amplitude / math.pow(stage.frequency, self.spectrum.exponent)
-        sigma = float(history.sigmas[history.step - 1])
-        return self.stages[-1].pixels / stage.pixels * clean_power(edge_power(estimate), sigma)
+        return self.stages[-1].pixels / stage.pixels * edge_power(estimate)
 
     def scales(self) -> tuple[Fraction, ...]:
         """Those of the stages."""
@@ -113,16 +112,6 @@ def gain(ratio: float, sigma: float) -> float:
     (1.0, 1.0)
     """
     return ratio / (1 + (ratio - 1) * sigma)
-
-
-def clean_power(power: float, sigma: float) -> float:
-    """A frequency's power in the picture, from that in the estimate of the clean latent at a noise level.
-
-    The estimate is the mean of all pictures that the noisy latent may become. Of a frequency of power P it has
-    (Wiener's filter) the share g = aP/(aP + 1), with a = ((1 − σ)/σ)²; this solves g·P = ``power`` for P.
-    """
-    ratio = ((1 - sigma) / sigma) ** 2
-    return power / 2 * (1 + sqrt(1 + 4 / (ratio * power))) if ratio * power > 0 else 0.0
 
 
 def edge_power(latent: FloatArray) -> float:

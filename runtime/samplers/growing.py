@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddit.runtime.bundle.names import GROWING_TABLES
+from ddit.runtime.samplers.sigmas import noise
 
 FloatArray = NDArray[np.float32]
 
@@ -43,13 +44,22 @@ def growing_tables(small: tuple[int, int], full: tuple[int, int]) -> Mapping[str
     return dict(zip(GROWING_TABLES, (table.astype(np.float32) for table in tables), strict=True))
 
 
-def growing_noise(seed: int, number: int, shape: tuple[int, ...]) -> FloatArray:
-    """The DCT coefficients that a run's latent gets when it grows to its size ``number``, counted from 0 as it starts.
+def noise_coefficients(seed: int, shape: tuple[int, ...]) -> FloatArray:
+    """The orthonormal DCT-II of a seed's starting noise (C, H, W), standard normal too.
 
-    Standard normal float32 from NumPy's PCG64, seeded with both numbers: the same on every machine, and other numbers
-    than the starting latent's.
+    All sizes of a run take theirs from these of the full size, so that a seed shows the picture that it shows without
+    growing: a small latent starts as the lowest ones, and what it gets when it grows are the next ones.
     """
-    return np.random.default_rng([seed, number]).standard_normal(shape, dtype=np.float32)
+    height, width = shape[-2:]
+    coefficients: NDArray[np.float64] = dct_matrix(height) @ noise(seed, shape) @ dct_matrix(width).T
+    return coefficients.astype(np.float32)
+
+
+def small_noise(coefficients: FloatArray, shape: tuple[int, ...]) -> FloatArray:
+    """The noise of a smaller shape (C, h, w) that has the lowest of the coefficients."""
+    height, width = shape[-2:]
+    small: NDArray[np.float64] = dct_matrix(height).T @ coefficients[:, :height, :width] @ dct_matrix(width)
+    return small.astype(np.float32)
 
 
 def in_corner(latent: FloatArray, shape: tuple[int, ...]) -> FloatArray:

@@ -26,16 +26,14 @@ def plain_loop(pipeline: Pipeline, grows_at: dict[int, tuple[int, int]], start: 
     manifest = pipeline.bundle.manifest
     sigmas = pipeline.sigmas(STEPS, **SIZE).astype(float)
     conditions = pipeline.encode([PROMPT])
-    latent = np.random.default_rng(SEED).standard_normal((manifest.latent.channels, *start), dtype=np.float32)
-    grown = 0
+    shape = (manifest.latent.channels, SIZE["height"] // 8, SIZE["width"] // 8)
+    noise = dctn(np.random.default_rng(SEED).standard_normal(shape, dtype=np.float32), norm="ortho", axes=(1, 2))
+    latent = idctn(noise[:, : start[0], : start[1]], norm="ortho", axes=(1, 2))
     for step in range(STEPS):
         sigma = sigmas[step]
         if size := grows_at.get(step):
-            grown += 1
-            rng = np.random.default_rng([SEED, grown])
-            noise = rng.standard_normal((len(latent), *size), dtype=np.float32).astype(float)
             ratio = np.sqrt(np.prod(size) / np.prod(latent.shape[1:]))
-            coefficients = sigma * noise
+            coefficients = sigma * noise[:, : size[0], : size[1]].astype(float)
             coefficients[:, : latent.shape[1], : latent.shape[2]] = dctn(latent, norm="ortho", axes=(1, 2))
             factor = ratio / (1 + (ratio - 1) * sigma)
             latent, sigma = factor * idctn(coefficients, norm="ortho", axes=(1, 2)), sigma * factor

@@ -7,7 +7,7 @@ from scipy.fft import dct, dctn, idctn
 
 from ddit.exporter.steps.growing import GrowGraph
 from ddit.runtime.bundle.names import GROWING_TABLES
-from ddit.runtime.samplers.growing import dct_matrix, growing_noise, growing_tables, in_corner
+from ddit.runtime.samplers.growing import dct_matrix, growing_tables, in_corner, noise_coefficients, small_noise
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 16, 33])
@@ -47,9 +47,13 @@ def test_growing_keeps_noise_noise_and_a_picture_the_picture():
     torch.testing.assert_close(grown, torch.ones(1, 4, *full), atol=1e-5, rtol=0)
 
 
-def test_noise_is_the_seed_s_and_the_size_s():
-    first = growing_noise(7, 1, (4, 8, 8))
-    np.testing.assert_array_equal(first, np.random.default_rng([7, 1]).standard_normal((4, 8, 8), dtype=np.float32))
-    assert not np.array_equal(first, growing_noise(7, 2, (4, 8, 8)))
-    assert not np.array_equal(first, growing_noise(8, 1, (4, 8, 8)))
-    assert not np.array_equal(first, np.random.default_rng(7).standard_normal((4, 8, 8), dtype=np.float32))
+def test_all_sizes_have_the_noise_of_the_full_size():
+    full = np.random.default_rng(7).standard_normal((4, 16, 12), dtype=np.float32)
+    coefficients = noise_coefficients(7, full.shape)
+    np.testing.assert_allclose(coefficients, dctn(full, norm="ortho", axes=(1, 2)), atol=1e-5)
+    small = small_noise(coefficients, (4, 8, 5))
+    np.testing.assert_allclose(small, idctn(coefficients[:, :8, :5], norm="ortho", axes=(1, 2)), atol=1e-5)
+    tables = growing_tables((8, 5), (16, 12)).values()
+    inputs = [in_corner(small, full.shape)[None], coefficients[None], np.ones(1), np.ones(1), *tables]
+    grown = GrowGraph()(*(torch.tensor(value, dtype=torch.float32) for value in inputs))
+    np.testing.assert_allclose(grown[0], full, atol=1e-5)
