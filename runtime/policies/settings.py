@@ -32,7 +32,9 @@ def bundle_policy(
     default = Dynamic(manifest.native, coarse, info.tau, info.rho, info.warmup, info.hold, smooth)
     symbols = shapes.to_symbols(manifest.latent, {"height": height, "width": width})
     stages = partial(growing_stages, manifest, symbols)
-    return parse_schedule(text, Choices(manifest.patches, manifest.native, default, manifest.spectrum, stages))
+    return parse_schedule(
+        text, Choices(manifest.patches, manifest.native, default, spectrum=manifest.spectrum, stages=stages)
+    )
 
 
 def growing_stages(manifest: Manifest, symbols: Mapping[str, int], scales: Sequence[Fraction]) -> tuple[Stage, ...]:

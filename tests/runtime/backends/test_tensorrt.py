@@ -82,8 +82,8 @@ def test_engines_are_built_once_and_make_the_same_picture(machine):
     assert {path.parent.name for path in machine.plans()} == {plan["key"] for plan in plans}
 
     again = machine.build()
-    assert "0 engines built in 0 s, 6 were there already" in again.stderr
-    assert machine.trt.builds == 6
+    assert f"0 engines built in 0 s, {len(plans)} were there already" in again.stderr
+    assert machine.trt.builds == len(plans)
 
     levels = Fixed((2, 4) * 3)
     expected = Pipeline.open(machine.bundle, backend="cpu")("a red circle", seed=3, schedule=levels, **SIZE)
@@ -416,11 +416,12 @@ def test_a_bundle_and_its_engines_in_one_go(tiny_pipeline, opset17_bundle, tmp_p
 
 def test_engines_of_graphs_that_are_gone_are_not_taken_over(built, tmp_path):
     opened = Bundle.open(built.bundle)
+    graphs = len(opened.manifest.graphs)
     new = Bundle(tmp_path / "new", opened.manifest)
     EngineStore(new).adopt(EngineStore(opened))
-    assert len(EngineStore(new).engines()) == len(built.plans()) == 6
+    assert len(EngineStore(new).engines()) == len(built.plans()) == graphs
     opened.manifest.files["level-4.onnx"] = opened.manifest.files["level-2.onnx"]
     newer = Bundle(tmp_path / "newer", opened.manifest)
     EngineStore(newer).adopt(EngineStore(opened))
-    assert len(EngineStore(newer).engines()) == 5
-    assert len(built.plans()) == 6, "the older bundle stays whole until the new one is in its place"
+    assert len(EngineStore(newer).engines()) == graphs - 1
+    assert len(built.plans()) == graphs, "the older bundle stays whole until the new one is in its place"

@@ -24,7 +24,7 @@ def stages(scales):
 
 
 def parse(text: str):
-    return parse_schedule(text, Choices((2, 4, 8), 2, DEFAULT, FLUX, stages))
+    return parse_schedule(text, Choices((2, 4, 8), 2, DEFAULT, spectrum=FLUX, stages=stages))
 
 
 def test_written_forms():
