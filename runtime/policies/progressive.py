@@ -99,8 +99,6 @@ class Progressive(Policy):
 
 def activation(power: float, delta: float) -> float:
     """t*: the noise level at which a frequency of this power is activated (equation 9)."""
-    if math.isinf(power):
-        return 1.0
     odds = power * (1 + power - delta)
     return 1 / (1 + sqrt(delta / odds)) if odds > 0 else 0.0
 
