@@ -26,8 +26,8 @@ def measure(latents: Sequence[FloatArray]) -> Measured:
     """The spectrum of clean latents (C, H, W) of one size.
 
     A DCT-II coefficient (i, j) has i/2 periods along the height and j/2 along the width; ω is √((i/H)² + (j/W)²)·s/2
-    for the shorter side s. Bands are one period wide, from ω = ½ to s/2. The power law is the line through
-    the logarithms that has the least squares, every band counted once.
+    for the shorter side s. Bands are one period wide, from ω = ½ to (s − 1)/2. The power law is the line through
+    the logarithms that has the least squares, every band counted by its coefficients: few lie in the lowest ones.
     """
     height, width = latents[0].shape[1:]
     rows, columns = dct_matrix(height), dct_matrix(width)
@@ -39,6 +39,7 @@ def measure(latents: Sequence[FloatArray]) -> Measured:
     if len(frequencies) < FEWEST_BANDS:
         raise UsageError(f"a latent of {height}×{width} is too small to have a spectrum; measure larger pictures")
     powers = np.array([power[bands == one].mean() for one in frequencies])
-    exponent, logarithm = np.polyfit(np.log(frequencies), np.log(powers), 1)
-    spectrum = SpectrumInfo(amplitude=float(np.exp(logarithm)), exponent=max(0.0, float(-exponent)))
+    counts = np.array([np.count_nonzero(bands == one) for one in frequencies])
+    slope, logarithm = np.polyfit(np.log(frequencies), np.log(powers), 1, w=np.sqrt(counts))
+    spectrum = SpectrumInfo(amplitude=float(np.exp(logarithm)), exponent=max(0.0, float(-slope)))
     return Measured(tuple(map(float, frequencies)), tuple(map(float, powers)), spectrum)
