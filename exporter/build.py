@@ -12,7 +12,7 @@ from ddit.exporter.parity import Report, check_bundle
 from ddit.exporter.replacing import replacing
 from ddit.profiles import Profile
 from ddit.runtime.bundle import MANIFEST, Manifest, file_info
-from ddit.runtime.bundle.manifest import GraphInfo, LevelInfo, ScheduleInfo
+from ddit.runtime.bundle.manifest import AdaptiveInfo, GraphInfo, LevelInfo, ScheduleInfo
 
 # The paper's values (arXiv 2602.16968, section 4.1). τ belongs to a model and a step count, so these are a start only.
 PAPER = ScheduleInfo(tau=0.001, rho=0.4, warmup=3)
@@ -69,6 +69,7 @@ def export_bundle(family: Family, out: Path, *, profile: Profile, opset: int, re
             decoder=family.decoder,
             carry=CARRY if family.source.defaults.carry is None else family.source.defaults.carry,
             schedule=_schedule(family),
+            adaptive=AdaptiveInfo(),
             spectrum=family.source.defaults.spectrum or family.spectrum,
             parity=tuple(parity),
             files={path.name: file_info(path) for path in sorted(folder.iterdir())},

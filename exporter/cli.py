@@ -100,7 +100,7 @@ def export_command(info: FamilyInfo) -> click.Command:
         click.Option(["--adapter"], type=click.Path(path_type=Path),
                      help="Adapter file with the trained coarse levels.  [default: the model's, or none]"),
         click.Option(["--profile"],
-                     help="Shape profile: 256, 512, 1024, 2048 or a .toml file.  "
+                     help="Shape profile: 128-384, 256, 512, 1024, 2048 or a .toml file.  "
                           f"[default: the model's, or {info.profile}]"),
         click.Option(["--dtype"], type=click.Choice(["fp32", "fp16", "bf16"]),
                      help=f"Arithmetic inside the graphs.  [default: the model's, or {info.dtype}]"),

@@ -1,10 +1,11 @@
 """What pictures cost on a backend, for time budgets: known from a calibration, or measured."""
 
 import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ddit.runtime.bundle.manifest import Costs
-from ddit.runtime.policies import Fixed
+from ddit.runtime.policies import Fixed, Prediction, Reuse, Reusing, RunHistory
 
 if TYPE_CHECKING:
     from ddit.runtime.pipeline import Pipeline
@@ -13,12 +14,16 @@ log = logging.getLogger(__name__)
 
 
 def measure_costs(pipeline: "Pipeline", height: int, width: int, repeat: int = 7) -> Costs:
-    """Time a few steps of all levels in turn, after one of each that warms up."""
+    """Time a few steps of all levels in turn and a few predicted ones, after one of each that warms up."""
     patches = pipeline.bundle.manifest.patches
     warm_up(pipeline, height, width)
-    trace = pipeline("measure", schedule=Fixed(patches * repeat), height=height, width=width).trace
-    times = trace.milliseconds_per_level()
-    return Costs(levels=times, encode=trace.encode_milliseconds, decode=trace.decode_milliseconds)
+    trace = pipeline("measure", schedule=_every_kind(patches * repeat, repeat), height=height, width=width).trace
+    return Costs(
+        levels=trace.milliseconds_per_level(),
+        predicted=trace.milliseconds_predicted(),
+        encode=trace.encode_milliseconds,
+        decode=trace.decode_milliseconds,
+    )
 
 
 def find_costs(pipeline: "Pipeline", height: int, width: int) -> Costs:
@@ -32,5 +37,24 @@ def find_costs(pipeline: "Pipeline", height: int, width: int) -> Costs:
 
 
 def warm_up(pipeline: "Pipeline", height: int, width: int) -> None:
-    """One step of every level."""
-    pipeline("warm up", schedule=Fixed(pipeline.bundle.manifest.patches), height=height, width=width)
+    """One step of every kind."""
+    pipeline("warm up", schedule=_every_kind(pipeline.bundle.manifest.patches, 1), height=height, width=width)
+
+
+@dataclass(frozen=True)
+class _AtTheEnd(Reuse):
+    """The last steps repeat the last velocity."""
+
+    count: int
+    name = "measure"
+
+    def predict(self, history: RunHistory) -> Prediction:
+        return Prediction((1.0,), history.step >= history.steps - self.count)
+
+    def __str__(self) -> str:
+        return f"measure:{self.count}"
+
+
+def _every_kind(levels: tuple[int, ...], predicted: int) -> Reusing:
+    """A step at each of these levels, then so many predicted ones."""
+    return Reusing(Fixed((*levels, *levels[-1:] * predicted)), _AtTheEnd(predicted))

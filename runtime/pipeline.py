@@ -19,7 +19,7 @@ from ddit.runtime.conditioning.text import TextConditioner
 from ddit.runtime.costs import find_costs
 from ddit.runtime.denoise import OnStep, denoise
 from ddit.runtime.errors import BackendError, UsageError
-from ddit.runtime.policies import Budgeted, Dynamic, Policy
+from ddit.runtime.policies import Adaptive, Budgeted, Policy
 from ddit.runtime.policies.budget import plan
 from ddit.runtime.policies.settings import bundle_policy
 from ddit.runtime.request import Request, Run
@@ -77,7 +77,7 @@ class Pipeline:
         *,
         seed: int = 0,
         steps: int | None = None,
-        schedule: str | Policy = "dynamic",
+        schedule: str | Policy | None = None,
         height: int | None = None,
         width: int | None = None,
         guidance: float | None = None,
@@ -116,7 +116,7 @@ class Pipeline:
         *,
         seeds: Sequence[int],
         steps: int | None = None,
-        schedule: str | Policy = "dynamic",
+        schedule: str | Policy | None = None,
         height: int | None = None,
         width: int | None = None,
         guidance: float | None = None,
@@ -223,12 +223,19 @@ class Pipeline:
     def _within_budget(self, run: Run, costs: Costs, start: float) -> Run:
         """The run under the policy that a time budget leaves it, from the clock's ``start`` on."""
         assert run.budget is not None
-        assert isinstance(run.policy, Dynamic)
+        manifest, backend = self.bundle.manifest, str(self.backend)
         size = {"steps": run.steps, "height": run.height, "width": run.width}
-        known = self.bundle.manifest.calibration(**size, backend=str(self.backend))
-        wanted = plan(run.budget, costs, run.steps, default=run.policy, curve=known.curve if known else ())
-        deadline = start + run.budget - costs.decode / 1000
-        return run.under(Budgeted(wanted, costs.levels, run.steps, deadline))
+        info = manifest.prediction(**size, backend=backend)
+        known = manifest.calibration("adaptive", **size, backend=backend)
+        wanted = plan(
+            run.budget,
+            costs,
+            run.steps,
+            native=manifest.native,
+            default=Adaptive(info.tolerance, info.order),
+            curve=known.curve if known else (),
+        )
+        return run.under(Budgeted(wanted, costs, run.steps, start + run.budget - costs.decode / 1000))
 
 
 def to_image(picture: FloatArray) -> Image.Image:

@@ -15,13 +15,14 @@ from ddit.runtime.bundle import Manifest
 from ddit.runtime.bundle.manifest import MAX_STEPS
 from ddit.runtime.conditioning.guidance import guidance_scale
 from ddit.runtime.errors import UsageError
-from ddit.runtime.policies import Dynamic, Policy
+from ddit.runtime.policies import Policy
 from ddit.runtime.policies.settings import bundle_policy, smooth_curves
 from ddit.runtime.samplers.growing import noise_coefficients, small_noise
 from ddit.runtime.samplers.sigmas import noise, run_sigmas
 
 FloatArray = NDArray[np.float32]
 
+DEFAULT_SCHEDULE = "adaptive"
 LONGEST_PROMPT = 100_000  # characters; a tokenizer needs seconds for a single word of this length
 LONGEST_BUDGET = 1e6  # seconds
 LARGEST_NUMBER = 2**63 - 1
@@ -35,7 +36,7 @@ class Request:
         prompt: what the picture shows.
         seed: of the starting noise; a picture is the same whatever it is batched with, up to rounding.
         steps: denoising steps; as many as a fixed schedule lists.
-        schedule: a policy, or one in writing (`ddit.runtime.policies.parse`).
+        schedule: a policy, or one in writing (`ddit.runtime.policies.parse`); `DEFAULT_SCHEDULE` when None.
         height, width: pixels; the profile's optimum when None.
         guidance: guidance scale, for models that were distilled for it.
         text_length: tokens of the prompt, padding included.
@@ -51,7 +52,7 @@ class Request:
     prompt: str
     seed: int = 0
     steps: int | None = None
-    schedule: str | Policy = "dynamic"
+    schedule: str | Policy | None = None
     height: int | None = None
     width: int | None = None
     guidance: float | None = None
@@ -85,14 +86,14 @@ class Request:
         asked = manifest.sampler.steps if self.steps is None else self.steps
         asked = _integer("the number of steps", asked, most=MAX_STEPS)
         first_step = _integer("the first step", self.first_step, least=0)
-        policy = self.schedule
+        if budget is not None and self.schedule is not None:
+            raise UsageError("a budget chooses the schedule of one picture; leave the schedule out")
+        policy = DEFAULT_SCHEDULE if self.schedule is None else self.schedule
         if isinstance(policy, str):
             sigmas = run_sigmas(manifest, asked, sizes)
             policy = bundle_policy(policy, manifest, sigmas, height=height, width=width, backend=backend)
         if not isinstance(policy, Policy):
             raise UsageError(f"the schedule must be a text or a policy, not {policy!r}")
-        if budget is not None and not isinstance(policy, Dynamic):
-            raise UsageError("a budget chooses the schedule of one picture; leave the schedule out")
         steps = policy.steps(None if self.steps is None else asked, manifest.sampler.steps)
         steps = _integer("the schedule's number of steps", steps, most=MAX_STEPS)
         if first_step >= steps:

@@ -76,6 +76,10 @@ class Trace:
                 times[record.level].append(record.milliseconds)
         return {level: median(values) for level, values in sorted(times.items())}
 
+    def milliseconds_predicted(self) -> float:
+        """Median milliseconds of a predicted step; 0 where there was none."""
+        return median([record.milliseconds for record in self.steps if record.level is None] or [0.0])
+
     def total_milliseconds(self) -> float:
         """Milliseconds of all denoising steps."""
         return sum(record.milliseconds for record in self.steps)

@@ -109,7 +109,6 @@ def make_distillation(run: Training, plan: Plan) -> Distillation:
         load_transformer(plan.flux, run.device, config.random_weights),
         plan.flux.levels,
         config.parts,
-        plan.latent[1:],
         checkpointing=config.gradient_checkpointing,
         resize=config.resize,
         start=plan.start,

@@ -55,7 +55,8 @@ def check_manifest(manifest: "Manifest") -> None:
     _check_sampler(manifest)
     _check_schedule(manifest, manifest.schedule)
     for calibration in manifest.calibrations:
-        _check_schedule(manifest, calibration)
+        if calibration.kind == "dynamic":
+            _check_schedule(manifest, calibration)
         known = calibration.costs.levels.keys()
         if set(manifest.patches) - known:
             raise ValueError("a calibration lacks the costs of a level")

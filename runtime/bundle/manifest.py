@@ -214,36 +214,59 @@ class Costs(_Model):
     """What a picture of one size costs on one backend, in milliseconds."""
 
     levels: dict[Patch, Annotated[float, Field(gt=0)]] = Field(description="median of a step at every level")
+    predicted: float = Field(ge=0, description="of a step that runs no level")
     encode: float = Field(ge=0, description="text encoders")
     decode: float = Field(ge=0, description="latent to picture")
 
 
-class CurvePoint(_Model):
-    """What one τ does."""
+class AdaptiveInfo(_Model):
+    """Defaults of prediction with error control (`ddit.runtime.policies.adaptive.Adaptive`)."""
 
-    tau: float = Field(gt=0)
+    tolerance: float = Field(default=0.04, ge=0, description="of the picture's latent, root mean square")
+    order: int = Field(default=1, ge=0, le=2, description="of the polynomial")
+
+
+class CurvePoint(_Model):
+    """What one value of the number that trades quality for speed does."""
+
+    value: float = Field(gt=0)
     shares: dict[Patch, Annotated[float, Field(ge=0, le=1)]] = Field(
-        description="mean share of the steps at every level"
+        description="mean share of the steps at every level; the rest was predicted"
     )
 
 
-class Calibration(ScheduleInfo):
-    """Dynamic schedule settings that ``ddit-run calibrate`` found for one number of steps, size and backend."""
+class Calibrated(_Model):
+    """How and for what `ddit-run calibrate` found settings: one number of steps, size and backend."""
 
     steps: StepCount
     height: Pixels
     width: Pixels
-    speedup: float = Field(gt=0, description="over the native schedule, on prompts that τ was not chosen on")
+    speedup: float = Field(gt=0, description="over the native schedule, on prompts that nothing was chosen on")
     similarity: float = Field(description="mean SSIM to the native pictures, on the same prompts")
     prompts: int = Field(ge=2, description="how many were used in all")
-    backend: Text = Field(description="where it was found: the speed-up counts in its milliseconds, τ in its rounding")
+    backend: Text = Field(description="where it was found: the speed-up counts in its milliseconds")
     costs: Costs
-    curve: tuple[CurvePoint, ...] = Field(description="everything that was tried, by τ")
+    curve: tuple[CurvePoint, ...] = Field(description="everything that was tried, by value")
 
     @property
     def size(self) -> tuple[int, int, int]:
         """Steps, height and width."""
         return self.steps, self.height, self.width
+
+
+class DynamicCalibration(Calibrated, ScheduleInfo):
+    """Settings of the dynamic schedule."""
+
+    kind: Literal["dynamic"] = "dynamic"
+
+
+class AdaptiveCalibration(Calibrated, AdaptiveInfo):
+    """Settings of prediction with error control, before native steps."""
+
+    kind: Literal["adaptive"] = "adaptive"
+
+
+Calibration = Annotated[DynamicCalibration | AdaptiveCalibration, Field(discriminator="kind")]
 
 
 class ParityResult(_Model):
@@ -285,6 +308,7 @@ class Manifest(_Model):
     decoder: DecoderInfo
     carry: float = Field(ge=0, le=1, description="share of the last native step's detail that coarse steps take over")
     schedule: ScheduleInfo
+    adaptive: AdaptiveInfo
     spectrum: SpectrumInfo | None = Field(default=None, description="null: nobody has measured the model's latents")
     calibrations: tuple[Calibration, ...] = ()
     parity: tuple[ParityResult, ...]
@@ -310,11 +334,19 @@ class Manifest(_Model):
 
     def dynamic(self, *, steps: int, height: int, width: int, backend: str) -> ScheduleInfo:
         """The dynamic schedule's settings for a run: its calibration, or the bundle's defaults where there is none."""
-        return self.calibration(steps=steps, height=height, width=width, backend=backend) or self.schedule
+        found = self.calibration("dynamic", steps=steps, height=height, width=width, backend=backend)
+        return found if isinstance(found, ScheduleInfo) else self.schedule
 
-    def calibration(self, *, steps: int, height: int, width: int, backend: str) -> Calibration | None:
-        """What was found for a number of steps and a size on this backend, or else on the last one that was tried."""
-        found = [one for one in self.calibrations if one.size == (steps, height, width)]
+    def prediction(self, *, steps: int, height: int, width: int, backend: str) -> AdaptiveInfo:
+        """The adaptive policy's settings for a run: its calibration, or the bundle's defaults where there is none."""
+        found = self.calibration("adaptive", steps=steps, height=height, width=width, backend=backend)
+        return found if isinstance(found, AdaptiveInfo) else self.adaptive
+
+    def calibration(
+        self, kind: str, *, steps: int, height: int, width: int, backend: str
+    ) -> DynamicCalibration | AdaptiveCalibration | None:
+        """What was found for a policy, steps and size on this backend, or else on the last one that was tried."""
+        found = [one for one in self.calibrations if one.kind == kind and one.size == (steps, height, width)]
         return next((one for one in found if one.backend == backend), found[-1] if found else None)
 
     @property

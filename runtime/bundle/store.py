@@ -10,7 +10,15 @@ from pydantic import ValidationError
 
 from ddit.profiles import why_invalid
 from ddit.runtime import strict_json
-from ddit.runtime.bundle.manifest import FORMAT_VERSION, MANIFEST, Calibration, FileInfo, GraphInfo, Manifest
+from ddit.runtime.bundle.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    AdaptiveCalibration,
+    DynamicCalibration,
+    FileInfo,
+    GraphInfo,
+    Manifest,
+)
 from ddit.runtime.errors import BundleError, DditError
 from ddit.runtime.files import PARTIAL, whole
 from ddit.runtime.folders import locked, set_aside
@@ -99,15 +107,17 @@ class Bundle:
         except OSError as error:
             raise DditError(f"{self.path} cannot be written: {error.strerror or error}") from None
 
-    def calibrate(self, calibration: Calibration) -> None:
-        """Keep a calibration in ``bundle.json``, in the place of an older one for the same steps, size and backend.
+    def calibrate(self, calibration: DynamicCalibration | AdaptiveCalibration) -> None:
+        """Keep a calibration in ``bundle.json``, in the place of an older one of its kind, steps, size and backend.
 
         Raises as `keep` does.
         """
-        key = (calibration.size, calibration.backend)
+
+        def key(one: DynamicCalibration | AdaptiveCalibration) -> tuple[object, ...]:
+            return one.kind, one.size, one.backend
 
         def kept(current: Manifest) -> dict[str, Any]:
-            others = (one for one in current.calibrations if (one.size, one.backend) != key)
+            others = (one for one in current.calibrations if key(one) != key(calibration))
             return {"calibrations": (*others, calibration)}
 
         self.keep(kept)

@@ -1,4 +1,4 @@
-"""Find the dynamic schedule's τ and keep it."""
+"""Find the number that a policy trades quality for speed by, and keep it."""
 
 import dataclasses
 from pathlib import Path
@@ -13,9 +13,7 @@ from ddit.runtime.console import DditCommand, say, terminal
 from ddit.runtime.errors import UsageError
 from ddit.runtime.files import check_outputs, whole
 from ddit.runtime.pipeline import Pipeline
-from ddit.runtime.policies import Dynamic
 from ddit.runtime.request import Request
-from ddit.runtime.tools.inspect import tau_of
 from ddit.runtime.tools.plots import plot_types
 
 
@@ -27,20 +25,20 @@ from ddit.runtime.tools.plots import plot_types
     required=True,
     help="File with a prompt a line; half of them are kept to test the result.",
 )
-@click.option("--speedup", type=click.FloatRange(1, min_open=True), help="Find the τ that is so many times faster.")
+@click.option("--speedup", type=click.FloatRange(1, min_open=True), help="Find the value that is so many times faster.")
 @click.option(
     "--quality",
     type=click.FloatRange(0, 1, min_open=True),
-    help="Find the fastest τ with such a mean SSIM to native.",
+    help="Find the fastest with such a mean SSIM to native.",
 )
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps.  [default: the bundle's]")
 @HEIGHT
 @WIDTH
 @click.option(
     "--schedule",
-    default="dynamic",
+    default="adaptive",
     show_default=True,
-    help="The schedule whose τ is wanted, as in dynamic:rho=0.8,coarsest=4.",
+    help="What is wanted: adaptive's tolerance, dynamic's τ (dynamic:rho=0.8,coarsest=4), another one's threshold.",
 )
 @click.option("--absolute", is_flag=True, help="An absolute τ, as in the paper, not one relative to smooth pictures.")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw the curve (.png, .svg, .pdf).")
@@ -64,7 +62,7 @@ def calibrate(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Find the dynamic schedule's τ and keep it.
+    """Find a policy's tolerance, τ or threshold, and keep it.
 
     For a number of steps, a size and the backend, in the bundle.
 
@@ -73,7 +71,7 @@ def calibrate(
     from ddit.runtime.tools import calibrate as calibration
 
     if speedup is not None and quality is not None:
-        raise UsageError("give --speedup or --quality, not both: one τ cannot be chosen by two measures")
+        raise UsageError("give --speedup or --quality, not both: one number cannot be chosen by two measures")
     if plot_file:
         check_outputs([plot_file])
         check_type(plot_file, plot_types())
@@ -89,24 +87,25 @@ def calibrate(
         pipeline.resolve([Request(text, schedule="native", **size)])  # type: ignore[arg-type]
     calibration.halves(texts)
     wanted = pipeline.policy(schedule, **size)
-    if not isinstance(wanted, Dynamic):
-        raise UsageError(f"{schedule} has no τ; only dynamic schedules are calibrated")
-    calibrator = calibration.Calibrator(pipeline, dataclasses.replace(wanted, smooth=None), **size)
+    calibrator = calibration.Calibrator(pipeline, wanted, **size)
     found = calibration.search(calibrator, texts, target, say, relative=not absolute)
     best = found.best(target)
     kept = calibration.calibration(calibrator, found, best)
-    if not dry_run:
+    if kept and not dry_run:
         pipeline.bundle.calibrate(kept)
     if plot_file:
         with whole(plot_file) as part:
-            calibration.plot(found, best, part)
+            calibration.plot(found, best, calibrator.letter, part)
     if as_json:
-        click.echo(strict_json.dump({**kept.model_dump(exclude={"curve"}), **dataclasses.asdict(found)}, indent=2))
+        settings = kept.model_dump(exclude={"curve"}) if kept else {}
+        report = {"schedule": str(calibrator.policy.turned(best.value)), "value": best.value, **settings}
+        click.echo(strict_json.dump({**report, **dataclasses.asdict(found)}, indent=2))
         return
-    table = Table("prompts", "number", "speed-up", "spread", "SSIM to native", "coarse steps")
+    table = Table("prompts", "number", "speed-up", "spread", "SSIM to native", "cheaper steps")
     assert found.held_out is not None
-    for name, point in (("τ was chosen on", best), ("others", found.held_out)):
+    for name, point in ((f"{calibrator.letter} was chosen on", best), ("others", found.held_out)):
         table.add_row(name, str(len(point.samples)), f"{point.speedup:.2f}×", *calibration.spread(point))
     terminal().print(table)
-    where = "not kept (--dry-run)" if dry_run else f"kept in {bundle / 'bundle.json'}"
-    say(f"{tau_of(kept)} for {kept.steps} steps at {kept.height}×{kept.width}, {where}")
+    where = f"kept in {bundle / MANIFEST}" if kept and not dry_run else "not kept"
+    size_words = f"{size['steps']} steps at {height}×{width}"
+    say(f"{calibrator.policy.turned(best.value)} for {size_words}, {where}{'' if kept else '; give it as --schedule'}")

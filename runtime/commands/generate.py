@@ -29,10 +29,8 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}  
 @click.option("--steps", type=int, help="Denoising steps.  [default: the bundle's]")
 @click.option(
     "--schedule",
-    default="dynamic",
-    show_default=True,
     help="native, fixed:8x10,4x20,2x20 or dynamic[:tau=…,rho=…,warmup=…,hold=…,coarsest=…,absolute=…], with "
-    "+adaptive[:tolerance=…,order=…,longest=…] and +progressive[:delta=…,scales=…,adaptive], or these alone.",
+    "+adaptive[:tolerance] and +progressive[:delta=…,scales=…,adaptive], or these alone.  [default: adaptive]",
 )
 @click.option(
     "--budget", type=Seconds(), help="Seconds for the picture, as in 1.5s or 800ms; chooses the schedule itself."
@@ -58,7 +56,7 @@ def generate(
     prompt: str,
     seed: int,
     steps: int | None,
-    schedule: str,
+    schedule: str | None,
     budget: float | None,
     height: int | None,
     width: int | None,

@@ -12,16 +12,17 @@ from ddit.runtime.policies.reuse import Prediction, Reuse
 class Adaptive(Reuse):
     """Predict the velocity by a polynomial over σ, as long as the expected error of the latent is below a tolerance.
 
-    The velocity is extrapolated through the last ``order`` + 1 computed ones, σ₀ … the newest first. At the next
-    computed step the difference to what was predicted is the next divided difference in Newton's form of the
-    interpolation, D = (v − v̂) / ∏(σ − σᵢ). With it, predicting the steps j from there on is expected to move the
-    latent wrongly by
+    The velocity is extrapolated through the last ``order`` + 1 computed ones, at the noise levels σᵢ. At the next
+    computed step its difference to what was predicted is the next divided difference in Newton's form of the
+    interpolation, D = (v − v̂) / ∏(σ − σᵢ). With it, predicting the steps j from there up to the noise level σ′ is
+    expected to move the latent wrongly by
 
-        e = RMS(D) · Σⱼ |Δσⱼ · ∏(σⱼ − σᵢ)|,
+        e = RMS(D) · Σⱼ |Δσⱼ · ∏(σⱼ − σᵢ)|.
 
-    and steps are predicted while e < ``tolerance``, in units of the latent. This is the step-size control of
-    Adams-Bashforth methods (Hairer, Nørsett, Wanner: Solving Ordinary Differential Equations I, III.5 and III.7) on the
-    grid of the run's noise levels.
+    A latent z = (1 − σ) x + σ ε is the picture x at 1 − σ of its size, so what e is to the picture is e / (1 − σ′).
+    Steps are predicted while that is below ``tolerance``: the same error of the latent costs more, the noisier it is.
+    This is the step-size control of Adams-Bashforth methods (Hairer, Nørsett, Wanner: Solving Ordinary Differential
+    Equations I, III.5 and III.7) on the grid of the run's noise levels.
 
     A computed step then mends what the predicted steps before it have moved wrongly, as far as the higher polynomial
     through its own velocity tells: Σⱼ Δσⱼ · ∏(σⱼ − σᵢ) · D. That is the corrector of an Adams-Moulton method, or of
@@ -31,11 +32,11 @@ class Adaptive(Reuse):
     next stretch of predicted steps is at most twice as long as the distance of the last two computed ones.
     """
 
-    tolerance: float = 0.01  # of the latent, root mean square
+    tolerance: float  # of the picture's latent, root mean square
     order: int = 1  # of the polynomial
-    longest: int = 12  # steps predicted in a row
 
     name = "adaptive"
+    knob = "tolerance"
 
     def predict(self, history: RunHistory) -> Prediction | None:
         """The polynomial's weights, and whether the expected error allows them."""
@@ -52,9 +53,8 @@ class Adaptive(Reuse):
             return Prediction(weights, False, correction)
         before = [float(sigmas[one]) for one in computed[1 : self.order + 2]]
         difference = root_mean_square(history.error) / abs(newton_product(before, nodes[0]))
-        expected = difference * sum(map(abs, products))
-        allowed = min(self.longest, 2 * (computed[0] - computed[1]))
-        enough = expected < self.tolerance and len(since) <= allowed
+        expected = difference * sum(map(abs, products)) / (1 - float(sigmas[step + 1]))
+        enough = expected < self.tolerance and len(since) <= 2 * (computed[0] - computed[1])
         return Prediction(weights, enough, correction, {"expected_error": expected})
 
     def _same_level(self, history: RunHistory) -> Sequence[int]:
@@ -67,4 +67,4 @@ class Adaptive(Reuse):
         return found
 
     def __str__(self) -> str:
-        return f"adaptive:tolerance={self.tolerance:g},order={self.order},longest={self.longest}"
+        return f"adaptive:tolerance={self.tolerance:g},order={self.order}"

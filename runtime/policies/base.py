@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 
 import numpy as np
@@ -103,6 +103,17 @@ class Policy(ABC):
     def scales(self) -> tuple[Fraction, ...]:
         """The scales that it decides among, the one to start at first and 1 at the end."""
         return (Fraction(1),)
+
+    def knob(self) -> str | None:
+        """The name of the number that trades quality for speed, larger is faster; None where there is none."""
+        return None
+
+    def turned(self, value: float) -> "Policy":
+        """The policy with another value of that number."""
+        name = self.knob()
+        assert name is not None
+        changed: Policy = replace(self, **{name: value})  # type: ignore[type-var]
+        return changed
 
     def describe(self) -> dict[str, object]:
         """The policy as plain data, for the trace."""

@@ -1,45 +1,48 @@
 """Time budgets: the schedule that makes the best picture in a given time, and keeps to it.
 
-The plan comes from measured milliseconds per level. Where native steps fit, all are native. Otherwise the dynamic
-schedule runs with the smallest calibrated τ that is fast enough; without a calibration, as many native steps as fit
-come first, and the coarsest ones after them: what a picture shows is decided early (docs/fidelity.md). Whatever the
-plan, a step that would leave too little time for the rest runs coarser.
+The plan comes from measured milliseconds. Where native steps fit, all are native. Otherwise the adaptive policy runs
+with the smallest tolerance that is fast enough, by the bundle's calibration or, without one, by what is typical.
+Whatever the plan, a step that would leave too little time for the rest is predicted.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 
 from ddit.runtime.bundle.manifest import Costs, CurvePoint
 from ddit.runtime.errors import UsageError
+from ddit.runtime.policies.adaptive import Adaptive
 from ddit.runtime.policies.base import Decision, Policy, RunHistory
-from ddit.runtime.policies.dynamic import Dynamic
-from ddit.runtime.policies.fixed import Fixed
 from ddit.runtime.policies.native import Native
+from ddit.runtime.policies.reuse import Reusing
 
-MARGIN = 1.05  # a calibrated speed-up is a mean over prompts: ask for a little more
+MARGIN = 1.05  # a number of computed steps is a mean over prompts: ask for a little less
+
+# tolerances with the number of steps that they compute, in the mean of the demo model's pictures of 50 steps
+# (docs/fidelity.md); other numbers of steps are near it, because it is the path's length that counts
+TYPICAL = ((0.02, 17.1), (0.03, 15.8), (0.04, 14.8), (0.06, 13.3), (0.1, 11.7), (0.2, 10.2))
 
 
 @dataclass(frozen=True)
 class Budgeted(Policy):
-    """A policy with a deadline: what another one wants, or coarser where the remaining steps would not fit."""
+    """A policy with a deadline: what another one wants, or a prediction where the remaining steps would not fit."""
 
     wanted: Policy
-    milliseconds: Mapping[int, float]  # of a step at every level
+    costs: Costs
     total: int  # steps of the run
     deadline: float  # seconds on the clock, when the last step has to be done
     clock: Callable[[], float] = perf_counter
 
     def decide(self, history: RunHistory) -> Decision:
-        """The wanted level, or the next coarser one after which the coarsest would still be in time."""
-        left = (self.deadline - self.clock()) * 1000
-        fastest = min(self.milliseconds, key=self.milliseconds.__getitem__)
-        reserve = (self.total - history.step - 1) * self.milliseconds[fastest]
+        """The wanted step, if after it there is time to predict the others."""
         wanted = self.wanted.decide(history)
-        if wanted.level is None:
+        if wanted.level is None or not wanted.prediction:  # at first there is nothing to predict from
             return wanted
-        in_time = (p for p in sorted(self.milliseconds) if p >= wanted.level and self.milliseconds[p] + reserve <= left)
-        return replace(wanted, level=next(in_time, fastest))
+        left = (self.deadline - self.clock()) * 1000
+        reserve = (self.total - history.step - 1) * self.costs.predicted
+        if self.costs.levels[wanted.level] + reserve <= left:
+            return wanted
+        return Decision(None, wanted.prediction, by="budget", figures={"milliseconds_left": left})
 
     def quantile(self) -> float | None:
         """That of the wanted policy."""
@@ -57,31 +60,29 @@ class Budgeted(Policy):
         return str(self.wanted)
 
 
-def plan(seconds: float, costs: Costs, steps: int, *, default: Dynamic, curve: Sequence[CurvePoint] = ()) -> Policy:
+def plan(
+    seconds: float, costs: Costs, steps: int, *, native: int, default: Adaptive, curve: Sequence[CurvePoint] = ()
+) -> Policy:
     """The schedule for a picture of ``steps`` steps in ``seconds``, text encoders and decoder included.
 
-    ``default`` has the dynamic schedule's levels, ρ and warm-up, ``curve`` what its τ does to the levels' shares.
-    Raises `UsageError` where not even the coarsest steps fit, with the time that they need and the number that fits.
+    ``native`` is the native patch, ``curve`` what the tolerance does to the native steps' share. Raises `UsageError`
+    where not even the fewest computed steps fit, with the time that they need.
     """
     around = costs.encode + costs.decode
     allowed = seconds * 1000 - around
-    native, fastest = costs.levels[default.native], min(costs.levels.values())
-    if steps * fastest > allowed:
+
+    def needed(computed: float) -> float:
+        return computed * costs.levels[native] + (steps - computed) * costs.predicted
+
+    fewest = min(steps, default.order + 2)
+    if needed(fewest) > allowed:
         raise UsageError(
-            f"{steps} steps need at least {(steps * fastest + around) / 1000:.2f} s here, {around / 1000:.2f} s of it "
-            f"for text and decoding; {seconds:g} s are enough for {max(0, int(allowed / fastest))} steps"
+            f"{steps} steps need at least {(needed(fewest) + around) / 1000:.2f} s here, {around / 1000:.2f} s of it "
+            f"for text and decoding and the rest for {fewest} computed steps; {seconds:g} s are too short"
         )
-    if steps * native <= allowed:
-        return Native(default.native)
-    for point in curve:
-        if MARGIN * steps * sum(share * costs.levels[patch] for patch, share in point.shares.items()) <= allowed:
-            return replace(default, tau=point.tau)
-    return Fixed(native_first(allowed, costs.levels, steps, default.native))
-
-
-def native_first(allowed: float, milliseconds: Mapping[int, float], steps: int, native: int) -> tuple[int, ...]:
-    """As many native steps as fit into ``allowed`` milliseconds, then steps of the fastest level."""
-    fastest = min(milliseconds, key=milliseconds.__getitem__)
-    spare, price = allowed - steps * milliseconds[fastest], milliseconds[native] - milliseconds[fastest]
-    count = max(0, min(steps, int(spare / price))) if price > 0 else 0
-    return (native,) * count + (fastest,) * (steps - count)
+    if needed(steps) <= allowed:
+        return Native(native)
+    tried = [(point.value, point.shares.get(native, 0.0) * steps) for point in curve] or TYPICAL
+    fitting = (value for value, count in sorted(tried) if MARGIN * needed(min(count, steps)) <= allowed)
+    tolerance = next(fitting, max(value for value, _ in tried))
+    return Reusing(Native(native), replace(default, tolerance=tolerance))

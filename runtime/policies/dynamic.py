@@ -55,6 +55,10 @@ class Dynamic(Policy):
         """What the statistic after a step must lie under."""
         return self.tau * (self.smooth[patch][step] if self.smooth else 1.0)
 
+    def knob(self) -> str:
+        """τ."""
+        return "tau"
+
     def quantile(self) -> float:
         """ρ."""
         return self.rho

@@ -6,7 +6,8 @@ dynamic                         levels by content (DDiT), with the bundle's sett
 dynamic:tau=0.002,rho=0.4       the same with settings of one's own: tau, rho, warmup, hold, coarsest
 dynamic:absolute=1,tau=0.001    τ as the paper has it, not a multiple of smooth pictures' statistic
 adaptive                        steps are predicted where the expected error is small; the others are native
-adaptive:tolerance=0.02         the same with settings of one's own: tolerance, order, longest
+adaptive:0.02                   the same with a tolerance of one's own; or adaptive:tolerance=0.02,order=2
+adams                           every step is computed, with a second-order solver: for runs of fewer steps
 dynamic+adaptive                two in one: the first picks the levels of the steps that the second does not predict
 progressive                     the first steps on a latent of half the height and width; the others are native
 progressive:delta=0.01          the same with settings of one's own: delta, scales (1/2, or several as in 1/4-1/2)
@@ -24,6 +25,7 @@ from typing import Any
 
 from ddit.runtime.bundle.manifest import MAX_STEPS, SpectrumInfo
 from ddit.runtime.errors import UsageError
+from ddit.runtime.policies.adams import Adams
 from ddit.runtime.policies.adaptive import Adaptive
 from ddit.runtime.policies.base import DIFFERENCE_ORDER, Policy
 from ddit.runtime.policies.dynamic import Dynamic
@@ -35,7 +37,7 @@ from ddit.runtime.policies.reuse import Reuse, Reusing
 
 FORMS = (
     "native, fixed:8x10,4x20,2x20 or dynamic[:tau=0.001,rho=0.4,warmup=3,hold=3,coarsest=8,absolute=0], and after a + "
-    "or alone adaptive[:tolerance=0.01,order=1,longest=12] and progressive[:delta=0.05,scales=1/2,adaptive]"
+    "or alone adaptive[:0.04] and progressive[:delta=0.05,scales=1/2,adaptive]"
 )
 PROGRESSIVE = "progressive"
 LARGEST_PART = 64  # a smaller share of a picture's sides is no picture
@@ -48,6 +50,7 @@ class Choices:
     patches: Sequence[int]
     native: int
     dynamic: Dynamic  # what ``dynamic`` leaves unsaid
+    adaptive: Adaptive  # and ``adaptive``
     spectrum: SpectrumInfo | None = None
     # the sizes of scales, the full size after them; raises `UsageError` for scales that the levels cannot run
     stages: Callable[[Sequence[Fraction]], tuple[Stage, ...]] = lambda scales: ()
@@ -63,7 +66,7 @@ def parse_schedule(text: str, choices: Choices) -> Policy:
         if kind in LEVELS:
             levels.append(LEVELS[kind](settings, choices))
         elif kind in REUSE:
-            reuse.append(REUSE[kind](settings))
+            reuse.append(REUSE[kind](settings, choices))
         elif kind == PROGRESSIVE:
             progressive.append(_progressive(settings, choices))
         if kind not in {*LEVELS, *REUSE, PROGRESSIVE} or (colon and not settings):
@@ -127,14 +130,18 @@ def _dynamic(text: str, choices: Choices) -> Dynamic:
     return schedule
 
 
-def _adaptive(text: str) -> Adaptive:
-    policy = Adaptive(**_settings(text, {"tolerance": float, "order": int, "longest": int}))
+def _adams(text: str, choices: Choices) -> Adams:
+    if text:
+        raise UsageError(f"adams has no settings, as in adams:{text}; write {FORMS}")
+    return Adams()
+
+
+def _adaptive(text: str, choices: Choices) -> Adaptive:
+    policy = replace(choices.adaptive, **_settings(text, {"tolerance": float, "order": int}))
     if not 0 <= policy.tolerance < math.inf:
         raise UsageError(f"tolerance must be at least 0, and finite, not {policy.tolerance:g}")
     if not 0 <= policy.order < KEPT_VELOCITIES:
         raise UsageError(f"order must lie between 0 and {KEPT_VELOCITIES - 1}, not {policy.order}")
-    if policy.longest < 0:
-        raise UsageError(f"longest must be at least 0 steps, not {policy.longest}")
     return policy
 
 
@@ -170,14 +177,17 @@ def _scales(text: str) -> tuple[Fraction, ...]:
 
 
 LEVELS: Mapping[str, Callable[[str, Choices], Policy]] = {"native": _native, "fixed": _fixed, "dynamic": _dynamic}
-REUSE: Mapping[str, Callable[[str], Reuse]] = {"adaptive": _adaptive}
+REUSE: Mapping[str, Callable[[str, Choices], Reuse]] = {"adams": _adams, "adaptive": _adaptive}
 
 
 def _settings(text: str, readers: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
-    """``"tau=0.002,warmup=3"`` as numbers by name. Raises `UsageError` for a name or number that is none."""
+    """``"tau=0.002,warmup=3"`` as numbers by name; a number alone is the first one's.
+
+    Raises `UsageError` for a name or number that is none.
+    """
     settings: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
-        name, _, value = part.partition("=")
+        name, _, value = part.partition("=") if "=" in part else (next(iter(readers)), "", part)
         try:
             settings[name.strip()] = readers[name.strip()](value)
         except (KeyError, ValueError):

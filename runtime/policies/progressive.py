@@ -82,6 +82,14 @@ class Progressive(Policy):
         """That of the other policy."""
         return self.policy.quantile()
 
+    def knob(self) -> str | None:
+        """That of the other policy."""
+        return self.policy.knob()
+
+    def turned(self, value: float) -> "Progressive":
+        """With another value of it."""
+        return replace(self, policy=self.policy.turned(value))
+
     def describe(self) -> dict[str, object]:
         """The other policy, and when the latent grows."""
         own = {

@@ -29,6 +29,7 @@ class Reuse(ABC):
     """
 
     name: str  # in the written form and the trace
+    knob: str | None = None  # the name of the number that trades quality for speed, larger is faster
 
     @abstractmethod
     def predict(self, history: RunHistory) -> Prediction | None:
@@ -64,6 +65,15 @@ class Reusing(Policy):
     def quantile(self) -> float | None:
         """That of the levels' policy."""
         return self.levels.quantile()
+
+    def knob(self) -> str | None:
+        """That of the method of reuse."""
+        return self.reuse.knob
+
+    def turned(self, value: float) -> "Reusing":
+        """With another value of it."""
+        assert self.reuse.knob is not None
+        return replace(self, reuse=replace(self.reuse, **{self.reuse.knob: value}))  # type: ignore[type-var]
 
     def describe(self) -> dict[str, object]:
         """Both, the levels' policy first."""

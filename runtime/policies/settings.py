@@ -1,10 +1,11 @@
-"""What a bundle says of its dynamic policy: a calibration for the run's steps, size and backend, or its defaults."""
+"""What a bundle says of its policies: a calibration for the run's steps, size and backend, or its defaults."""
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import partial
 from itertools import pairwise
 from math import prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from ddit.runtime import shapes
 from ddit.runtime.bundle import Manifest
 from ddit.runtime.errors import UsageError
+from ddit.runtime.policies.adaptive import Adaptive
 from ddit.runtime.policies.base import Policy
 from ddit.runtime.policies.dynamic import Dynamic
 from ddit.runtime.policies.parse import Choices, parse_schedule
@@ -22,19 +24,20 @@ from ddit.runtime.policies.smooth import smooth_at
 def bundle_policy(
     text: str, manifest: Manifest, sigmas: NDArray[np.float32], *, height: int, width: int, backend: str
 ) -> Policy:
-    """A policy from its written form; the bundle gives what ``dynamic`` leaves unsaid. Raises `UsageError`.
+    """A policy from its written form; the bundle gives what it leaves unsaid. Raises `UsageError`.
 
     ``sigmas`` are the run's noise levels, one more than there are steps; ``height`` and ``width`` count pixels.
     """
-    info = manifest.dynamic(steps=len(sigmas) - 1, height=height, width=width, backend=backend)
+    run: dict[str, Any] = {"steps": len(sigmas) - 1, "height": height, "width": width, "backend": backend}
+    info, known = manifest.dynamic(**run), manifest.prediction(**run)
     coarse = tuple(patch for patch in manifest.coarse if patch <= (info.coarsest or patch))
     smooth = smooth_at(info.smooth, sigmas) if info.smooth else None
+    adaptive = Adaptive(known.tolerance, known.order)
     default = Dynamic(manifest.native, coarse, info.tau, info.rho, info.warmup, info.hold, smooth)
     symbols = shapes.to_symbols(manifest.latent, {"height": height, "width": width})
     stages = partial(growing_stages, manifest, symbols)
-    return parse_schedule(
-        text, Choices(manifest.patches, manifest.native, default, spectrum=manifest.spectrum, stages=stages)
-    )
+    choices = Choices(manifest.patches, manifest.native, default, adaptive, spectrum=manifest.spectrum, stages=stages)
+    return parse_schedule(text, choices)
 
 
 def growing_stages(manifest: Manifest, symbols: Mapping[str, int], scales: Sequence[Fraction]) -> tuple[Stage, ...]:

@@ -1,9 +1,12 @@
-"""Find the dynamic schedule's τ for a model, a step count and a size, from pictures of a list of prompts.
+"""Find the number of a policy that gives a speed-up or keeps a quality, from pictures of a list of prompts.
 
-τ has no meaning of its own: the third difference depends on the model, on how many steps there are (it grows with the
-cube of their length) and on how the noise levels are shifted. So the native runs of the prompts give what it is
-relative to (`ddit.runtime.policies.smooth`), and τ is found by trying: runs of every prompt at one τ give its speed-up
-and likeness to the native pictures, and a bisection of log τ finds the one that was asked for.
+A policy trades quality for speed by one number, its knob: the dynamic schedule's τ, the adaptive policy's tolerance, a
+method of reuse's threshold. It is found by trying: runs of every prompt at one value give its speed-up and likeness to
+the native pictures, and a bisection of the value's logarithm finds the one that was asked for.
+
+The dynamic schedule's τ has no meaning of its own: the third difference depends on the model, on how many steps there
+are (it grows with the cube of their length) and on how the noise levels are shifted. So the native runs of the prompts
+give what it is relative to (`ddit.runtime.policies.smooth`).
 """
 
 import random
@@ -13,20 +16,22 @@ from functools import cached_property
 from math import exp, inf, log
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ddit.runtime.bundle.manifest import Calibration, Costs, CurvePoint, SmoothPoint
+from ddit.runtime.bundle.manifest import AdaptiveCalibration, Costs, CurvePoint, DynamicCalibration, SmoothPoint
 from ddit.runtime.costs import measure_costs
 from ddit.runtime.errors import UsageError
 from ddit.runtime.pipeline import Pipeline, Result
-from ddit.runtime.policies import Dynamic
+from ddit.runtime.policies import Adaptive, Dynamic, Native, Policy, Reusing
 from ddit.runtime.policies.smooth import measure_smooth, smooth_at
 from ddit.runtime.tools.plots import figure, save
 from ddit.runtime.trace import Trace
 
 ITERATIONS = 8  # halve the bracket, some four orders of magnitude wide, to a few per cent
+BRACKET = (1e-4, 10.0)  # of knobs other than τ: tolerances and thresholds are about errors relative to a picture
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
 
@@ -35,19 +40,19 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt at one τ."""
+    """One prompt at one value."""
 
     prompt: str
     speedup: float  # of all denoising steps over the native schedule's, by the levels' median milliseconds
     similarity: float  # SSIM to the native picture
-    shares: dict[int, float]  # of the steps at every level
+    shares: dict[int, float]  # of the steps at every level; the rest was predicted
 
 
 @dataclass(frozen=True)
 class Point:
-    """All prompts at one τ."""
+    """All prompts at one value."""
 
-    tau: float
+    value: float
     samples: tuple[Sample, ...]
 
     @property
@@ -74,14 +79,14 @@ class Target:
     similarity: float | None = None
 
     def __post_init__(self) -> None:
-        """Raise `UsageError` for what no τ can reach."""
+        """Raise `UsageError` for what nothing can reach."""
         if self.speedup is not None and not 1 < self.speedup < inf:
             raise UsageError(f"the speed-up must be above 1, and finite, not {self.speedup:g}")
         if self.similarity is not None and not 0 < self.similarity <= 1:
             raise UsageError(f"the similarity must lie above 0 and at most at 1, not {self.similarity:g}")
 
     def fast_enough(self, point: Point) -> bool:
-        """Whether τ may fall."""
+        """Whether the value may fall."""
         if self.speedup is not None:
             return point.speedup >= self.speedup
         assert self.similarity is not None
@@ -109,21 +114,31 @@ class Search:
 
 
 class Calibrator:
-    """Runs prompts at one step count and size, natively once and then at any τ."""
+    """Runs prompts at one step count and size, natively once and then under a policy at any value of its knob."""
 
-    def __init__(self, pipeline: Pipeline, schedule: Dynamic, *, steps: int, height: int, width: int):
-        if not schedule.coarse:
-            raise UsageError("the bundle has no coarse level: there is nothing to calibrate")
-        if steps <= schedule.warmup:
-            raise UsageError(
-                f"calibrating needs more than {schedule.warmup} steps, not {steps}: the first {schedule.warmup} are "
-                "native in any case"
-            )
+    def __init__(self, pipeline: Pipeline, policy: Policy, *, steps: int, height: int, width: int):
+        if policy.knob() is None:
+            raise UsageError(f"{policy} has no number to calibrate")
+        if isinstance(policy, Dynamic):
+            policy = replace(policy, smooth=None)  # until `find_smooth` has one of these prompts
+            if not policy.coarse:
+                raise UsageError("the bundle has no coarse level: there is no τ to calibrate")
+            if steps <= policy.warmup:
+                raise UsageError(
+                    f"calibrating needs more than {policy.warmup} steps, not {steps}: the first {policy.warmup} are "
+                    "native in any case"
+                )
         self.pipeline = pipeline
         self.options = {"steps": steps, "height": height, "width": width}
-        self.schedule = schedule
+        self.policy = policy
         self.smooth: tuple[SmoothPoint, ...] = ()
         self._native: dict[str, Result] = {}
+
+    @property
+    def letter(self) -> str:
+        """What the knob is called in reports."""
+        name = self.policy.knob()
+        return "τ" if name == "tau" else str(name)
 
     @cached_property
     def costs(self) -> Costs:
@@ -133,21 +148,25 @@ class Calibrator:
     def native(self, prompt: str, seed: int) -> Result:
         """The prompt's native picture, made once."""
         if prompt not in self._native:
-            native = replace(self.schedule, coarse=())  # not Native: its trace shows the statistics of this ρ
+            # not Native for a dynamic schedule: its trace is to show the statistics of this ρ
+            dynamic = isinstance(self.policy, Dynamic)
+            native = replace(self.policy, coarse=()) if dynamic else Native(self.pipeline.bundle.manifest.native)  # type: ignore[type-var]
             self._native[prompt] = self.pipeline(prompt, seed=seed, schedule=native, **self.options)  # type: ignore[arg-type]
         return self._native[prompt]
 
     def find_smooth(self, prompts: Sequence[tuple[int, str]]) -> None:
-        """Make τ relative to the smooth ones of these prompts."""
+        """Make the dynamic schedule's τ relative to the smooth ones of these prompts."""
         steps, height, width = (self.options[name] for name in ("steps", "height", "width"))
         sigmas = self.pipeline.sigmas(steps, height, width)
         runs = [[record.statistic for record in self.native(text, seed).trace.steps] for seed, text in prompts]
         self.smooth = measure_smooth(runs, sigmas)
-        self.schedule = replace(self.schedule, smooth=smooth_at(self.smooth, sigmas))
+        self.policy = replace(self.policy, smooth=smooth_at(self.smooth, sigmas))  # type: ignore[type-var]
 
     def bracket(self, prompts: Sequence[tuple[int, str]]) -> tuple[float, float]:
-        """Values of τ that make everything native, and everything coarse that can be."""
-        one = replace(self.schedule, tau=1.0)
+        """Values of the knob that make every picture native, and as fast as it can be."""
+        if not isinstance(self.policy, Dynamic):
+            return BRACKET
+        one = replace(self.policy, tau=1.0)
         taus = [
             value / one.threshold(patch, record.step)
             for seed, prompt in prompts
@@ -159,13 +178,14 @@ class Calibrator:
             raise UsageError("τ cannot be found: nothing changes between the steps of these pictures")
         return min(taus) / 2, max(taus) * 2
 
-    def try_tau(self, tau: float, prompts: Sequence[tuple[int, str]]) -> Point:
-        """Every prompt at a τ."""
-        return Point(tau, tuple(self._sample(replace(self.schedule, tau=tau), seed, text) for seed, text in prompts))
+    def try_value(self, value: float, prompts: Sequence[tuple[int, str]]) -> Point:
+        """Every prompt at a value of the knob."""
+        policy = self.policy.turned(value)
+        return Point(value, tuple(self._sample(policy, seed, text) for seed, text in prompts))
 
-    def _sample(self, schedule: Dynamic, seed: int, prompt: str) -> Sample:
+    def _sample(self, policy: Policy, seed: int, prompt: str) -> Sample:
         native = self.native(prompt, seed)
-        result = self.pipeline(prompt, seed=seed, schedule=schedule, **self.options)  # type: ignore[arg-type]
+        result = self.pipeline(prompt, seed=seed, schedule=policy, **self.options)  # type: ignore[arg-type]
         levels = result.trace.levels
         return Sample(
             prompt,
@@ -181,9 +201,9 @@ class Calibrator:
 def search(
     calibrator: Calibrator, prompts: Sequence[str], target: Target, report: Report, *, relative: bool = True
 ) -> Search:
-    """Find τ on half of the prompts, drawn at random, and try it on the rest; a prompt's number is its seed.
+    """Find the knob's value on half of the prompts, drawn at random, and try it on the rest.
 
-    ``relative``: to smooth pictures; otherwise τ is absolute, as in the paper.
+    A prompt's number is its seed. ``relative``: τ is one to smooth pictures; otherwise it is absolute, as in the paper.
 
     Raises `UsageError` where what is asked for cannot be reached, with what can.
     """
@@ -192,15 +212,15 @@ def search(
     _ = calibrator.costs
     result = Search()
     report(f"making {len(fitted)} native pictures")
-    if relative:
+    if relative and isinstance(calibrator.policy, Dynamic):
         calibrator.find_smooth(fitted)
     low, high = calibrator.bracket(fitted)
 
     fastest = _tried(result, calibrator, high, fitted, report)
     if target.speedup is not None and fastest.speedup < target.speedup:
         raise UsageError(
-            f"a speed-up of {target.speedup:g} cannot be reached with {calibrator.options['steps']} steps and "
-            f"{calibrator.schedule.warmup} native ones first: all coarse is {fastest.speedup:.2f} times faster"
+            f"a speed-up of {target.speedup:g} cannot be reached with {calibrator.options['steps']} steps; "
+            f"{calibrator.policy.turned(high)} is {fastest.speedup:.2f} times faster"
         )
     if target.fast_enough(fastest):
         for _ in range(ITERATIONS):
@@ -215,14 +235,14 @@ def search(
         raise UsageError(
             f"a similarity of {target.similarity:g} cannot be kept; the nearest is {max(similarities):.3f}"
         )
-    report(f"trying τ = {best.tau:.4g} on {len(held_out)} other prompts")
-    result.held_out = calibrator.try_tau(best.tau, held_out)
-    result.curve.sort(key=lambda point: point.tau)
+    report(f"trying {calibrator.letter} = {best.value:.4g} on {len(held_out)} other prompts")
+    result.held_out = calibrator.try_value(best.value, held_out)
+    result.curve.sort(key=lambda point: point.value)
     return result
 
 
 def halves(prompts: Sequence[str]) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
-    """The prompts that τ is chosen on and those that test it, with their numbers. Raises `UsageError` for too few."""
+    """The prompts that the value is chosen on and those that test it, numbered. Raises `UsageError` for too few."""
     if len(prompts) < 2:
         raise UsageError("calibrating needs two prompts or more: half of them are kept to test the result")
     # drawn, because lists are often ordered: every other prompt of one may be of a kind
@@ -231,39 +251,37 @@ def halves(prompts: Sequence[str]) -> tuple[list[tuple[int, str]], list[tuple[in
 
 
 def _tried(
-    result: Search, calibrator: Calibrator, tau: float, prompts: Sequence[tuple[int, str]], report: Report
+    result: Search, calibrator: Calibrator, value: float, prompts: Sequence[tuple[int, str]], report: Report
 ) -> Point:
-    point = calibrator.try_tau(tau, prompts)
+    point = calibrator.try_value(value, prompts)
     result.curve.append(point)
-    report(f"τ = {tau:.4g}: {point.speedup:.2f}× at similarity {point.similarity:.3f}")
+    report(f"{calibrator.letter} = {value:.4g}: {point.speedup:.2f}× at similarity {point.similarity:.3f}")
     return point
 
 
-def calibration(calibrator: Calibrator, found: Search, best: Point) -> Calibration:
-    """What the bundle keeps."""
-    options, schedule, held_out = calibrator.options, calibrator.schedule, found.held_out
+def calibration(calibrator: Calibrator, found: Search, best: Point) -> DynamicCalibration | AdaptiveCalibration | None:
+    """What the bundle keeps; None where it has no place for settings of this policy."""
+    policy, held_out = calibrator.policy.turned(best.value), found.held_out
     assert held_out is not None
-    return Calibration(
-        steps=options["steps"],
-        height=options["height"],
-        width=options["width"],
-        tau=best.tau,
-        rho=schedule.rho,
-        warmup=schedule.warmup,
-        hold=schedule.hold,
-        coarsest=max(schedule.coarse),
-        smooth=calibrator.smooth,
-        speedup=held_out.speedup,
-        similarity=held_out.similarity,
-        prompts=len(best.samples) + len(held_out.samples),
-        backend=str(calibrator.pipeline.backend),
-        costs=calibrator.costs,
-        curve=tuple(CurvePoint(tau=point.tau, shares=point.shares) for point in found.curve),
-    )
+    how: dict[str, Any] = {
+        **calibrator.options,
+        "speedup": held_out.speedup,
+        "similarity": held_out.similarity,
+        "prompts": len(best.samples) + len(held_out.samples),
+        "backend": str(calibrator.pipeline.backend),
+        "costs": calibrator.costs,
+        "curve": tuple(CurvePoint(value=point.value, shares=point.shares) for point in found.curve),
+    }
+    if isinstance(policy, Dynamic):
+        settings = {name: getattr(policy, name) for name in ("tau", "rho", "warmup", "hold")}
+        return DynamicCalibration(**how, **settings, coarsest=max(policy.coarse), smooth=calibrator.smooth)
+    if isinstance(policy, Reusing) and isinstance(policy.levels, Native) and isinstance(policy.reuse, Adaptive):
+        return AdaptiveCalibration(**how, tolerance=policy.reuse.tolerance, order=policy.reuse.order)
+    return None
 
 
 def spread(point: Point) -> tuple[str, str, str]:
-    """Speed-ups, similarity and coarse steps over the prompts, as the tenth to the ninetieth percentile."""
+    """Speed-ups, similarity and cheaper steps over the prompts, as the tenth to the ninetieth percentile."""
 
     def between(values: Sequence[float], form: str) -> str:
         low, high = np.quantile(values, (0.1, 0.9))
@@ -276,24 +294,26 @@ def spread(point: Point) -> tuple[str, str, str]:
     )
 
 
-def plot(found: Search, best: Point, path: Path) -> None:
-    """Draw speed-up and similarity against τ, every prompt a dot. Needs matplotlib."""
+def plot(found: Search, best: Point, letter: str, path: Path) -> None:
+    """Draw speed-up and similarity against the knob's value, every prompt a dot. Needs matplotlib."""
     drawing = figure()
     upper, lower = drawing.subplots(2, 1, sharex=True)
-    taus = [point.tau for point in found.curve]
+    tried = [point.value for point in found.curve]
     for axis, name, label in ((upper, "speedup", "speed-up over native"), (lower, "similarity", "SSIM to native")):
         for point in found.curve:
             values = [getattr(sample, name) for sample in point.samples]
-            axis.plot([point.tau] * len(values), values, ".", color="C0", alpha=0.25, markersize=4)
-        axis.plot(taus, [getattr(point, name) for point in found.curve], color="C0", label="prompts τ was chosen on")
+            axis.plot([point.value] * len(values), values, ".", color="C0", alpha=0.25, markersize=4)
+        axis.plot(
+            tried, [getattr(point, name) for point in found.curve], color="C0", label=f"prompts {letter} was chosen on"
+        )
         if found.held_out:
-            axis.plot(best.tau, getattr(found.held_out, name), "o", color="C1", label="other prompts")
-        axis.axvline(best.tau, color="grey", linestyle="--", linewidth=1)
+            axis.plot(best.value, getattr(found.held_out, name), "o", color="C1", label="other prompts")
+        axis.axvline(best.value, color="grey", linestyle="--", linewidth=1)
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     upper.legend(fontsize=8)
     upper.set_xscale("log")
-    lower.set_xlabel(f"τ (chosen: {best.tau:.4g})")
+    lower.set_xlabel(f"{letter} (chosen: {best.value:.4g})")
     save(drawing, path)
 
 

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from ddit.runtime.backends.artifacts import StoredEngine
 from ddit.runtime.bundle import Manifest
-from ddit.runtime.bundle.manifest import ScheduleInfo
+from ddit.runtime.bundle.manifest import AdaptiveInfo, ScheduleInfo
 from ddit.runtime.console import printable, red, terminal
 
 
@@ -26,14 +26,14 @@ def show(bundle: Path, manifest: Manifest, engines: Sequence[StoredEngine]) -> N
     dynamic = manifest.schedule
     console.print(
         f"sampling: {manifest.sampler.steps} steps, guidance {guidance}, carry {manifest.carry:g}; "
-        f"dynamic schedule {tau_of(dynamic)}, ρ {dynamic.rho:g}, warm-up {dynamic.warmup}, hold {dynamic.hold}, "
+        f"adaptive: {_adaptive(manifest.adaptive)}; dynamic: {_dynamic(dynamic)}, "
         f"coarsest {dynamic.coarsest or max(manifest.patches)}"
     )
     for one in manifest.calibrations:
+        settings = _dynamic(one) if isinstance(one, ScheduleInfo) else _adaptive(one)
         console.print(
-            f"calibrated for {one.steps} steps at {one.height}×{one.width}: {tau_of(one)}, ρ {one.rho:g}, warm-up "
-            f"{one.warmup}, hold {one.hold}; {one.speedup:.2f}× on {one.backend}, SSIM {one.similarity:.3f} "
-            f"({one.prompts} prompts)"
+            f"{one.kind} calibrated for {one.steps} steps at {one.height}×{one.width}: {settings}; "
+            f"{one.speedup:.2f}× on {one.backend}, SSIM {one.similarity:.3f} ({one.prompts} prompts)"
         )
     console.print(_levels_table(manifest))
     console.print(_graphs_table(manifest))
@@ -42,9 +42,14 @@ def show(bundle: Path, manifest: Manifest, engines: Sequence[StoredEngine]) -> N
     console.print("made with " + ", ".join(f"{name} {version}" for name, version in manifest.made_with.items()))
 
 
-def tau_of(info: ScheduleInfo) -> str:
-    """τ with what it is a multiple of."""
-    return f"τ {info.tau:.4g}{' × that of smooth pictures' if info.smooth else ''}"
+def _dynamic(info: ScheduleInfo) -> str:
+    """τ with what it is a multiple of, and the rest."""
+    relative = " × that of smooth pictures" if info.smooth else ""
+    return f"τ {info.tau:.4g}{relative}, ρ {info.rho:g}, warm-up {info.warmup}, hold {info.hold}"
+
+
+def _adaptive(info: AdaptiveInfo) -> str:
+    return f"tolerance {info.tolerance:.4g}, order {info.order}"
 
 
 def _levels_table(manifest: Manifest) -> Table:

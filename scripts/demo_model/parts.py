@@ -1,4 +1,4 @@
-"""The demo model's parts: a small FLUX pipeline for 256×256 scenes, before training."""
+"""The demo model's parts: a small FLUX pipeline for scenes, before training."""
 
 from dataclasses import dataclass
 
@@ -11,13 +11,14 @@ from demo_model.scenes import vocabulary
 
 TEXT_LENGTH = 16  # the longest caption has 13 tokens, start and end included
 PATCH = 2
+STEPS = 50  # of sampling
 
 
 @dataclass(frozen=True)
 class Sizes:
     """Widths and depths. The defaults make the demo model: 11 million parameters in the transformer."""
 
-    picture: int = 256
+    picture: int = 256  # pixels of a side, where it is judged
     vae: tuple[int, ...] = (32, 64, 96, 96)
     latent_channels: int = 16
     text_width: int = 128

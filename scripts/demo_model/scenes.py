@@ -6,6 +6,7 @@ GPU draws thousands of pictures a second.
 
     scenes = sample_scenes(4, seed=0)
     pictures = render(scenes)                  # (4, 3, 256, 256) in [-1, 1]
+    wide = render(scenes, (192, 320))          # the same scenes in another format: height, width
     captions = [scene.caption for scene in scenes]
 """
 
@@ -38,7 +39,7 @@ POSITIONS = {
     "at the bottom": (0.5, 0.73),
     "in the center": (0.5, 0.5),
 }
-RADII = {"small": 0.09, "": 0.14, "large": 0.22}  # of the picture's side; medium goes unsaid
+RADII = {"small": 0.09, "": 0.14, "large": 0.22}  # of the picture's shorter side; medium goes unsaid
 NUMBERS = {2: "two", 3: "three"}
 PLURALS = {"cross": "crosses"}
 # where two or three objects stand: far enough apart for the radii that they may have
@@ -55,7 +56,7 @@ JITTER = 0.03
 
 @dataclass(frozen=True)
 class Thing:
-    """One object of a scene; centre and radius in units of the picture's side."""
+    """One object of a scene: its centre in units of each side, its radius in units of the shorter one."""
 
     shape: str
     colour: str
@@ -73,7 +74,7 @@ class Scene:
     background: str
     first: tuple[float, float, float]  # colours of the background's pattern
     second: tuple[float, float, float]
-    frequency: float  # periods of the pattern over the picture
+    frequency: float  # periods of the pattern over the picture's shorter side
     angle: float
     seed: int
     caption: str
@@ -158,11 +159,18 @@ def _background_colours(rng: random.Random) -> tuple[tuple[float, float, float],
 
 
 @torch.no_grad()
-def render(scenes: Sequence[Scene], size: int = SIZE, device: torch.device | str = "cpu") -> Tensor:
-    """Draw scenes: ``(B, 3, size, size)`` float32 in [-1, 1]."""
-    axis = (torch.arange(size, device=device) + 0.5) / size
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    pattern = torch.zeros(len(scenes), size, size, device=device)
+def render(scenes: Sequence[Scene], size: int | tuple[int, int] = SIZE, device: torch.device | str = "cpu") -> Tensor:
+    """Draw scenes: ``(B, 3, height, width)`` float32 in [-1, 1].
+
+    ``size``: a square's side, or height and width, in pixels. Things move apart with the longer side, but nothing is
+    stretched: shapes and patterns keep to the shorter side, so that they are as they would be in a square of it.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    short = min(height, width)  # the unit of length
+    y, x = torch.meshgrid(
+        *((torch.arange(side, device=device) + 0.5) / short for side in (height, width)), indexing="ij"
+    )
+    pattern = torch.zeros(len(scenes), height, width, device=device)
     for kind in BACKGROUNDS:
         rows = [row for row, scene in enumerate(scenes) if scene.background == kind]
         if rows:
@@ -170,7 +178,7 @@ def render(scenes: Sequence[Scene], size: int = SIZE, device: torch.device | str
                 [[scenes[r].frequency, scenes[r].angle, scenes[r].seed] for r in rows], device=device
             )
             frequency, angle, seed = (column[:, None, None] for column in numbers.double().unbind(1))
-            pattern[rows] = _pattern(kind, x, y, frequency.float(), angle.float(), seed.long(), size)
+            pattern[rows] = _pattern(kind, x, y, frequency.float(), angle.float(), seed.long(), short)
     first = torch.tensor([scene.first for scene in scenes], device=device)[..., None, None]
     second = torch.tensor([scene.second for scene in scenes], device=device)[..., None, None]
     picture = first + (second - first) * pattern[:, None]
@@ -181,19 +189,21 @@ def render(scenes: Sequence[Scene], size: int = SIZE, device: torch.device | str
             if not chosen:
                 continue
             things = [scenes[row].things[slot] for row in chosen]
-            numbers = torch.tensor([[t.x, t.y, t.radius, t.angle] for t in things], device=device)
+            numbers = torch.tensor(
+                [[t.x * (width / short), t.y * (height / short), t.radius, t.angle] for t in things], device=device
+            )
             centre_x, centre_y, radius, angle = (column[:, None, None] for column in numbers.unbind(1))
             dx, dy = (x - centre_x) / radius, (y - centre_y) / radius
             cos, sin = angle.cos(), angle.sin()
             distance = _distance(shape, dx * cos + dy * sin, dy * cos - dx * sin)
-            alpha = (0.5 - distance * radius * size).clamp(0, 1)[:, None]
+            alpha = (0.5 - distance * radius * short).clamp(0, 1)[:, None]
             colour = torch.tensor([COLOURS[t.colour] for t in things], device=device)[..., None, None]
             picture[chosen] = picture[chosen] * (1 - alpha) + colour * alpha
     return picture * 2 - 1
 
 
 def _pattern(kind: str, x: Tensor, y: Tensor, frequency: Tensor, angle: Tensor, seed: Tensor, size: int) -> Tensor:
-    """A background's pattern in [0, 1]: how much of its second colour shows."""
+    """A background's pattern in [0, 1]: how much of its second colour shows. ``size``: pixels of a unit of length."""
     along, across = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
     sharp = size / frequency / 3  # edges one or two pixels wide
     if kind == "plain":
@@ -212,7 +222,7 @@ def _pattern(kind: str, x: Tensor, y: Tensor, frequency: Tensor, angle: Tensor, 
 
 
 def _noise(x: Tensor, y: Tensor, frequency: Tensor, seed: Tensor) -> Tensor:
-    """Value noise with ``frequency`` grains along a side: hashed lattice values, smoothly interpolated."""
+    """Value noise with ``frequency`` grains along the shorter side: hashed lattice values, smoothly interpolated."""
     u, v = x * frequency, y * frequency
     i, j = u.floor().long(), v.floor().long()
     s, t = (w * w * (3 - 2 * w) for w in (u - i, v - j))

@@ -6,6 +6,7 @@ are the students' own parameters (`Level.own_parameters`), always in float32.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,22 @@ class States:
     pooled: Tensor  # (B, Dp)
 
 
+@dataclass(frozen=True)
+class Means:
+    """How much more than other errors those count that a whole patch, or the whole picture, has in common.
+
+    They are a small part of the squared error, but a run adds them up, step after step: backgrounds change their hue.
+    """
+
+    patch: float = 0.0
+    picture: float = 0.0
+
+    def loss(self, error: Tensor, patch: int) -> Tensor:
+        """What errors (B, C, H, W) of the velocity cost beside their mean square."""
+        of_patches, of_pictures = F.avg_pool2d(error, patch), error.mean((2, 3))
+        return self.patch * of_patches.square().mean() + self.picture * of_pictures.square().mean()
+
+
 def level_tables(transformer: FluxTransformer2DModel, patch: int, size: Sequence[int]) -> tuple[Tensor, Tensor]:
     """A level's rotary tables, on the transformer's device, for latents of a height and width."""
     grid = {name: side // patch for name, side in zip(("height", "width"), size, strict=True)}
@@ -48,19 +65,19 @@ class Distillation:
         transformer: FluxTransformer2DModel,
         patches: Sequence[int],
         config: AdapterConfig,
-        size: Sequence[int],
         *,
         checkpointing: bool = False,
         resize: bool = True,
         start: Adapter | None = None,
+        means: Means | None = None,
     ):
-        """``size``: the latent's height and width. ``checkpointing``: recompute activations, to save memory.
+        """``checkpointing``: recompute activations, to save memory. ``means``: errors that count more than others.
 
         ``resize``: patch embeddings and heads start as resized native ones, not at random. ``start``: the adapter to
         start from; raises `AdapterError` where it does not fit.
         """
         transformer.requires_grad_(False)
-        self.run = run
+        self.run, self.means = run, means or Means()
         levels = {patch: FluxLevel(transformer, patch, config) for patch in patches}
         for patch, coarse in levels.items():
             if not resize:
@@ -76,11 +93,10 @@ class Distillation:
         run.start_together(self.own)
 
         self._all = {NATIVE_PATCH: FluxLevel(transformer, NATIVE_PATCH), **self.levels}
-        self._rotary = {patch: level_tables(transformer, patch, size) for patch in self._all}
+        self._rotary = cache(partial(level_tables, transformer))  # by patch and latent size
         for level in self._all.values():
             level.checkpointing = checkpointing
-            if run.compile:  # block by block: the blocks are alike, so that few are really compiled
-                level.trunk.compile_repeated_blocks(dynamic=False)
+            run.compile_blocks(level.trunk)
 
     def _velocity(self, patch: int, states: States) -> Tensor:
         with self.run.autocast():
@@ -89,7 +105,7 @@ class Distillation:
                 states.sigma,
                 states.context,
                 states.pooled,
-                *self._rotary[patch],
+                *self._rotary(patch, states.latent.shape[2:]),
                 states.guidance,
             )
         return velocity
@@ -106,10 +122,10 @@ class Distillation:
         velocities = {NATIVE_PATCH: target}
         for patch in self.levels:
             velocity = self._velocity(patch, states)
-            loss = F.mse_loss(velocity, target)
-            torch.autograd.backward(
-                share * loss
-            )  # level by level: the next one's activations take the place of this one's
+            error = velocity - target
+            loss = error.square().mean()
+            # level by level: the next one's activations take the place of this one's
+            torch.autograd.backward(share * (loss + self.means.loss(error, patch)))
             self.run.note(f"level {patch}", loss / variance)
             velocities[patch] = velocity.detach()
         return velocities

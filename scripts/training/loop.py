@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from ddit.runtime.files import whole
@@ -69,6 +70,7 @@ class Training:
 
     batch: int
     compile: bool = False
+    dynamic: bool = False  # one compiled graph for all sizes; else every size has its own
     max_steps: int | None = None  # a limit beside the seconds
     accelerator: Accelerator = field(default_factory=_in_bfloat16)
     log: Log | None = None
@@ -175,9 +177,10 @@ class Training:
         """The accelerator's mixed precision."""
         return self.accelerator.autocast()
 
-    def compiled(self, module: nn.Module) -> nn.Module:
-        """The module, compiled where that pays."""
-        return cast(nn.Module, torch.compile(module, dynamic=False)) if self.compile else module
+    def compile_blocks(self, transformer: ModelMixin) -> None:
+        """Compile a transformer where that pays: block by block, for these are alike and few are really compiled."""
+        if self.compile:
+            transformer.compile_repeated_blocks(dynamic=self.dynamic)
 
 
 class Ema:

@@ -2,7 +2,7 @@
 
 `Trajectories` are the states that a sampler goes through. The teacher's velocity at a state is the target there, and it
 also leads to the next state, so a trajectory costs no extra call of the model. `Noised` are latents of pictures with
-noise: z = (1 − σ) x + σ noise.
+noise: z = (1 − σ) x + σ noise. Trajectories may start from such, too.
 """
 
 from collections.abc import Mapping
@@ -91,25 +91,36 @@ class Trajectories:
         guidance: tuple[float, float] | None,
         draws: Draws,
         on_policy: bool = False,
+        pictures: Tensor | None = None,
     ):
-        """``latent``: channels, height and width. ``on_policy``: any level may lead a step, not the teacher alone."""
+        """``latent``: channels, height and width. ``on_policy``: any level may lead a step, not the teacher alone.
+
+        ``pictures``: latents (N, C, H, W) of the N texts. Trajectories then start from them with noise, at any step:
+        the pool holds all noise levels at once, and the later a step, the more trajectories pass it.
+        """
         self.text, self.batch, self.guidance_span, self.steps_span = text, batch, guidance, steps
-        self.draws, self.on_policy = draws, on_policy
+        self.draws, self.on_policy, self.pictures, self.size = draws, on_policy, pictures, latent
         self.sigmas = sigma_table(sampler, steps[1], latent[1:]).to(draws.generator.device)
         count = max(POOL_LEAST, POOL_BATCHES * batch)
         self.drawn = torch.arange(0)
-        self.latent = draws.normal(count, *latent)
-        self.prompt, self.guidance, _ = self._start(count)
-        self.length = draws.integers(1, steps[1], count)
-        self.step = torch.zeros_like(self.length)
+        start = self._start(count)
+        self.latent, self.prompt, self.guidance = start["latent"], start["prompt"], start["guidance"]
+        self.length, self.step = start["length"], start["step"]
+        if pictures is None:
+            self.length = draws.integers(1, steps[1], count)
 
-    def _start(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Prompts, guidance scales and numbers of steps of new trajectories."""
-        return (
-            self.draws.integers(0, len(self.text) - 1, count),
-            self.draws.uniform(self.guidance_span or (0.0, 0.0), count),
-            self.draws.integers(*self.steps_span, count),
-        )
+    def _start(self, count: int) -> dict[str, Tensor]:
+        """New trajectories: latents, prompts, guidance scales, numbers of steps, and those done."""
+        latent = self.draws.normal(count, *self.size)
+        prompt = self.draws.integers(0, len(self.text) - 1, count)
+        guidance = self.draws.uniform(self.guidance_span or (0.0, 0.0), count)
+        length = self.draws.integers(*self.steps_span, count)
+        step = torch.zeros_like(length)
+        if self.pictures is not None:
+            step = (self.draws.uniform((0.0, 1.0), count) * length).long()
+            sigma = self.sigmas[length, step][:, None, None, None]
+            latent = self.pictures[prompt].float().lerp(latent, sigma)
+        return {"latent": latent, "prompt": prompt, "guidance": guidance, "length": length, "step": step}
 
     def draw(self) -> States:
         """A random part of the pool."""
@@ -128,11 +139,12 @@ class Trajectories:
         change = self.sigmas[length, step + 1] - self.sigmas[length, step]
         latent = self.latent[rows] + change[:, None, None, None] * velocity
         # where a trajectory is over a new one starts; chosen element by element, because asking would wait for the GPU
-        over = step + 1 == length
-        self.latent[rows] = torch.where(over[:, None, None, None], self.draws.normal(*latent.shape), latent)
-        self.step[rows] = torch.where(over, 0, step + 1)
-        for values, new in zip((self.prompt, self.guidance, self.length), self._start(self.batch), strict=True):
-            values[rows] = torch.where(over, new, values[rows])
+        over, start = step + 1 == length, self._start(self.batch)
+        self.latent[rows] = torch.where(over[:, None, None, None], start["latent"], latent)
+        self.step[rows] = torch.where(over, start["step"], step + 1)
+        for name in ("prompt", "guidance", "length"):
+            values = getattr(self, name)
+            values[rows] = torch.where(over, start[name], values[rows])
 
     def _state(self) -> dict[str, Tensor]:
         names = ("latent", "prompt", "guidance", "length", "step")

@@ -48,7 +48,7 @@ def one_error(result, code: int, words: str) -> None:
         (["--levels", "2,x"], 2, "give patch sizes separated by commas"),
         (["--levels", "4,8"], 2, "the native level 2 must be among the levels"),
         (["--levels", "2,3"], 2, "level 3 is not a multiple"),
-        (["--profile", "tiny"], 2, "unknown profile 'tiny'; built in: 1024, 2048, 256, 512"),
+        (["--profile", "tiny"], 2, "unknown profile 'tiny'; built in: 1024, 128-384, 2048, 256, 512"),
         (["--adapter", "missing.safetensors"], 1, "missing.safetensors does not exist"),
         (["--dtype", "int3"], 2, "'int3' is not one of"),
         (["--opset", "16"], 2, "16 is not in the range 17<=x<=23"),

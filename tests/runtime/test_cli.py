@@ -168,7 +168,7 @@ def test_more_threads_than_cores_are_cut_with_a_warning(tiny_bundle, tmp_path, c
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--steps", 1), "calibrating needs more than 3 steps, not 1"),
+        (("--steps", 1, "--schedule", "dynamic"), "calibrating needs more than 3 steps, not 1"),
         (("--speedup", "nan"), "speed-up must be above 1"),
         (("--quality", 0), "'--quality'"),
         (("--prompts", "/dev/zero"), "has more than"),

@@ -8,7 +8,7 @@ import pytest
 
 from ddit.runtime import files
 from ddit.runtime.bundle import Bundle
-from ddit.runtime.bundle.manifest import Calibration, Costs
+from ddit.runtime.bundle.manifest import Costs, DynamicCalibration
 from ddit.runtime.errors import BundleError, DditError
 from ddit.runtime.files import whole
 
@@ -18,10 +18,10 @@ def path(tiny_bundle, tmp_path):
     return shutil.copytree(tiny_bundle, tmp_path / "a.bundle")
 
 
-def calibration(steps: int, tau: float = 1.0) -> Calibration:
-    return Calibration(
+def calibration(steps: int, tau: float = 1.0) -> DynamicCalibration:
+    return DynamicCalibration(
         tau=tau, rho=0.4, warmup=3, steps=steps, height=64, width=64, speedup=2.0, similarity=0.9, prompts=2,
-        backend="cpu", costs=Costs(levels={2: 1.0, 4: 0.5, 8: 0.4}, encode=0.0, decode=0.0), curve=(),
+        backend="cpu", costs=Costs(levels={2: 1.0, 4: 0.5, 8: 0.4}, predicted=0.0, encode=0.0, decode=0.0), curve=(),
     )  # fmt: skip
 
 

@@ -15,13 +15,17 @@ from ddit.exporter.adapter import load_adapter
 from ddit.exporter.families.flux.modules import FEED_FORWARD, FluxLevel
 from ddit.exporter.levels import AdapterConfig
 from ddit.exporter.models import find_model
+from ddit.profiles import load_profile
 from demo_model import parts
+from demo_model.buckets import TINY_BUCKETS
 from demo_model.classifier import SceneClassifier
+from demo_model.course import Course, Run
 from demo_model.results import sample, save_model
 from demo_model.scenes import render, sample_scenes
-from demo_model.stages import TEST_SEED, Denoiser, Run
+from demo_model.stages import TEST_SEED, Denoiser, encode_scenes, share_tokenizers, start_from
 
 SIZES = parts.TINY
+SQUARE, WIDE, TALL = TINY_BUCKETS
 PROMPT = "two small red stars on a striped background"
 
 
@@ -39,7 +43,7 @@ def saved(trained, tmp_path) -> tuple[Run, Denoiser]:
     (tmp_path / "vae").symlink_to(trained / "vae")
     AcceleratorState._reset_state(reset_partial_state=True)  # the training before may have been in bfloat16
     exact = Accelerator(mixed_precision="no")
-    settings = Run(out=tmp_path, sizes=SIZES, scenes=2, batch=2, max_steps=2, accelerator=exact)
+    settings = Run(out=tmp_path, sizes=SIZES, buckets=TINY_BUCKETS, scenes=16, batch=2, max_steps=2, accelerator=exact)
     denoiser = Denoiser(SIZES)
     with torch.no_grad():
         for parameter in denoiser.parameters():
@@ -51,14 +55,19 @@ def saved(trained, tmp_path) -> tuple[Run, Denoiser]:
 def test_all_stages_leave_their_results(trained):
     assert (trained / "vae" / "config.json").exists()
     assert {path.name for path in trained.glob("*.pt")} == {"flow.pt", "guidance.pt", "adapter.pt"}
+    assert not list(trained.glob("*.checkpoint"))
     assert {path.suffix for path in (trained / "model").rglob("*") if path.is_file()} == {".json", ".safetensors"}
     report = json.loads((trained / "evaluation.json").read_text())
     assert {name.split(",")[0] for name in report} == {"level 2", "level 4", "level 8"}
     defaults = find_model(str(trained / "model")).defaults
     assert defaults.levels == (2, 4, 8)
-    assert f"level 2, guidance {defaults.guidance:g}" in report
+    assert f"level 2, guidance {defaults.guidance:g}, 4 prompts" in report
+    assert load_profile(defaults.profile).contains(height=128, width=384)
     assert all(0 <= rate <= 1 for rates in report.values() for rate in rates.values())
-    assert list(trained.glob("grid*.png"))
+    grids = {path.stem for path in trained.glob("grid*.jpg")}
+    assert {
+        f"grid-level-{level}-guidance-{defaults.guidance:g}-{b}" for level in (2, 4, 8) for b in TINY_BUCKETS
+    } <= grids
 
 
 def test_adapter_fits_the_model(trained):
@@ -99,27 +108,78 @@ def test_tokens_are_those_of_the_saved_pipeline(saved):
     assert pipeline.text_encoder.config.eos_token_id == pipeline.tokenizer.eos_token_id  # where CLIP pools
 
 
-def test_sampler_agrees_with_the_saved_pipeline(saved):
+def test_pictures_of_every_size_are_encoded(saved):
+    settings, denoiser = saved
+    data = encode_scenes(settings, denoiser)
+    assert set(data) == set(TINY_BUCKETS)
+    for bucket, encoded in data.items():
+        assert encoded.latents.shape == (len(encoded.ids), SIZES.latent_channels, *bucket.latent)
+    assert sum(len(encoded.ids) for encoded in data.values()) == settings.scenes
+
+
+def test_training_begins_with_a_saved_model(saved):
+    settings, denoiser = saved
+    other, vae = Denoiser(SIZES), parts.make_vae(SIZES)
+    settings.out = settings.out / "again"
+    model = settings.out.parent / "model"
+    start_from(model, other, vae)
+    share_tokenizers(settings, other, model)
+    for ours, theirs in zip(other.parameters(), denoiser.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs.half().float())
+    assert torch.equal(other.tokenize([PROMPT, "a"]), denoiser.tokenize([PROMPT, "a"]))
+
+
+def test_all_runs_have_the_same_tokenizers(saved):
+    settings, denoiser = saved
+    share_tokenizers(settings, denoiser)
+    again = Denoiser(SIZES)  # its tokenizer may number the tokens otherwise
+    share_tokenizers(settings, again)
+    assert torch.equal(again.tokenize([PROMPT, "a"]), denoiser.tokenize([PROMPT, "a"]))
+
+
+def test_an_interrupted_stage_goes_on(saved, monkeypatch):
+    settings, _ = saved
+    monkeypatch.setattr("demo_model.course.KEEP_SECONDS", -1.0)  # after every step
+    settings.max_steps = 6
+
+    def train(stop: int) -> tuple[list[int], torch.Tensor]:
+        layer = torch.nn.Linear(1, 1)
+        with torch.no_grad():
+            layer.weight.fill_(1)
+        course, done = Course(settings, "test", layer, lr=0.1, decay=0.9), []
+        for step in course.steps(1000.0):
+            if step == stop:
+                break
+            done.append(step)
+            settings.update(layer(torch.ones(1, 1)).square().sum(), course.optimizer)
+        return done, layer.weight.detach()
+
+    assert train(stop=4)[0] == [0, 1, 2, 3]
+    done, weight = train(stop=6)
+    assert done == [4, 5]
+    assert weight.item() < 0.9  # not from the beginning
+
+
+@pytest.mark.parametrize("bucket", [SQUARE, WIDE, TALL], ids=str)
+def test_sampler_agrees_with_the_saved_pipeline(saved, bucket):
     settings, denoiser = saved
     pipeline = FluxPipeline.from_pretrained(settings.out / "model", torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    # the tiny picture has 16 tokens where the demo's has 256, and the shift of the noise levels follows their number
-    pipeline.scheduler.register_to_config(base_image_seq_len=16)
     native = FluxLevel(denoiser.transformer, parts.PATCH)
-    ours = sample(settings, denoiser, native, parts.PATCH, [PROMPT], guidance=3.0)
+    ours = sample(settings, denoiser, native, parts.PATCH, [PROMPT], 3.0, bucket)
 
-    side, channels = SIZES.picture // 8, SIZES.latent_channels
-    noise = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(TEST_SEED))
+    channels = SIZES.latent_channels
+    noise = torch.randn(1, channels, *bucket.latent, generator=torch.Generator().manual_seed(TEST_SEED))
     theirs = pipeline(
         PROMPT,
-        height=SIZES.picture,
-        width=SIZES.picture,
+        height=bucket.height,
+        width=bucket.width,
         num_inference_steps=2,
         guidance_scale=3.0,
         max_sequence_length=parts.TEXT_LENGTH,
-        latents=FluxPipeline._pack_latents(noise, 1, channels, side, side),
+        latents=FluxPipeline._pack_latents(noise, 1, channels, *bucket.latent),
         output_type="latent",
     ).images
-    theirs = FluxPipeline._unpack_latents(theirs, SIZES.picture, SIZES.picture, 8)
+    theirs = FluxPipeline._unpack_latents(theirs, *bucket.size, 8)
     assert (ours - noise).abs().max() > 0.1  # the model does something
     torch.testing.assert_close(ours, theirs, atol=5e-3, rtol=5e-3)  # the saved weights are rounded to half precision

@@ -32,7 +32,7 @@ TENSORRT_8_6 = {
     **dict.fromkeys(("Abs", "Add", "Div", "Max", "Min", "Mul", "Neg", "Sub"), NUMBERS),
     **dict.fromkeys(("Equal", "Greater", "GreaterOrEqual", "IsNaN", "Less", "Range"), NUMBERS),
     **dict.fromkeys(("Cos", "Log", "Pow", "Reciprocal", "Sigmoid", "Sin", "Softmax", "Sqrt", "Tanh"), FLOATS),
-    **dict.fromkeys(("Conv", "Gemm", "InstanceNormalization", "MatMul", "ReduceMean", "Resize"), FLOATS),
+    **dict.fromkeys(("Conv", "Gemm", "InstanceNormalization", "MatMul", "ReduceMean", "ReduceSum", "Resize"), FLOATS),
     **dict.fromkeys(("Cast", "Concat", "Expand", "Gather", "GatherND", "Reshape", "Shape", "Slice"), ANY),
     **dict.fromkeys(("Split", "Squeeze", "Transpose", "Unsqueeze", "Where"), ANY),
     "ConstantOfShape": {"FP32"},

@@ -25,7 +25,7 @@ DEFAULT = Dynamic(native=2, coarse=(4, 8), tau=0.001, rho=0.4, warmup=3)
 
 
 def parse(text: str):
-    return parse_schedule(text, Choices((2, 4, 8), 2, DEFAULT))
+    return parse_schedule(text, Choices((2, 4, 8), 2, DEFAULT, Adaptive(0.04)))
 
 
 def deviations(four: float, eight: float) -> dict[int, np.ndarray]:
@@ -42,8 +42,8 @@ def test_written_forms():
     assert parse("dynamic") == DEFAULT
     assert parse("dynamic:tau=0.5, rho=0.9,warmup=5") == Dynamic(2, (4, 8), 0.5, 0.9, 5)
     assert parse("fixed:8x2,4x1,2") == Fixed((8, 8, 4, 2))
-    assert parse("adaptive") == parse("native+adaptive") == Reusing(Native(2), Adaptive())
-    assert parse("dynamic+adaptive:tolerance=1e+0,order=2") == Reusing(DEFAULT, Adaptive(1.0, 2))
+    assert parse("adaptive") == parse("native+adaptive") == Reusing(Native(2), Adaptive(0.04))
+    assert parse("dynamic+adaptive:1e+0,order=2") == Reusing(DEFAULT, Adaptive(1.0, 2))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from ddit.runtime.policies.progressive import Stage, activation, edge_power, gai
 FLUX = SpectrumInfo(amplitude=203.615097, exponent=1.915461)
 HALF, FULL = Stage(Fraction(1, 2), 32, 64 * 64), Stage(Fraction(1), 64, 128 * 128)
 DEFAULT = Dynamic(native=2, coarse=(4, 8), tau=0.001, rho=0.4, warmup=3)
+ADAPTIVE = Adaptive(0.04)
 
 
 def stages(scales):
@@ -24,13 +25,13 @@ def stages(scales):
 
 
 def parse(text: str):
-    return parse_schedule(text, Choices((2, 4, 8), 2, DEFAULT, spectrum=FLUX, stages=stages))
+    return parse_schedule(text, Choices((2, 4, 8), 2, DEFAULT, ADAPTIVE, spectrum=FLUX, stages=stages))
 
 
 def test_written_forms():
     usual = Progressive(Native(2), (HALF, FULL), 0.05, FLUX)
     assert parse("progressive") == parse("native+progressive") == parse("progressive+native") == usual
-    assert parse("progressive+adaptive").policy == Reusing(Native(2), Adaptive())
+    assert parse("progressive+adaptive").policy == Reusing(Native(2), ADAPTIVE)
     assert parse("dynamic+progressive:delta=0.1+adaptive") == parse("progressive:delta=0.1+adaptive+dynamic")
     own = parse("progressive:adaptive,delta=0.01,scales=1/4-1/2+fixed:2x9")
     assert own.own

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddit.runtime.errors import UsageError
-from ddit.runtime.policies import Dynamic, RunHistory, parse_schedule
+from ddit.runtime.policies import Adaptive, Dynamic, RunHistory, parse_schedule
 from ddit.runtime.policies.parse import Choices
 from ddit.runtime.policies.smooth import SMOOTH, measure_smooth, smooth_at, step_lengths
 
@@ -62,7 +62,7 @@ def test_tau_is_a_multiple_of_it(tau, scale, level):
 
 def test_the_paper_s_rule_can_be_asked_for():
     default = relative(3.0)
-    choices = Choices((2, 4, 8), 2, default)
+    choices = Choices((2, 4, 8), 2, default, Adaptive(0.04))
     assert parse_schedule("dynamic", choices) == default
     absolute = parse_schedule("dynamic:absolute=1,tau=0.001", choices)
     assert absolute == replace(default, tau=0.001, smooth=None)

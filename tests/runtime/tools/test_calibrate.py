@@ -23,21 +23,22 @@ SIZE = ("--steps", 12, "--height", 128, "--width", 64)
 @pytest.fixture
 def bundle(tiny_bundle, tmp_path, monkeypatch) -> Path:
     """A bundle to write to, whose levels cost what they would at a real size."""
-    costs = Costs(levels={2: 4.0, 4: 1.5, 8: 1.0}, encode=1.0, decode=2.0)
+    costs = Costs(levels={2: 4.0, 4: 1.5, 8: 1.0}, predicted=0.0, encode=1.0, decode=2.0)
     monkeypatch.setattr(calibrate_module, "measure_costs", lambda pipeline, height, width: costs)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     return Path(shutil.copytree(tiny_bundle, tmp_path / "a.bundle"))
 
 
-def calibrate(bundle: Path, *options: object):
-    return run(ddit_run, "calibrate", bundle, "--prompts", bundle.parent / "prompts.txt", *SIZE, *options)
+def calibrate(bundle: Path, *options: object, schedule: str = "dynamic"):
+    prompts = ("--prompts", bundle.parent / "prompts.txt", "--schedule", schedule)
+    return run(ddit_run, "calibrate", bundle, *prompts, *SIZE, *options)
 
 
 def test_the_speed_up_asked_for_is_found_and_kept(bundle):
     result = calibrate(bundle, "--speedup", "1.5", "--plot", bundle.parent / "curve.png", "--json")
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
-    chosen = min(report["curve"], key=lambda point: abs(point["tau"] - report["tau"]))
+    chosen = min(report["curve"], key=lambda point: abs(point["value"] - report["tau"]))
     costs = [1 / sample["speedup"] for sample in chosen["samples"]]
     assert len(costs) / sum(costs) == pytest.approx(1.5, rel=0.1)
     fitted, held_out = ([sample["prompt"] for sample in point["samples"]] for point in (chosen, report["held_out"]))
@@ -49,14 +50,14 @@ def test_the_speed_up_asked_for_is_found_and_kept(bundle):
     (kept,) = manifest.calibrations
     assert (kept.steps, kept.height, kept.width, kept.tau) == (12, 128, 64, report["tau"])
     pipeline = Pipeline.open(bundle, backend="cpu")
-    same = pipeline("a red circle", steps=12, height=128, width=64)
+    same = pipeline("a red circle", steps=12, height=128, width=64, schedule="dynamic")
     assert same.trace.schedule["tau"] == kept.tau
     assert {len(curve) for curve in same.trace.schedule["smooth"].values()} == {12}
     assert json.loads(same.trace.to_json())["schedule"]["text"].startswith("dynamic:tau=")
     plot_schedule(same.trace, bundle.parent / "schedule.png")
-    other = pipeline("a red circle", steps=11, height=128, width=64)
+    other = pipeline("a red circle", steps=11, height=128, width=64, schedule="dynamic")
     assert other.trace.schedule["tau"] == manifest.schedule.tau
-    assert "calibrated for 12 steps at 128×64" in run(ddit_run, "inspect", bundle).stdout
+    assert "dynamic calibrated for 12 steps at 128×64" in run(ddit_run, "inspect", bundle).stdout
 
 
 def test_a_quality_is_kept_and_a_later_calibration_replaces_the_first(bundle):
@@ -64,10 +65,43 @@ def test_a_quality_is_kept_and_a_later_calibration_replaces_the_first(bundle):
     result = calibrate(bundle, "--quality", "0.9", "--json")
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
-    (chosen,) = (point for point in report["curve"] if point["tau"] == report["tau"])
+    (chosen,) = (point for point in report["curve"] if point["value"] == report["tau"])
     assert np.mean([sample["similarity"] for sample in chosen["samples"]]) >= 0.9
     (kept,) = Bundle.open(bundle).manifest.calibrations
     assert kept.tau == report["tau"]
+
+
+def test_a_tolerance_is_found_kept_and_used(bundle):
+    """On a path of random weights, which is all but a line: fewer than half of the steps are computed at any value."""
+    assert (
+        calibrate(bundle, "--speedup", "1.6", "--plot", bundle.parent / "curve.png", schedule="adaptive").exit_code == 0
+    )
+    assert calibrate(bundle, "--speedup", "1.4").exit_code == 0  # of another kind: both are kept
+    manifest = Bundle.open(bundle).manifest
+    adaptive, dynamic = manifest.calibrations
+    assert (adaptive.kind, dynamic.kind) == ("adaptive", "dynamic")
+    assert all(sum(point.shares.values()) <= 1 for point in adaptive.curve)
+    assert min(point.shares[2] for point in adaptive.curve) < 0.6
+    pipeline = Pipeline.open(bundle, backend="cpu")
+    result = pipeline("a red circle", steps=12, height=128, width=64)
+    assert result.trace.schedule["reuse"]["tolerance"] == adaptive.tolerance
+    assert result.trace.schedule["text"] == f"native+adaptive:tolerance={adaptive.tolerance:g},order=1"
+    plot_schedule(result.trace, bundle.parent / "schedule.png")
+    assert "adaptive calibrated for 12 steps at 128×64: tolerance" in run(ddit_run, "inspect", bundle).stdout
+
+
+def test_a_policy_that_the_bundle_has_no_place_for_is_calibrated_all_the_same(bundle):
+    result = calibrate(bundle, "--speedup", "2", "--json", schedule="fixed:2x3,4x9+adaptive")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["schedule"] == f"fixed:2x3,4x9+adaptive:tolerance={report['value']:g},order=1"
+    assert not Bundle.open(bundle).manifest.calibrations
+
+
+def test_a_policy_without_a_number_is_refused(bundle):
+    result = calibrate(bundle, schedule="native")
+    assert result.exit_code == 2
+    assert "native has no number to calibrate" in result.stderr
 
 
 def test_every_backend_has_a_calibration_of_its_own(bundle):
@@ -79,8 +113,8 @@ def test_every_backend_has_a_calibration_of_its_own(bundle):
     for name, tau in (("cpu", first.tau), ("CPUExecutionProvider", second.tau)):
         assert Pipeline.open(bundle, backend=name).policy("dynamic", **size).tau == tau
     manifest = Bundle.open(bundle).manifest
-    assert manifest.calibration(**size, backend="tensorrt on another GPU") == second
-    assert manifest.calibration(**size | {"steps": 11}, backend="cpu") is None
+    assert manifest.calibration("dynamic", **size, backend="tensorrt on another GPU") == second
+    assert manifest.calibration("dynamic", **size | {"steps": 11}, backend="cpu") is None
 
 
 def test_an_absolute_tau_is_of_no_smooth_pictures(bundle):
@@ -134,7 +168,7 @@ def test_a_bundle_that_is_exported_again_meanwhile_keeps_no_calibration(bundle, 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--speedup", "9"), "a speed-up of 9 cannot be reached with 12 steps and 3 native ones first: all coarse is"),
+        (("--speedup", "9"), "a speed-up of 9 cannot be reached with 12 steps; dynamic:tau="),
         (("--speedup", "2", "--quality", "0.9"), "give --speedup or --quality, not both"),
     ],
 )

@@ -1,12 +1,18 @@
 """The scenes are what their captions say, and are drawn as they are described."""
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from demo_model import scenes
 from demo_model.classifier import labels
+
+# a scene of every background, drawn when all pictures were squares of 256 pixels
+SQUARES = Path(__file__).parents[2] / "data" / "scenes-256.png"
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +84,37 @@ def test_pictures_are_within_range_and_show_the_colours(sample):
             colour = torch.tensor(scenes.COLOURS[thing.colour])[:, None, None] * 2 - 1
             shown = ((picture - colour).abs().amax(0) < 0.02).sum() / 128**2
             assert shown > 0.2 * thing.radius**2, scene
+
+
+def test_squares_are_drawn_as_before_there_were_other_formats():
+    sample = scenes.sample_scenes(60, seed=5)
+    rows = [next(scene for scene in sample if scene.background == kind) for kind in scenes.BACKGROUNDS]
+    pictures = ((scenes.render(rows) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    with Image.open(SQUARES) as image:
+        before = np.asarray(image).reshape(2, 256, 3, 256, 3).transpose(0, 2, 1, 3, 4).reshape(6, 256, 256, 3)
+    np.testing.assert_array_equal(pictures, before)
+    assert torch.equal(scenes.render(rows, (64, 64)), scenes.render(rows, 64))
+
+
+@pytest.mark.parametrize("size", [(96, 160), (160, 96), (64, 192)])
+def test_other_formats_show_round_things_where_the_caption_says(size):
+    things = [scenes.Thing("circle", "red", x, y, 0.2, 0.0) for x, y in ((0.25, 0.5), (0.75, 0.5))]
+    rows = [scenes.Scene((thing,), "plain", (0.4,) * 3, (0.4,) * 3, 8.0, 0.0, 0, "") for thing in things]
+    for thing, picture in zip(things, scenes.render(rows, size), strict=True):
+        y, x = torch.nonzero(picture[0] > 0.5, as_tuple=True)
+        diameter = 2 * 0.2 * min(size)
+        assert (y.max() - y.min() + 1).item() == pytest.approx(diameter, abs=1.5)
+        assert (x.max() - x.min() + 1).item() == pytest.approx(diameter, abs=1.5)
+        assert (x.double().mean() / size[1]).item() == pytest.approx(thing.x, abs=0.01)
+        assert (y.double().mean() / size[0]).item() == pytest.approx(thing.y, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["striped", "checkered", "dotted", "noisy"])
+def test_patterns_are_not_stretched(kind):
+    scene = scenes.Scene((), kind, (0.4,) * 3, (0.7,) * 3, 8.0, 0.4, 3, "")
+    square, wide = scenes.render([scene], 64), scenes.render([scene], (64, 192))
+    torch.testing.assert_close(wide[..., :64], square)
+    torch.testing.assert_close(scenes.render([scene], (192, 64))[..., :64, :], square)
 
 
 def test_a_batch_is_drawn_as_its_scenes_alone(sample):

@@ -60,6 +60,25 @@ def test_a_finished_trajectory_makes_place_for_a_new_one(sampler):
     assert pool.latent.std().item() == pytest.approx(1, abs=0.1)
 
 
+def test_trajectories_may_start_from_pictures_with_noise_on(sampler):
+    pictures = torch.arange(5.0)[:, None, None, None].expand(5, *LATENT) * 10
+    pool = trajectories(sampler, batch=400, steps=(4, 4), pictures=pictures)
+    passed = torch.zeros(4)
+    for _ in range(40):
+        states = pool.draw()
+        step = pool.step[pool.drawn]
+        passed += step.bincount(minlength=4)
+        noise = (states.latent - (1 - states.sigma[:, None, None, None]) * states.context[:, :, :, None] * 10).flatten(
+            1
+        )
+        new = noise.std(1) > 0  # the others were moved on by the velocity below
+        torch.testing.assert_close(noise[new].std(1), states.sigma[new], atol=0.3, rtol=0.2)
+        # the velocity that leads from noise to the picture
+        clean = pictures[pool.prompt[pool.drawn]]
+        pool.advance({2: (states.latent - clean) / states.sigma[:, None, None, None]})
+    assert (passed.diff() > 0).all()  # the later, the more
+
+
 def test_any_level_leads_on_policy(sampler):
     pool = trajectories(sampler, on_policy=True)
     pool.length.fill_(3)

@@ -1,0 +1,109 @@
+"""A training stage on its course: optimiser and average, kept every minute, so that an interrupted run goes on."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from demo_model.buckets import Bucket
+from demo_model.parts import Sizes
+from training.loop import Ema, Progress, Training, keep
+
+KEEP_SECONDS = 60.0
+STARTED = perf_counter()
+
+
+@dataclass(kw_only=True)
+class Run(Training):
+    """What all stages need."""
+
+    out: Path
+    sizes: Sizes
+    buckets: tuple[Bucket, ...]
+    shown: tuple[Bucket, ...] = ()  # sizes of pictures that nobody judges, but somebody may look at
+    scenes: int
+
+    def test_scenes(self, count: int) -> int:
+        """How many scenes to judge: fewer in a smoke test."""
+        return count if self.max_steps is None else 4
+
+    def say(self, message: str) -> None:
+        """Print, once for all processes, after the seconds since the start."""
+        super().say(f"{perf_counter() - STARTED:5.0f} s  {message}")
+
+
+class Course:
+    """What a stage changes: parameters, their average, the optimiser's state, how far it has come."""
+
+    def __init__(
+        self,
+        run: Run,
+        name: str,
+        trained: nn.Module,
+        *,
+        lr: float,
+        decay: float,
+        weight_decay: float = 0.0,
+        groups: Sequence[dict[str, Any]] | None = None,
+        fused: bool = True,
+    ):
+        """``lr``: the highest learning rate. ``decay``: of the average. ``groups``: parameters clipped together.
+
+        ``fused``: one kernel for the optimiser's step, which needs gradients to lie in memory as their parameters do.
+        """
+        self.run, self.name, self.trained, self.lr = run, name, trained, lr
+        run.start_together(trained.parameters())
+        self.optimizer = torch.optim.AdamW(
+            groups or trained.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=fused
+        )
+        self.ema, self.progress = Ema(trained, decay), Progress()
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where an unfinished stage is kept."""
+        return self.run.out / f"{self.name}.checkpoint"
+
+    def steps(self, seconds: float) -> Iterator[int]:
+        """Count steps until the time is over, all runs together; then the averages are in the module."""
+        self._restore()
+        kept = perf_counter()
+        for step in self.run.steps(seconds, self.optimizer, self.name, self.progress):
+            yield step
+            self.ema.update(step)
+            if perf_counter() - kept > KEEP_SECONDS:
+                self._keep()
+                kept = perf_counter()
+        self.ema.store()
+
+    def finish(self, result: object, path: Path) -> None:
+        """Keep the stage's result in place of its checkpoint, once for all processes."""
+        if self.run.rank == 0:
+            keep(result, path)
+            self.checkpoint.unlink(missing_ok=True)
+
+    def _keep(self) -> None:
+        if self.run.rank == 0:
+            content = {
+                "trained": self.trained.state_dict(),
+                "ema": self.ema.shadow,
+                "optimizer": self.optimizer.state_dict(),
+                "progress": asdict(self.progress),
+            }
+            keep(content, self.checkpoint)
+
+    def _restore(self) -> None:
+        if not self.checkpoint.exists():
+            return
+        content: dict[str, Any] = torch.load(self.checkpoint, map_location=self.run.device)
+        self.trained.load_state_dict(content["trained"])
+        self.ema.shadow = content["ema"]
+        self.optimizer.load_state_dict(content["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr  # the highest one, not where the schedule stood
+        self.progress = Progress(**content["progress"])
+        torch.manual_seed(self.progress.step * self.run.world + self.run.rank)  # other noise than before
+        self.run.say(f"{self.name}: going on after step {self.progress.step}")
