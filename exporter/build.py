@@ -71,6 +71,7 @@ def export_bundle(family: Family, out: Path, *, profile: Profile, opset: int, re
             carry=CARRY if family.source.defaults.carry is None else family.source.defaults.carry,
             schedule=_schedule(family),
             adaptive=AdaptiveInfo(),
+            spectrum=family.source.defaults.spectrum or family.spectrum,
             parity=tuple(parity),
             files={path.name: file_info(path) for path in sorted(folder.iterdir())},
             made_with={name: version(name) for name in MADE_WITH},

@@ -11,7 +11,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ddit.profiles import why_invalid
 from ddit.runtime import strict_json
-from ddit.runtime.bundle.manifest import MAX_GUIDANCE, MAX_STEPS, Dtype, ModelInfo, Patch, SmoothPoint, StepCount
+from ddit.runtime.bundle.manifest import (
+    MAX_GUIDANCE,
+    MAX_STEPS,
+    Dtype,
+    ModelInfo,
+    Patch,
+    SmoothPoint,
+    SpectrumInfo,
+    StepCount,
+)
 from ddit.runtime.console import printable
 from ddit.runtime.errors import ModelError
 from ddit.runtime.reading import read_text
@@ -42,6 +51,7 @@ class ExportDefaults(BaseModel):
     hold: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     coarsest: Patch | None = None
     smooth: tuple[SmoothPoint, ...] | None = None
+    spectrum: SpectrumInfo | None = None
 
 
 class Config(dict[str, Any]):

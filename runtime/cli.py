@@ -6,6 +6,7 @@ from ddit.runtime.commands.bench import bench
 from ddit.runtime.commands.calibrate import calibrate
 from ddit.runtime.commands.generate import generate
 from ddit.runtime.commands.inspect import inspect
+from ddit.runtime.commands.spectrum import spectrum
 from ddit.runtime.commands.verify import verify
 from ddit.runtime.console import DditGroup, set_up_logging
 
@@ -18,7 +19,7 @@ def main(verbose: int) -> None:
     set_up_logging(verbose)
 
 
-for command in (generate, inspect, verify, bench, calibrate):
+for command in (generate, inspect, verify, bench, calibrate, spectrum):
     main.add_command(command)
 
 

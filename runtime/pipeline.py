@@ -9,6 +9,7 @@ from time import perf_counter
 import numpy as np
 from PIL import Image
 
+from ddit.runtime import shapes
 from ddit.runtime.backends.base import Backend, FloatArray
 from ddit.runtime.backends.registry import open_backend
 from ddit.runtime.bundle import Bundle
@@ -24,7 +25,6 @@ from ddit.runtime.policies.settings import bundle_policy
 from ddit.runtime.request import Request, Run
 from ddit.runtime.samplers.sigmas import run_sigmas
 from ddit.runtime.session import Session, not_finite
-from ddit.runtime.shapes import to_symbols
 from ddit.runtime.step import Programs
 from ddit.runtime.trace import Trace
 
@@ -168,7 +168,8 @@ class Pipeline:
             raise UsageError("a budget chooses the schedule of one picture; make it alone")
         asked = {"height": first.height, "width": first.width, "text": first.text_length, "batch": len(runs)}
         self.bundle.manifest.sizes(**asked)
-        self.backend.check(**asked)
+        for sizes in {tuple(scaled.items()): scaled for run in runs for scaled in run.scales.values()}.values():
+            self.backend.check(**{**shapes.to_names(self.bundle.manifest.latent, sizes), "batch": len(runs)})
         return runs
 
     def encode(self, prompts: Sequence[str], text_length: int | None = None) -> dict[str, FloatArray]:
@@ -214,7 +215,7 @@ class Pipeline:
     def sigmas(self, steps: int, height: int, width: int) -> FloatArray:
         """The noise levels of a run at a size in pixels, one more than there are steps; the last is 0."""
         manifest = self.bundle.manifest
-        return run_sigmas(manifest, steps, to_symbols(manifest.latent, {"height": height, "width": width}))
+        return run_sigmas(manifest, steps, shapes.to_symbols(manifest.latent, {"height": height, "width": width}))
 
     def _find_costs(self, height: int, width: int) -> Costs:
         return find_costs(self, height, width)

@@ -4,6 +4,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from ddit.runtime.errors import UsageError
 from ddit.runtime.policies import Policy
 from ddit.runtime.policies.parse import NO_GATE
 from ddit.runtime.policies.settings import bundle_policy, smooth_curves
+from ddit.runtime.samplers.growing import noise_coefficients, small_noise
 from ddit.runtime.samplers.sigmas import noise, run_sigmas
 
 FloatArray = NDArray[np.float32]
@@ -42,7 +44,8 @@ class Request:
         carry: share of the last native step's detail that coarse steps take over, 0 to 1 (docs/method.md).
         budget: seconds from prompt to picture, instead of a schedule (`ddit.runtime.policies.budget`). The first call
             at a size measures the levels beforehand, unless a calibration on this backend has.
-        latent: what the run starts from instead of the seed's noise, (C, H, W) float32 in latent pixels.
+        latent: what the run starts from instead of the seed's noise, (C, H, W) float32 in latent pixels: of the
+            picture's size, or of one of a progressive schedule's scales.
         first_step: number of the step at which ``latent`` is: a run goes on where another one was left. Differences and
             carried detail start anew there.
     """
@@ -100,6 +103,8 @@ class Request:
             raise UsageError(f"the first step must lie between 0 and {steps - 1}, not {first_step}")
         if first_step and self.latent is None:
             raise UsageError("a run that goes on at a later step needs the latent to go on from")
+        scales = {scale: _scaled(manifest, sizes, scale) for scale in policy.scales()}
+        start = next(iter(scales))
         latent = self.latent
         if latent is not None:
             try:
@@ -107,10 +112,12 @@ class Request:
             except (TypeError, ValueError):
                 raise UsageError("the latent must be an array of numbers") from None
             shape = shapes.resolve(manifest.latent.shape, sizes)[1:]
-            if latent.shape != shape:
+            fitting = [one for one in scales if latent.shape == shapes.resolve(manifest.latent.shape, scales[one])[1:]]
+            if not fitting:
                 raise UsageError(f"the latent has shape {latent.shape}, a picture of {height}×{width} needs {shape}")
             if not np.isfinite(latent).all():
                 raise UsageError("the latent holds NaN or infinity")
+            (start,) = fitting
         sigmas = run_sigmas(manifest, steps, sizes)
         return Run(
             prompt=self.prompt,
@@ -126,6 +133,8 @@ class Request:
             budget=budget,
             latent=latent,
             first_step=first_step,
+            scales=scales,
+            start_scale=start,
             rho=manifest.schedule.rho,
             smooth=smooth_curves(manifest, sigmas, height=height, width=width, backend=backend),
         )
@@ -148,6 +157,8 @@ class Run:
     budget: float | None  # seconds
     latent: FloatArray | None  # (C, H, W), where it was given
     first_step: int
+    scales: Mapping[Fraction, Mapping[str, int]]  # the symbols' values at every scale that the policy may run, rising
+    start_scale: Fraction
     rho: float  # the quantile that the trace shows where the policy looks at none
     smooth: Mapping[int, Sequence[float]]  # by coarse patch, smooth pictures' statistic after every step; may be empty
 
@@ -156,13 +167,31 @@ class Run:
         """How many steps the noise levels are for; those before ``first_step`` are not run."""
         return len(self.sigmas) - 1
 
-    def start(self, shape: tuple[int, ...]) -> FloatArray:
-        """The latent that the run starts from: the given one, or the seed's noise of a shape (C, H, W)."""
-        return noise(self.seed, shape) if self.latent is None else self.latent
+    def start(self, shape: tuple[int, ...], full: tuple[int, ...]) -> FloatArray:
+        """The latent that the run starts from: the given one, or the seed's noise of a shape (C, H, W).
+
+        Where the latent is to grow, that is what the noise of the ``full`` shape looks like from afar.
+        """
+        if self.latent is not None:
+            return self.latent
+        return noise(self.seed, full) if shape == full else small_noise(noise_coefficients(self.seed, full), shape)
 
     def under(self, policy: Policy) -> "Run":
         """The same run under another policy."""
         return replace(self, policy=policy)
+
+
+def _scaled(manifest: Manifest, sizes: Mapping[str, int], scale: Fraction) -> dict[str, int]:
+    """The symbols' values at a scale. Raises `UsageError` for a size that the bundle's profile does not hold."""
+    small = shapes.scaled(manifest.latent, manifest.patches, sizes, scale)
+    named = shapes.to_names(manifest.latent, small)
+    if not manifest.profile.contains(**named):
+        raise UsageError(
+            f"the schedule's scale {scale} is a picture of {named['height']}×{named['width']}, outside the bundle's "
+            f"profile {manifest.profile.name!r} ({manifest.profile}); choose a larger picture, "
+            "or export again with a --profile that has both sizes"
+        )
+    return small
 
 
 def check_prompt(prompt: str) -> None:

@@ -1,37 +1,46 @@
 """Runs in flight on one backend: samples are admitted, step together where they can, and are retired.
 
 A pipeline drives a session to its end; a server keeps one open. Samples that run the same level at the same size share
-a call of the engines, whatever step each is at, and nothing that one of them does depends on the others.
+a call of the engines, whatever step each is at, and nothing that one of them does depends on the others. A sample whose
+latent grows moves to buffers of the larger size and starts anew there, with no memory of its steps before.
 """
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 
 import numpy as np
 
+from ddit.runtime import shapes
 from ddit.runtime.backends.base import Backend, FloatArray, Workspace
 from ddit.runtime.bundle.names import (
     CARRY,
     CORRECTION,
     DT,
+    GAIN,
     GATE_CHANGES,
     GATE_INPUT,
     GATE_TIMESTEP,
+    GROW,
     KEEP_ESTIMATE,
     KEEP_VELOCITY,
     LATENT,
+    NEXT,
+    NOISE,
     PREDICT,
     PREDICTION,
     PREDICTION_ERROR,
     TIMESTEP,
+    VELOCITIES,
 )
 from ddit.runtime.complexity import Complexity
 from ddit.runtime.errors import BackendError
 from ddit.runtime.policies import DIFFERENCE_ORDER, Change, Decision, RunHistory, statistic
 from ddit.runtime.policies.prediction import root_mean_square
 from ddit.runtime.request import Run
+from ddit.runtime.samplers.growing import growing_tables, in_corner, noise_coefficients
 from ddit.runtime.step import Programs, deviations, sample_buffers
 from ddit.runtime.trace import StepRecord, Trace
 
@@ -43,7 +52,7 @@ class Sample:
     run: Run
     trace: Trace
     history: RunHistory
-    rows: Mapping[str, FloatArray]  # what its rows of the buffers are at first
+    rows: Mapping[str, FloatArray]  # what its rows of the buffers are at first, and where its latent has grown
     native_done: bool = False  # whether there is a native step's estimate, whose detail coarse steps carry on
     place: tuple[Workspace, int] | None = field(default=None, repr=False)  # where its rows are, once it has stepped
 
@@ -51,6 +60,11 @@ class Sample:
     def done(self) -> bool:
         """Whether all its steps are done."""
         return self.history.step == self.run.steps
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """The symbols' values for its latent as it is now."""
+        return self.run.scales[self.history.scale]
 
 
 class Session:
@@ -67,18 +81,13 @@ class Session:
 
     def admit(self, run: Run, conditions: Mapping[str, FloatArray]) -> Sample:
         """Start a run. ``conditions`` are the levels' inputs that stay the same, each for one sample, without B."""
-        manifest = self.manifest
-        state = {
-            name: np.zeros(self._buffers[name].resolve({**run.sizes, "B": 1})[1:], dtype=np.float32)
-            for name in (
-                *self._programs.level(manifest.native, run.sizes).state,
-                *([GATE_INPUT] if run.policy.gate else []),
-            )
-        }
-        rows = {**state, **conditions, LATENT: run.start(state[LATENT].shape)}
-        sample = Sample(run, Trace.of(run, self.backend.name), RunHistory(run.sigmas, run.first_step), rows)
-        if manifest.coarse:
-            sample.trace.complexity = Complexity(min(manifest.coarse))
+        history = RunHistory(run.sigmas, run.first_step, scale=run.start_scale)
+        sample = Sample(run, Trace.of(run, self.backend.name), history, rows=conditions)
+        state = self._empty_state(sample)
+        sample.rows = {**conditions, **state, LATENT: run.start(state[LATENT].shape, self._shape(run.sizes))}
+        history.estimate = partial(self._estimate, sample)
+        if self.manifest.coarse:
+            sample.trace.complexity = Complexity(min(self.manifest.coarse))
         self.samples.append(sample)
         return sample
 
@@ -94,15 +103,19 @@ class Session:
         for sample in self.samples:
             if not sample.done:
                 decision = sample.run.policy.decide(sample.history)
-                groups[decision.level, tuple(sample.run.sizes.values())].append((sample, decision))
+                sizes = sample.run.scales[decision.scale]
+                groups[decision.level, tuple(sizes.values())].append((sample, decision))
         return list(groups.values())
 
     def advance(self, members: Sequence[tuple[Sample, Decision]]) -> None:
         """One step of samples of the same size at the same level. Raises `BackendError` when an engine fails."""
         begin = perf_counter()
         samples, decisions = zip(*members, strict=True)
+        for sample, decision in members:
+            if decision.scale != sample.history.scale:
+                self._grow(sample, decision)
         level = decisions[0].level
-        program = self._programs.predicted if level is None else self._programs.level(level, samples[0].run.sizes)
+        program = self._programs.predicted if level is None else self._programs.level(level, samples[0].sizes)
         workspace = self._gather(samples)
         results = workspace.run(program, self._inputs(members))
         milliseconds = (perf_counter() - begin) * 1000
@@ -116,7 +129,7 @@ class Session:
             # once a step, however often somebody asks for the groups
             if sample.run.policy.gate and not sample.done and len(sample.history.changes) == len(sample.history.levels):
                 # where their rows are: samples regroup for the step itself, not for this
-                place = id(sample.place[0]) if sample.place else tuple(sample.run.sizes.values())
+                place = id(sample.place[0]) if sample.place else tuple(sample.sizes.values())
                 waiting[place].append(sample)
         for samples in waiting.values():
             self._run_gate(samples[0].place[0] if samples[0].place else self._gather(samples), samples)
@@ -126,7 +139,7 @@ class Session:
         sigmas = np.ones(workspace.sizes["B"], np.float32)
         rows = {sample.place[1]: sample for sample in samples if sample.place}
         for row, sample in rows.items():
-            sigmas[row] = sample.run.sigmas[sample.history.step]
+            sigmas[row] = sample.history.sigmas[sample.history.step]
         assert self._programs.gate is not None
         results = workspace.run(self._programs.gate, {GATE_TIMESTEP: sigmas})
         for row, sample in rows.items():
@@ -148,16 +161,66 @@ class Session:
         """Take a sample out, done or not, and return its latent (C, H, W)."""
         latent = self.latent(sample)
         self.samples.remove(sample)
+        self._leave(sample)
+        return latent
+
+    def _empty_state(self, sample: Sample) -> dict[str, FloatArray]:
+        """Zeros for everything that a step changes for the next one, by name, for one sample."""
+        sizes = {**sample.sizes, "B": 1}
+        state = self._programs.level(self.manifest.native, sample.sizes).state
+        names = (*state, GATE_INPUT) if sample.run.policy.gate else state
+        return {name: np.zeros(self._buffers[name].resolve(sizes)[1:], dtype=np.float32) for name in names}
+
+    def _shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """A latent's shape (C, H, W)."""
+        return self._buffers[LATENT].resolve({**sizes, "B": 1})[1:]
+
+    def _estimate(self, sample: Sample) -> FloatArray | None:
+        """x̂ = z − σ·v: what the last computed velocity leads to from the latent as it is now."""
+        if sample.place is None or not sample.history.computed:
+            return None
+        workspace, row = sample.place
+        estimate: FloatArray = (
+            self.latent(sample) - sample.history.sigmas[sample.history.step] * workspace.read(VELOCITIES, row)[0]
+        )
+        return estimate
+
+    def _grow(self, sample: Sample, decision: Decision) -> None:
+        """Make a sample's latent as large as its next step needs it. Raises `BackendError` when the engine fails."""
+        run, history, small = sample.run, sample.history, self.latent(sample)
+        sigma = history.sigmas[history.step]
+        sample.history = history.grown(decision.scale, decision.gain)
+        state = self._empty_state(sample)
+        shape = state[LATENT].shape
+        noise = noise_coefficients(run.seed, self._shape(run.sizes))[:, : shape[1], : shape[2]]
+        inputs = {
+            LATENT: in_corner(small, shape)[None],
+            NOISE: noise[None],
+            TIMESTEP: np.array([sigma], np.float32),
+            GAIN: np.array([decision.gain], np.float32),
+            **growing_tables(small.shape[1:], shape[1:]),
+        }
+        latent = self.backend.engine(GROW).run(inputs)[NEXT + LATENT][0]
+        if not np.isfinite(latent).all():
+            where = f"step {history.step + 1} of {run.steps}"
+            raise BackendError(not_finite(GROW, where, self.manifest.graphs[GROW].dtype))
+        sample.rows = {**sample.rows, **state, LATENT: latent}
+        sample.native_done = False
+        self._leave(sample)
+        if run.policy.gate:  # the step's own, so that the next one has something to compare with
+            self._run_gate(self._gather([sample]), [sample])
+
+    def _leave(self, sample: Sample) -> None:
+        """Take a sample out of its workspace."""
         if sample.place is not None:
             workspace = sample.place[0]
             sample.place = None
             self._vacate(workspace)
-        return latent
 
     def _inputs(self, members: Sequence[tuple[Sample, Decision]]) -> dict[str, FloatArray]:
         """What is new at every step, a row a sample."""
         manifest, count = self.manifest, len(members)
-        sigma, after = np.stack([sample.run.sigmas[sample.history.step :][:2] for sample, _ in members], axis=1)
+        sigma, after = np.stack([sample.history.sigmas[sample.history.step :][:2] for sample, _ in members], axis=1)
         levels = [decision.level for _, decision in members]
         prediction = np.zeros((count, self._kept), np.float32)
         for row, (_, decision) in enumerate(members):
@@ -185,7 +248,7 @@ class Session:
             rows = [sample.place[1] if sample.place else None for sample in members]
             if workspace.sizes["B"] == len(members) and rows == [*range(len(members))]:
                 return workspace
-        workspace = self.backend.workspace(self._buffers, {**members[0].run.sizes, "B": len(members)})
+        workspace = self.backend.workspace(self._buffers, {**members[0].sizes, "B": len(members)})
         for row, sample in enumerate(members):
             if sample.place is None:
                 for name, values in sample.rows.items():
@@ -216,7 +279,9 @@ class Session:
         history.record(decision, results[PREDICTION_ERROR], measured)
         sample.native_done |= decision.level == manifest.native
         # a difference across a switch shows how levels disagree, not what the picture does
-        if history.deviations and len(set(history.levels[-DIFFERENCE_ORDER:])) == 1 and sample.trace.complexity:
+        # and the map has the picture's size
+        comparable = history.scale == 1 and len(set(history.levels[-DIFFERENCE_ORDER:])) == 1
+        if history.deviations and comparable and sample.trace.complexity:
             patch = sample.trace.complexity.patch
             smooth = run.smooth[patch][step] if patch in run.smooth else 1.0
             sample.trace.complexity.add(step, measured[patch] / smooth)
@@ -224,15 +289,22 @@ class Session:
         sample.trace.steps.append(
             StepRecord(
                 step=step,
-                sigma=float(run.sigmas[step]),
+                sigma=float(history.sigmas[step]),
                 level=decision.level,
                 milliseconds=milliseconds,
                 statistic={patch: statistic(values, rho) for patch, values in history.deviations.items()},
                 error=root_mean_square(history.error) if decision.level and history.error is not None else None,
                 by=decision.by,
                 figures=dict(decision.figures),
+                scale=float(history.scale),
+                size=self._pixels(sample),
             )
         )
+
+    def _pixels(self, sample: Sample) -> tuple[int, int]:
+        """Height and width of the picture that a sample's latent is now."""
+        named = shapes.to_names(self.manifest.latent, sample.sizes)
+        return named["height"], named["width"]
 
 
 def not_finite(graph: str, where: str, dtype: str) -> str:

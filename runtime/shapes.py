@@ -11,6 +11,7 @@ A tensor's dimension is a number, a symbol (``"B"``), a symbol over a number (``
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from ddit.profiles import Profile, Range
@@ -112,6 +113,24 @@ def grid(latent: "LatentInfo", patch: int, symbols: Mapping[str, int]) -> dict[s
 def image_tokens(latent: "LatentInfo", patch: int, symbols: Mapping[str, int]) -> int:
     """How many tokens a latent is at a level."""
     return math.prod(grid(latent, patch, symbols).values())
+
+
+def scaled(latent: "LatentInfo", patches: Sequence[int], symbols: Mapping[str, int], scale: Fraction) -> dict[str, int]:
+    """The symbols' values at a share of the latent's height and width: the nearest that the levels' patches divide.
+
+    Raises `UsageError` where that is no smaller than the latent itself along a side, unless the scale is 1.
+    """
+    unit, small = math.lcm(*patches), dict(symbols)
+    for axis in latent.axes:
+        symbol = SYMBOLS[axis.name]
+        small[symbol] = nearest(round(symbols[symbol] * scale), unit) if scale < 1 else symbols[symbol]
+        if scale < 1 and small[symbol] >= symbols[symbol]:
+            whole, step = symbols[symbol] * axis.downscale, unit * axis.downscale
+            raise UsageError(
+                f"a {axis.name} of {whole} has no smaller size at the scale {scale}: the levels' patches ask for "
+                f"multiples of {step} pixels; choose a larger picture or another schedule"
+            )
+    return small
 
 
 def check(latent: "LatentInfo", patches: Sequence[int], sizes: Mapping[str, int]) -> None:

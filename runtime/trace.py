@@ -24,6 +24,8 @@ class StepRecord:
     error: float | None = None  # root mean square of v − v̂ at a computed step for which a velocity was predicted
     by: str = ""  # the policy that decided
     figures: dict[str, float] = field(default_factory=dict)  # on what, by name
+    scale: float = 1.0  # share of the picture's height and width that it ran at
+    size: tuple[int, int] | None = None  # pixels that are that: a size that the levels' patches divide
 
 
 @dataclass
@@ -62,11 +64,15 @@ class Trace:
         """How many steps ran at each level."""
         return dict(sorted(Counter(level for level in self.levels if level is not None).items()))
 
+    def smaller_steps(self) -> dict[tuple[int, int], int]:
+        """How many steps ran at each size below the picture's, in pixels."""
+        return dict(Counter(record.size for record in self.steps if record.size and record.scale < 1))
+
     def milliseconds_per_level(self) -> dict[int, float]:
-        """Median milliseconds of a step at each level."""
+        """Median milliseconds of a step at each level, at the picture's size."""
         times: defaultdict[int, list[float]] = defaultdict(list)
         for record in self.steps:
-            if record.level is not None:
+            if record.level is not None and record.scale == 1:
                 times[record.level].append(record.milliseconds)
         return {level: median(values) for level, values in sorted(times.items())}
 
@@ -84,6 +90,7 @@ class Trace:
             "steps": len(self.steps),
             "steps_per_level": self.steps_per_level(),
             "predicted_steps": self.predicted,
+            "smaller_steps": {f"{height}x{width}": count for (height, width), count in self.smaller_steps().items()},
             "milliseconds_per_level": self.milliseconds_per_level(),
             "denoise_milliseconds": self.total_milliseconds(),
             "encode_milliseconds": self.encode_milliseconds,

@@ -98,6 +98,12 @@ def main(**given: Any) -> None:
         seeds=config.seeds,
         settings=settings,
         flops=flops,
+        smaller={
+            (height, width): level_flops(pipeline.bundle, height=height, width=width)
+            for height, width in {
+                tuple(size) for one in measured for record in one.records for size in record.smaller.values()
+            }
+        },
         native=pipeline.bundle.manifest.native,
         skipped=skipped,
         floors=floors,

@@ -23,6 +23,7 @@ from ddit.runtime.bundle.manifest import (
     GuidanceInfo,
     LatentInfo,
     RotaryInfo,
+    SpectrumInfo,
     TextEncoderInfo,
 )
 from ddit.runtime.errors import AdapterError, ModelError, UsageError
@@ -67,7 +68,7 @@ class Family(ABC):
     ``latent``, ``positions``,          the manifest, for hosts; the parity gate, for inputs of a graph's
     ``guidance``, ``sampler``,          own kind
     ``decoder``, ``save_tokenizers``,
-    ``gate``
+    ``gate``, ``spectrum``
     ``jobs``                            the export: every graph of the bundle, with the original's own
                                         computation of the same thing
     ``original_step``                   the parity gate: the original pipeline from prompt to picture
@@ -134,6 +135,11 @@ class Family(ABC):
     @property
     def gate(self) -> GateInfo | None:
         """The graph by which TeaCache decides, which is then among the `jobs`; None for a family without one."""
+        return None
+
+    @property
+    def spectrum(self) -> SpectrumInfo | None:
+        """The power of the family's latents over the frequency; None where nobody has measured it."""
         return None
 
     @abstractmethod

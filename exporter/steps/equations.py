@@ -1,9 +1,10 @@
-"""The step graph's equations in NumPy and float64 (docs/method.md): what the exported graph is compared with."""
+"""The equations of the graphs around the levels in NumPy and float64 (docs/method.md): what these are compared with."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.fft import dctn, idctn
 
 Array = NDArray[np.float64]
 
@@ -52,6 +53,15 @@ def step(
 def predict(*, velocities: Array, prediction: Array) -> Array:
     """The weighted sum of the kept velocities, sample by sample."""
     return np.stack([sum(w * v for w, v in zip(*one, strict=True)) for one in zip(prediction, velocities, strict=True)])
+
+
+def grow(small: tuple[int, int], *, latent: Array, noise: Array, timestep: Array, gain: Array) -> Array:
+    """The larger latents, sample by sample, of small ones (h, w) that lie in the low corner of ``latent``."""
+    h, w = small
+    coefficients = timestep[:, None, None, None] * noise
+    coefficients[:, :, :h, :w] = dctn(latent[:, :, :h, :w], type=2, norm="ortho", axes=(2, 3))
+    grown: Array = gain[:, None, None, None] * idctn(coefficients, type=2, norm="ortho", axes=(2, 3))
+    return grown
 
 
 def patches(values: Array, p: int) -> Array:

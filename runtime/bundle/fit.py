@@ -14,8 +14,11 @@ from ddit.runtime.bundle.names import (
     CORRECTION,
     DEVIATION,
     DT,
+    GAIN,
     GATE_CHANGES,
     GATE_INPUT,
+    GROW,
+    GROWING_TABLES,
     GUIDANCE,
     IDS,
     IMAGE,
@@ -23,6 +26,7 @@ from ddit.runtime.bundle.names import (
     KEEP_VELOCITY,
     LATENT,
     NEXT,
+    NOISE,
     PREDICT,
     PREDICTION,
     PREDICTION_ERROR,
@@ -49,6 +53,7 @@ def check_manifest(manifest: "Manifest") -> None:
         _check_level(manifest, patch)
     _check_update(manifest)
     _check_gate(manifest)
+    _check_grow(manifest)
     _check_decoder(manifest)
     _check_sampler(manifest)
     _check_schedule(manifest, manifest.schedule)
@@ -91,10 +96,10 @@ def _check_names(manifest: "Manifest") -> None:
     """Graphs and files that are named are there."""
     named = [level.graph for level in manifest.levels] + [one.graph for one in manifest.encoders]
     named += [manifest.gate.graph] if manifest.gate else []
-    for graph in (*named, manifest.decoder.graph, UPDATE, PREDICT):
+    for graph in (*named, manifest.decoder.graph, UPDATE, PREDICT, GROW):
         if graph not in manifest.graphs:
             raise ValueError(f"there is no graph {graph!r}")
-    check_unique("graph", [*named, manifest.decoder.graph, UPDATE, PREDICT])
+    check_unique("graph", [*named, manifest.decoder.graph, UPDATE, PREDICT, GROW])
     files = [file for graph in manifest.graphs.values() for file in (graph.file, *graph.weights)]
     for file in (*files, *(one.tokenizer.file for one in manifest.encoders)):
         if file not in manifest.files:
@@ -213,6 +218,21 @@ def _check_update(manifest: "Manifest") -> None:
     _check_tensors(PREDICT, predict.outputs, given, given)
     for graph in levels:
         _check_apart(graph, info)
+
+
+def _check_grow(manifest: "Manifest") -> None:
+    """The grow graph takes two latents, two numbers a sample, and tables that are squares along the latent's sides."""
+    latent = manifest.latent.shape
+    height, width = latent[2:]
+    tables: tuple[Shape, ...] = ((height, height), (width, width), (height, height), (width, width), (height, width))
+    known: dict[str, Shape] = {
+        **dict.fromkeys((LATENT, NOISE), latent),
+        **dict.fromkeys((TIMESTEP, GAIN), ("B",)),
+        **dict(zip(GROWING_TABLES, tables, strict=True)),
+    }
+    info = manifest.graphs[GROW]
+    _check_tensors(GROW, info.inputs, known, known)
+    _check_tensors(GROW, info.outputs, {NEXT + LATENT: latent}, {NEXT + LATENT})
 
 
 def _kept_velocities(manifest: "Manifest") -> int:

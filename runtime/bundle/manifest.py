@@ -216,6 +216,13 @@ class ScheduleInfo(_Model):
         return self
 
 
+class SpectrumInfo(_Model):
+    """The mean power of a model's latents over the frequency, A·ω^−β (`ddit.runtime.policies.progressive`)."""
+
+    amplitude: float = Field(gt=0, le=1e12, description="A, of a coefficient of the orthonormal DCT; noise has 1")
+    exponent: float = Field(ge=0, le=20, description="β; ω counts periods along the picture's shorter side")
+
+
 class Costs(_Model):
     """What a picture of one size costs on one backend, in milliseconds."""
 
@@ -340,6 +347,7 @@ class Manifest(_Model):
     carry: float = Field(ge=0, le=1, description="share of the last native step's detail that coarse steps take over")
     schedule: ScheduleInfo
     adaptive: AdaptiveInfo
+    spectrum: SpectrumInfo | None = Field(default=None, description="null: nobody has measured the model's latents")
     calibrations: tuple[Calibration, ...] = ()
     paths: tuple[StepPath, ...] = ()
     parity: tuple[ParityResult, ...]

@@ -5,11 +5,15 @@ PREDICT = "predict"  # the graph that gives a velocity where no level runs
 GATE_INPUT = "gate_input"  # of a gate graph: the first block's modulated input at the step before, (B, H/p, W/p, …)
 GATE_CHANGES = ("gate_change", "gate_change_low", "gate_change_high")  # what it gives, each (B,)
 GATE_TIMESTEP = "gate_timestep"  # the buffer that it reads its timestep from
+GROW = "grow"  # the graph that makes a small latent a larger one
 NEXT = "next_"  # before the name of a buffer: its value for the step after
 DEVIATION = "deviation_"  # before a coarse patch
 PREDICTION_ERROR = "prediction_error"
 VELOCITIES = "velocities"  # of the last computed steps, (B, how many are kept, …), the newest first
 TABLES = ("rope_cos", "rope_sin")  # the levels' rotary positions
+# the grow graph's (ddit.runtime.samplers.growing)
+GROWING_TABLES = ("dct_small_height", "dct_small_width", "dct_height", "dct_width", "fresh")
+NOISE, GAIN = "noise", "gain"
 LATENT, IMAGE, IDS, GUIDANCE = "latent", "image", "input_ids", "guidance"
 
 # what a session tells a step of every sample, each (B,)

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -15,7 +16,6 @@ from ddit.runtime.bundle.manifest import (
     AdaptiveCalibration,
     DynamicCalibration,
     FileInfo,
-    GateInfo,
     GraphInfo,
     Manifest,
     StepPath,
@@ -111,33 +111,28 @@ class Bundle:
     def calibrate(self, calibration: DynamicCalibration | AdaptiveCalibration) -> None:
         """Keep a calibration in ``bundle.json``, in the place of an older one of its kind, steps, size and backend.
 
-        Whatever others kept there since the bundle was opened stays. The file is replaced as a whole. Raises
-        `BundleError` where the bundle was exported again, `DditError` where it cannot be written.
+        Raises as `keep` does.
         """
 
         def key(one: DynamicCalibration | AdaptiveCalibration) -> tuple[object, ...]:
             return one.kind, one.size, one.backend
 
-        def change(current: Manifest) -> dict[str, object]:
+        def kept(current: Manifest) -> dict[str, Any]:
             others = (one for one in current.calibrations if key(one) != key(calibration))
             return {"calibrations": (*others, calibration)}
 
-        self._rewrite(change)
+        self.keep(kept)
 
     def keep_path(self, path: StepPath) -> None:
-        """Keep a path in the place of an older one for the same steps and size, as `calibrate` keeps a calibration."""
+        """Keep a path in the place of an older one for the same steps and size."""
+        self.keep(lambda current: {"paths": (*(one for one in current.paths if one.size != path.size), path)})
 
-        def change(current: Manifest) -> dict[str, object]:
-            return {"paths": (*(one for one in current.paths if one.size != path.size), path)}
+    def keep(self, change: Callable[[Manifest], dict[str, Any]]) -> None:
+        """Change fields of ``bundle.json``: ``change`` gives their new values.
 
-        self._rewrite(change)
-
-    def keep_gate(self, gate: GateInfo) -> None:
-        """Keep the coefficients of the gate's polynomial, as `calibrate` keeps a calibration."""
-        self._rewrite(lambda current: {"gate": gate})
-
-    def _rewrite(self, change: Callable[[Manifest], dict[str, object]]) -> None:
-        """Replace fields of ``bundle.json``, given what it holds now."""
+        Whatever others kept there since the bundle was opened stays. The file is replaced as a whole. Raises
+        `BundleError` where the bundle was exported again, `DditError` where it cannot be written.
+        """
         with self.lock():
             for left in self.path.glob(f".{Path(MANIFEST).stem}{PARTIAL}*"):  # a killed process's
                 left.unlink()

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from ddit.runtime import strict_json
 from ddit.runtime.bundle import MANIFEST
-from ddit.runtime.commands.options import BACKEND, BUNDLE, HEIGHT, JSON, THREADS, WIDTH, check_type
+from ddit.runtime.commands.options import BACKEND, BUNDLE, HEIGHT, JSON, THREADS, WIDTH, check_type, read_prompts
 from ddit.runtime.console import DditCommand, say, terminal
 from ddit.runtime.errors import UsageError
 from ddit.runtime.files import check_outputs, whole
@@ -16,8 +16,6 @@ from ddit.runtime.pipeline import Pipeline
 from ddit.runtime.policies import Reuse, TeaCache
 from ddit.runtime.request import Request
 from ddit.runtime.tools.plots import plot_types
-
-LONGEST_LIST = 16_000_000  # characters of a file of prompts
 
 
 @click.command(cls=DditCommand)
@@ -91,7 +89,7 @@ def calibrate(
         check_outputs([plot_file])
         check_type(plot_file, plot_types())
     target = calibration.Target(speedup=2.0 if speedup is None and quality is None else speedup, similarity=quality)
-    texts = _read_prompts(prompts)
+    texts = read_prompts(prompts)
     pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
     if not dry_run:
         check_outputs([bundle / MANIFEST])  # now, not after hours
@@ -155,22 +153,10 @@ def _calibrate_reuse(
     if not dry_run and reuse == "dpcache":
         pipeline.bundle.keep_path(path)
     elif not dry_run:
-        pipeline.bundle.keep_gate(gate)
+        pipeline.bundle.keep(lambda _: {"gate": gate})
     if as_json:
         click.echo(strict_json.dump({**figures, "held_out": dataclasses.asdict(held_out)}, indent=2))
         return
     say(f"{method} on {held_out.prompts} other prompts: {held_out.computed:g} of {found.steps} steps computed, "
         f"SSIM to native {held_out.similarity:.3f}")  # fmt: skip
     say(f"{line}, {'not kept (--dry-run)' if dry_run else f'kept in {pipeline.bundle.path / MANIFEST}'}")
-
-
-def _read_prompts(path: Path) -> list[str]:
-    """The lines of a file, or of a pipe, that are not empty."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(LONGEST_LIST + 1)
-    except (OSError, UnicodeDecodeError):
-        raise UsageError(f"{path} cannot be read; give a text file with a prompt a line") from None
-    if len(text) > LONGEST_LIST:
-        raise UsageError(f"{path} has more than {LONGEST_LIST} characters; give a text file with a prompt a line")
-    return [line.strip() for line in text.splitlines() if line.strip()]

@@ -1,5 +1,7 @@
 """Make one picture."""
 
+import math
+from collections import Counter
 from pathlib import Path
 
 import click
@@ -28,7 +30,8 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}  
 @click.option(
     "--schedule",
     help="native, fixed:8x10,4x20,2x20 or dynamic[:tau=…,rho=…,warmup=…,hold=…,coarsest=…,absolute=…], with "
-    "+adaptive[:tolerance] or a method of --reuse, or the latter alone.  [default: adaptive]",
+    "+adaptive[:tolerance] or a method of --reuse and with +progressive[:delta=…,scales=…,adaptive], or with these "
+    "alone.  [default: adaptive]",
 )
 @click.option(
     "--reuse",
@@ -132,9 +135,11 @@ def _doing(level: int | None) -> str:
 
 
 def _steps_line(trace: Trace) -> str:
-    steps = [f"{count} at level {level}" for level, count in trace.steps_per_level().items()]
-    if trace.predicted:
-        steps.append(f"{trace.predicted} predicted")
+    counts = Counter((record.scale, record.size, record.level) for record in trace.steps)
+    steps = []
+    for (scale, size, level), count in sorted(counts.items(), key=lambda one: (one[0][0], one[0][2] or math.inf)):
+        small = f" at {size[0]}×{size[1]}" if size and scale < 1 else ""
+        steps.append(f"{count} {'predicted' if level is None else f'at level {level}'}{small}")
     return f"{len(trace.steps)} steps ({' + '.join(steps)}) in {trace.total_milliseconds() / 1000:.1f} s"
 
 

@@ -12,6 +12,7 @@ from ddit.runtime.errors import UsageError
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 HEIGHT = click.option("--height", type=int, help="Pixels.  [default: the profile's optimum]")
 WIDTH = click.option("--width", type=int, help="Pixels.  [default: the profile's optimum]")
+LONGEST_LIST = 16_000_000  # characters of a file of prompts
 JSON = click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
 
 
@@ -48,3 +49,15 @@ def check_type(path: Path, known: Set[str]) -> None:
     """Raise `UsageError` for a file whose ending is not among the known ones."""
     if path.suffix.lower() not in known:
         raise UsageError(f"{path} has an unknown file type; name it {path.with_suffix('.png')}, for instance")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file, or of a pipe, that are not empty. Raises `UsageError` where it cannot be read."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LONGEST_LIST + 1)
+    except (OSError, UnicodeDecodeError):
+        raise UsageError(f"{path} cannot be read; give a text file with a prompt a line") from None
+    if len(text) > LONGEST_LIST:
+        raise UsageError(f"{path} has more than {LONGEST_LIST} characters; give a text file with a prompt a line")
+    return [line.strip() for line in text.splitlines() if line.strip()]

@@ -8,6 +8,7 @@ from ddit.runtime.policies.dynamic import Dynamic, statistic
 from ddit.runtime.policies.fixed import Fixed
 from ddit.runtime.policies.native import Native
 from ddit.runtime.policies.parse import parse_schedule
+from ddit.runtime.policies.progressive import Progressive
 from ddit.runtime.policies.reuse import Prediction, Reuse, Reusing
 from ddit.runtime.policies.spectralcache import SpectralCache
 from ddit.runtime.policies.taylorseer import TaylorSeer
@@ -25,6 +26,7 @@ __all__ = [
     "Native",
     "Policy",
     "Prediction",
+    "Progressive",
     "Reuse",
     "Reusing",
     "RunHistory",

@@ -1,8 +1,9 @@
 """What a policy is: it decides what every denoising step does, and knows nothing of the model or of where it runs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from fractions import Fraction
 from itertools import takewhile
 
 import numpy as np
@@ -26,6 +27,8 @@ class Decision:
     correction: float = 0.0  # Δσ
     by: str = ""  # the policy that decided
     figures: Mapping[str, float] = field(default_factory=dict)  # on what, by name
+    scale: Fraction = Fraction(1)  # share of the full latent's height and width; one that it has not grows first,
+    gain: float = 1.0  # and this is κ: the step then starts at the noise level κσ
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class RunHistory:
     """A run so far, as its policy sees it."""
 
     sigmas: FloatArray  # noise levels of all steps and 0 at the end
-    first: int = 0  # number of the run's first step: above 0 where it goes on from a latent that was given
+    # number of the first step that this tells of: above 0 where the latent was given in the middle of a run, or grew
+    first: int = 0
     # of the steps that are done; a predicted one has the level of the computed one before it
     levels: list[int] = field(default_factory=list)
     computed: list[int] = field(default_factory=list)  # numbers of the steps that ran a level
@@ -57,6 +61,9 @@ class RunHistory:
     # for every coarse patch p the standard deviation of the latent's third difference inside each p×p patch after the
     # last step, (H/p, W/p); empty until three steps are done
     deviations: Mapping[int, FloatArray] = field(default_factory=dict)
+    scale: Fraction = Fraction(1)  # of the latent: its share of the full height and width
+    # reads the estimate of the clean latent that the last step made, (C, H, W); None where no level has run yet
+    estimate: Callable[[], FloatArray | None] = lambda: None
 
     @property
     def step(self) -> int:
@@ -76,6 +83,12 @@ class RunHistory:
         """The steps that were computed since the level last changed, the newest first."""
         last = reversed(self.computed)
         return list(takewhile(lambda step: self.levels[step - self.first] == self.levels[-1], last))
+
+    def grown(self, scale: Fraction, gain: float) -> "RunHistory":
+        """The history after the latent has grown, before the step: it starts anew, at a higher noise level."""
+        sigmas = self.sigmas.copy()
+        sigmas[self.step] *= gain
+        return RunHistory(sigmas, self.step, scale=scale, estimate=self.estimate)
 
     def record(self, decision: Decision, error: FloatArray, deviations: Mapping[int, FloatArray]) -> None:
         """Take a finished step, with what it measured."""
@@ -115,6 +128,10 @@ class Policy(ABC):
     def quantile(self) -> float | None:
         """The quantile ρ of the deviations that it looks at; None for a policy that looks at none."""
         return None
+
+    def scales(self) -> tuple[Fraction, ...]:
+        """The scales that it decides among, the one to start at first and 1 at the end."""
+        return (Fraction(1),)
 
     def knob(self) -> str | None:
         """The name of the number that trades quality for speed, larger is faster; None where there is none."""

@@ -33,8 +33,9 @@ class Dynamic(Policy):
     def decide(self, history: RunHistory) -> Decision:
         """The largest patch under the threshold."""
         levels = history.levels
-        if not self.judges(levels):
-            return Decision(levels[-1] if len(levels) >= self.warmup else self.native, by="dynamic")
+        if not self.judges(levels, history.first):
+            warm = levels and history.step >= self.warmup
+            return Decision(levels[-1] if warm else self.native, by="dynamic")
         under = [
             patch
             for patch in self.coarse
@@ -42,9 +43,13 @@ class Dynamic(Policy):
         ]
         return Decision(max(under, default=self.native), by="dynamic")
 
-    def judges(self, levels: Sequence[int]) -> bool:
-        """Whether the next level depends on the deviations: the warm-up is over, and a level has run long enough."""
-        return len(levels) >= self.warmup and all(patch == levels[-1] for patch in levels[-self.hold :])
+    def judges(self, levels: Sequence[int], first: int = 0) -> bool:
+        """Whether the next level depends on the deviations: the warm-up is over, and a level has run long enough.
+
+        ``levels`` are those of the steps from ``first`` on, where the differences start anew.
+        """
+        warm = first + len(levels) >= self.warmup and len(levels) >= DIFFERENCE_ORDER
+        return warm and all(patch == levels[-1] for patch in levels[-self.hold :])
 
     def threshold(self, patch: int, step: int) -> float:
         """What the statistic after a step must lie under."""

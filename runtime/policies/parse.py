@@ -14,15 +14,21 @@ teacache:threshold=0.4          a step whose input has changed little repeats th
 spectralcache:threshold=0.6     the same with a threshold that follows the run, and one for each band (SpectralCache)
 dpcache                         the steps that a calibration chose are computed, the others are predicted (DPCache)
 dynamic+adaptive                two in one: the first picks the levels of the steps that the second does not predict
+progressive                     the first steps on a latent of half the height and width; the others are native
+progressive:delta=0.01          the same with settings of one's own: delta, scales (1/2, or several as in 1/4-1/2)
+progressive:adaptive            the latent grows when this picture needs it, not when the model's pictures do
+progressive+dynamic+adaptive    together with others, in any order
 """
 
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
-from ddit.runtime.bundle.manifest import MAX_STEPS, StepPath
+from ddit.runtime.bundle.manifest import MAX_STEPS, SpectrumInfo, StepPath
 from ddit.runtime.errors import UsageError
 from ddit.runtime.policies.adams import Adams
 from ddit.runtime.policies.adaptive import Adaptive
@@ -32,6 +38,7 @@ from ddit.runtime.policies.dynamic import Dynamic
 from ddit.runtime.policies.fixed import Fixed
 from ddit.runtime.policies.native import Native
 from ddit.runtime.policies.prediction import KEPT_VELOCITIES
+from ddit.runtime.policies.progressive import Progressive, Stage
 from ddit.runtime.policies.reuse import Reuse, Reusing
 from ddit.runtime.policies.spectralcache import SpectralCache
 from ddit.runtime.policies.taylorseer import TaylorSeer
@@ -40,8 +47,11 @@ from ddit.runtime.policies.teacache import TeaCache
 FORMS = (
     "native, fixed:8x10,4x20,2x20 or dynamic[:tau=0.001,rho=0.4,warmup=3,hold=3,coarsest=8,absolute=0], and after a + "
     "or alone adaptive[:0.04], taylorseer[:interval=4,order=2,first=3], teacache[:threshold=0.4], "
-    "spectralcache[:threshold=0.6,low=0.8,high=1.5,least=0.5,most=1.5,longest=2] or dpcache"
+    "spectralcache[:threshold=0.6,low=0.8,high=1.5,least=0.5,most=1.5,longest=2], dpcache "
+    "or progressive[:delta=0.05,scales=1/2,adaptive]"
 )
+PROGRESSIVE = "progressive"
+LARGEST_PART = 64  # a smaller share of a picture's sides is no picture
 
 NO_GATE = "export it again, or choose adaptive or taylorseer"  # what to do about it
 
@@ -56,24 +66,31 @@ class Choices:
     adaptive: Adaptive  # and ``adaptive``
     gate: tuple[float, ...] = ()  # coefficients of its gate's polynomial, the highest power first; empty: no gate
     path: StepPath | None = None  # of dpcache, for the run's steps and size
+    spectrum: SpectrumInfo | None = None
+    # the sizes of scales, the full size after them; raises `UsageError` for scales that the levels cannot run
+    stages: Callable[[Sequence[Fraction]], tuple[Stage, ...]] = lambda scales: ()
 
 
 def parse_schedule(text: str, choices: Choices) -> Policy:
     """Make a policy from its written form. Raises `UsageError` that shows the form."""
     levels: list[Policy] = []
     reuse: list[Reuse] = []
+    progressive: list[Callable[[Policy], Progressive]] = []
     for part in re.split(r"\+(?=[a-z])", text.strip()):
         kind, colon, settings = part.partition(":")
         if kind in LEVELS:
             levels.append(LEVELS[kind](settings, choices))
         elif kind in REUSE:
             reuse.append(REUSE[kind](settings, choices))
-        if kind not in {**LEVELS, **REUSE} or (colon and not settings):
+        elif kind == PROGRESSIVE:
+            progressive.append(_progressive(settings, choices))
+        if kind not in {*LEVELS, *REUSE, PROGRESSIVE} or (colon and not settings):
             raise UsageError(f"unknown schedule {text!r}; write {FORMS}")
-    if len(levels) > 1 or len(reuse) > 1:
+    if len(levels) > 1 or len(reuse) > 1 or len(progressive) > 1:
         raise UsageError(f"{text!r} decides twice on the same thing; join at most one policy of each kind")
     chosen = levels[0] if levels else Native(choices.native)
-    return Reusing(chosen, reuse[0]) if reuse else chosen
+    chosen = Reusing(chosen, reuse[0]) if reuse else chosen
+    return progressive[0](chosen) if progressive else chosen
 
 
 def _native(text: str, choices: Choices) -> Native:
@@ -192,6 +209,37 @@ def _dpcache(text: str, choices: Choices) -> DPCache:
     return DPCache(choices.path.steps, choices.path.computed)
 
 
+def _progressive(text: str, choices: Choices) -> Callable[[Policy], Progressive]:
+    """The policy without the one that decides everything else."""
+    parts = [part.strip() for part in text.split(",")]
+    own = "adaptive" in parts
+    readers: Mapping[str, Callable[[str], Any]] = {"delta": float, "scales": _scales}
+    settings = _settings(",".join(part for part in parts if part != "adaptive"), readers)
+    delta, scales = settings.get("delta", 0.05), settings.get("scales", (Fraction(1, 2),))
+    if not 0 < delta < 1:
+        raise UsageError(f"delta must lie between 0 and 1, not {delta:g}")
+    if choices.spectrum is None:
+        raise UsageError(
+            "the bundle does not know the spectrum of its model's latents, which progressive needs; "
+            "measure it with ddit-run spectrum"
+        )
+    stages, spectrum = choices.stages(scales), choices.spectrum
+    return lambda policy: Progressive(policy, stages, delta, spectrum, own)
+
+
+def _scales(text: str) -> tuple[Fraction, ...]:
+    """``"1/4-1/2"`` as fractions. Raises `ValueError` for what is none, or not rising below 1."""
+    if not re.fullmatch(r"\d{1,3}/\d{1,3}(-\d{1,3}/\d{1,3}){0,7}", text):
+        raise ValueError(text)
+    parts = [part.split("/") for part in text.split("-")]
+    if any(not 0 < int(above) < int(below) <= LARGEST_PART for above, below in parts):
+        raise ValueError(text)
+    scales = tuple(Fraction(int(above), int(below)) for above, below in parts)
+    if any(one >= other for one, other in pairwise(scales)):
+        raise ValueError(text)
+    return scales
+
+
 LEVELS: Mapping[str, Callable[[str, Choices], Policy]] = {"native": _native, "fixed": _fixed, "dynamic": _dynamic}
 REUSE: Mapping[str, Callable[[str, Choices], Reuse]] = {
     "adams": _adams,
@@ -203,7 +251,7 @@ REUSE: Mapping[str, Callable[[str, Choices], Reuse]] = {
 }
 
 
-def _settings(text: str, readers: Mapping[str, Callable[[str], float]]) -> dict[str, Any]:
+def _settings(text: str, readers: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
     """``"tau=0.002,warmup=3"`` as numbers by name; a number alone is the first one's.
 
     Raises `UsageError` for a name or number that is none.

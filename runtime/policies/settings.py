@@ -1,16 +1,23 @@
 """What a bundle says of its policies: a calibration for the run's steps, size and backend, or its defaults."""
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from functools import partial
+from itertools import pairwise
+from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ddit.runtime import shapes
 from ddit.runtime.bundle import Manifest
+from ddit.runtime.errors import UsageError
 from ddit.runtime.policies.adaptive import Adaptive
 from ddit.runtime.policies.base import Policy
 from ddit.runtime.policies.dynamic import Dynamic
 from ddit.runtime.policies.parse import Choices, parse_schedule
+from ddit.runtime.policies.progressive import Stage
 from ddit.runtime.policies.smooth import smooth_at
 
 
@@ -27,9 +34,41 @@ def bundle_policy(
     smooth = smooth_at(info.smooth, sigmas) if info.smooth else None
     adaptive = Adaptive(known.tolerance, known.order)
     default = Dynamic(manifest.native, coarse, info.tau, info.rho, info.warmup, info.hold, smooth)
-    gate = manifest.gate.coefficients if manifest.gate else ()
-    path = manifest.path(steps=len(sigmas) - 1, height=height, width=width)
-    return parse_schedule(text, Choices(manifest.patches, manifest.native, default, adaptive, gate, path))
+    symbols = shapes.to_symbols(manifest.latent, {"height": height, "width": width})
+    stages = partial(growing_stages, manifest, symbols)
+    choices = Choices(
+        manifest.patches,
+        manifest.native,
+        default,
+        adaptive,
+        gate=manifest.gate.coefficients if manifest.gate else (),
+        path=manifest.path(steps=len(sigmas) - 1, height=height, width=width),
+        spectrum=manifest.spectrum,
+        stages=stages,
+    )
+    return parse_schedule(text, choices)
+
+
+def growing_stages(manifest: Manifest, symbols: Mapping[str, int], scales: Sequence[Fraction]) -> tuple[Stage, ...]:
+    """The sizes of rising scales and the full size after them, for a latent of the size that ``symbols`` gives.
+
+    Raises `UsageError` for scales at which the levels have no size of their own.
+    """
+    rising = (*scales, Fraction(1))
+    sizes = [
+        shapes.grid(manifest.latent, 1, shapes.scaled(manifest.latent, manifest.patches, symbols, scale))
+        for scale in rising
+    ]
+    for number, (small, large) in enumerate(pairwise(sizes)):
+        if same := [name for name in small if small[name] >= large[name]]:
+            one, other = rising[number : number + 2]
+            raise UsageError(f"the scales {one} and {other} have the same {same[0]} here; leave one out")
+    full = sizes[-1]
+    shares = [min(size[name] / full[name] for name in full) for size in sizes]
+    return tuple(
+        Stage(scale, share * min(full.values()) / 2, prod(size.values()))
+        for scale, share, size in zip(rising, shares, sizes, strict=True)
+    )
 
 
 def smooth_curves(

@@ -128,7 +128,7 @@ def velocities(pipeline: Pipeline, one: tuple[int, str], size: Size, policy: Pol
         on_step=lambda progress: latents.append(progress.latents()[0]),
     )
     (run,) = pipeline.resolve([Request(text, seed, size.steps, policy, size.height, size.width)])
-    latents.insert(0, run.start(latents[0].shape))
+    latents.insert(0, run.start(latents[0].shape, latents[0].shape))
     return np.diff(np.stack(latents), axis=0) / np.diff(run.sigmas)[:, None, None, None], result
 
 

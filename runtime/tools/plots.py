@@ -55,6 +55,11 @@ def plot_schedule(trace: Trace, path: Path) -> None:
         predicted = [(r.step, level) for r, level in zip(trace.steps, effective, strict=True) if r.level is None]
         upper.plot(*zip(*predicted, strict=True), "o", color="grey", fillstyle="none", markersize=4, label="predicted")
         upper.legend(fontsize=8)
+    if small := [record.step for record in trace.steps if record.scale < 1]:
+        for panel in (upper, lower):
+            panel.axvspan(trace.steps[0].step - 0.5, max(small) + 0.5, color="tab:blue", alpha=0.1, linewidth=0)
+        sizes = " and ".join(f"{height}×{width}" for height, width in trace.smaller_steps())
+        upper.text(trace.steps[0].step - 0.4, levels[0], f" at {sizes}", fontsize=8, color="tab:blue", va="bottom")
     upper.set_yscale("log", base=2)
     upper.set_yticks(levels, labels=[str(level) for level in levels])
     upper.minorticks_off()

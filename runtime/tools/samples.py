@@ -17,6 +17,7 @@ RANGES = {
     "carry": (0.0, 1.0),
     "prediction": (-1.0, 2.0),
     "correction": (-0.1, 0.1),
+    "gain": (1.0, 2.0),
 }
 VOCABULARY = 4  # token ids that every vocabulary has
 

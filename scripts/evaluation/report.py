@@ -45,6 +45,7 @@ class Facts:
     seeds: int
     settings: Settings
     flops: Mapping[int, float]  # of a step, by level
+    smaller: Mapping[tuple[int, int], Mapping[int, float]]  # the same at every smaller size in pixels that steps ran at
     native: int
     skipped: Sequence[str]
     floors: Mapping[str, float]  # distances of perfect pictures
@@ -77,9 +78,18 @@ def coarse_shares(measured: Measured, native: int) -> list[float]:
     ]
 
 
-def computed(measured: Measured, flops: Mapping[int, float]) -> list[float]:
+def computed(measured: Measured, facts: Facts) -> list[float]:
     """Operations of every picture's transformer steps: the sum of their levels' (see `flops.level_flops`)."""
-    return [sum(flops[level] for level in record.levels if level is not None) for record in measured.records]
+    return [
+        sum(_at_size(record, step, facts)[level] for step, level in enumerate(record.levels) if level is not None)
+        for record in measured.records
+    ]
+
+
+def _at_size(record: Record, step: int, facts: Facts) -> Mapping[int, float]:
+    """Operations of a step by level, at the size that it ran at."""
+    height, width = record.smaller.get(str(step), (0, 0))
+    return facts.smaller[height, width] if height else facts.flops
 
 
 def summarize(
@@ -93,7 +103,7 @@ def summarize(
         chosen = [s for s, sample in zip(shares, samples, strict=True) if sample.scene and sample.scene.plain == plain]
         if chosen:
             row[f"coarse_share_{name}"] = estimate(chosen, seeds)
-    row["compute_speedup"] = estimate_ratio(computed(native, facts.flops), computed(one, facts.flops), seeds)
+    row["compute_speedup"] = estimate_ratio(computed(native, facts), computed(one, facts), seeds)
     native_times, times = ([record.milliseconds for record in which.records] for which in (native, one))
     row["wall_speedup"] = estimate_ratio(native_times, times, seeds)
     row["milliseconds"] = median(times)
@@ -146,7 +156,7 @@ def picture_rows(
     """A row a picture: how it was made and what was measured in it."""
     rows: list[dict[str, str | int | float]] = []
     for one in measured:
-        shares, compute = coarse_shares(one, facts.native), computed(one, facts.flops)
+        shares, compute = coarse_shares(one, facts.native), computed(one, facts)
         for i, sample in enumerate(samples):
             rows.append(
                 {

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from os import cpu_count
 from pathlib import Path
@@ -57,6 +57,8 @@ class Record:
     schedule: str
     levels: list[int | None]  # of every step; None where it was predicted
     milliseconds: float  # of all steps; of a batch, the picture's share
+    # height and width in pixels of every step that ran at a smaller size than the picture's, by the step's number
+    smaller: dict[str, list[int]] = field(default_factory=dict)
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -124,7 +126,8 @@ class Store:
         content = BytesIO()
         result.image.save(content, format="PNG")
         write_whole(path, content.getvalue())
-        record = Record(sample.prompt, sample.seed, schedule, result.trace.levels, milliseconds)
+        smaller = {str(i): [*one.size] for i, one in enumerate(result.trace.steps) if one.size and one.scale < 1}
+        record = Record(sample.prompt, sample.seed, schedule, result.trace.levels, milliseconds, smaller)
         write_whole(path.with_suffix(".json"), json.dumps(asdict(record)).encode() + b"\n")
 
     def record(self, schedule: str, sample: Sample) -> Record:
@@ -205,8 +208,8 @@ def make_missing(
 
 def shares(results: Sequence[Result]) -> list[float]:
     """Milliseconds of all steps of each picture of a batch: samples that ran together share the time of their call."""
-    together = Counter((record.step, record.level) for result in results for record in result.trace.steps)
+    together = Counter((one.step, one.level, one.scale) for result in results for one in result.trace.steps)
     return [
-        sum(record.milliseconds / together[record.step, record.level] for record in result.trace.steps)
+        sum(one.milliseconds / together[one.step, one.level, one.scale] for one in result.trace.steps)
         for result in results
     ]

@@ -31,12 +31,31 @@ def test_generate_writes_picture_trace_and_plot(tiny_bundle, tmp_path):
     assert not steps[1]["statistic"]
 
 
+def test_generate_says_at_which_sizes_it_ran(tiny_bundle, tmp_path):
+    out, trace, plot = tmp_path / "out.png", tmp_path / "trace.json", tmp_path / "plot.png"
+    files = ("--out", out, "--trace", trace, "--plot", plot)
+    options = ("--steps", 6, "--height", 256, "--width", 128, "--schedule", "progressive:delta=0.5")
+    result = run(main, "generate", tiny_bundle, "a red circle", *options, *files)
+    assert result.exit_code == 0, result.stderr
+    steps = json.loads(trace.read_text())
+    small = [step["scale"] for step in steps["steps"]].count(0.5)
+    assert 0 < small < 6
+    assert f"6 steps ({small} at level 2 at 128×64 + {6 - small} at level 2)" in result.stderr
+    assert steps["summary"]["smaller_steps"] == {"128x64": small}
+    assert steps["schedule"]["progressive"]["scales"] == [0.5, 1.0]
+    assert Image.open(out).size == (128, 256)
+    assert Image.open(plot).size[0] > 100
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
         (["a red circle", "--schedule", "sometimes"], 2, "unknown schedule"),
         (["a red circle", "--schedule", "fixed:16x3"], 2, "asks for level 16; the bundle has 2, 4, 8"),
         (["a red circle", "--schedule", "dynamic:tau=0"], 2, "tau must be above 0"),
+        (["a red circle", "--schedule", "progressive:delta=2"], 2, "delta must lie between 0 and 1, not 2"),
+        (["a red circle", "--schedule", "progressive:scales=2/1"], 2, "progressive[:delta=0.05,scales=1/2,adaptive]"),
+        (["a red circle", "--schedule", "progressive", "--height", "64"], 2, "no smaller size at the scale 1/2"),
         (["a red circle", "--height", "100"], 2, "nearest: 64 or 128"),
         (["a red circle", "--height", "1024"], 2, "outside the bundle's profile '256'"),
         (["  "], 2, "the prompt is empty"),

@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -13,7 +14,7 @@ from conftest import run
 from ddit.runtime import Pipeline, Result
 from ddit.runtime.trace import StepRecord, Trace
 from demo_model.scenes import balanced_scenes
-from evaluation import measure, metrics, store
+from evaluation import measure, metrics, report, store
 from evaluation.samples import read_samples
 
 SIZE = ("--height", 64, "--width", 64)
@@ -216,3 +217,14 @@ def test_pictures_that_ran_together_share_the_time():
         [20 / 3 + 20, 20 / 3 + 20, 20 / 3 + 20]
     )
     assert store.shares([result(2, 4)]) == [60.0]
+
+
+def test_a_step_at_a_smaller_size_counts_as_what_it_is():
+    def result(*scales: float) -> Result:
+        steps = [StepRecord(i, 1.0, 2, 12.0, {}, scale=one, size=(64, 64)) for i, one in enumerate(scales)]
+        return Result(Image.new("RGB", (1, 1)), Trace("", 0, 128, 128, 0.0, 0.0, "cpu", {}, steps), None)
+
+    assert store.shares([result(0.5, 1.0), result(1.0, 1.0)]) == [18.0, 18.0]
+    record = store.Record("", 0, "progressive", [2, None, 2, 4], 1.0, {"0": [64, 64], "1": [64, 64]})
+    facts = SimpleNamespace(flops={2: 100.0, 4: 30.0}, smaller={(64, 64): {2: 20.0, 4: 8.0}})
+    assert report.computed(report.Measured("progressive", [record], {}, {}), facts) == [20.0 + 100.0 + 30.0]

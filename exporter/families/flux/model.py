@@ -45,6 +45,7 @@ from ddit.runtime.bundle.manifest import (
     LatentInfo,
     RotaryAxis,
     RotaryInfo,
+    SpectrumInfo,
     TextEncoderInfo,
     TokenizerInfo,
 )
@@ -56,6 +57,7 @@ TRUNK_FILE = "transformer.safetensors"
 # TeaCache's polynomial for FLUX.1, from the paper's code; the highest power first
 TEACACHE = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
 ROPE_THETA = 10000.0  # fixed in diffusers' FluxTransformer2DModel
+SPECTRUM = SpectrumInfo(amplitude=203.615097, exponent=1.915461)  # of FLUX.1's latents (arXiv 2605.18736)
 
 # What the runtime's sampler computes. A scheduler that asks for anything else is refused, never approximated.
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
@@ -142,6 +144,11 @@ class Flux(Family):
     def gate(self) -> GateInfo:
         """TeaCache's, with its published polynomial."""
         return GateInfo(graph=GATE, coefficients=TEACACHE, source="TeaCache's for FLUX.1 (arXiv 2411.19108)")
+
+    @property
+    def spectrum(self) -> SpectrumInfo:
+        """That of FLUX.1's latents; a model of another kind says its own in ``ddit.json``."""
+        return SPECTRUM
 
     def save_tokenizers(self, folder: Path) -> tuple[TextEncoderInfo, ...]:
         """Write both tokenizers as ``tokenizer.json`` files and describe the encoders that they belong to."""

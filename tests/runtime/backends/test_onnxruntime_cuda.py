@@ -112,6 +112,14 @@ def test_a_gate_s_state_stays_on_the_device(machine, tiny_bundle):
         np.testing.assert_array_equal(one.latent, other.latent)
 
 
+def test_a_latent_grows_as_on_the_host(machine, tiny_bundle):
+    run = {"seed": 3, "steps": 6, "schedule": "progressive:delta=0.5", "height": 256, "width": 128}
+    expected = Pipeline.open(tiny_bundle, backend="cpu")("a red circle", **run)
+    actual = Pipeline.open(tiny_bundle, backend="cuda")("a red circle", **run)
+    assert {record.scale for record in actual.trace.steps} == {0.5, 1.0}
+    np.testing.assert_array_equal(actual.latent, expected.latent)
+
+
 def test_levels_share_one_copy_of_the_trunk(machine, tiny_bundle):
     pipeline = Pipeline.open(tiny_bundle, backend="cuda")  # kept: with it goes what it holds on the device
     pipeline("red", schedule=Fixed((2, 4, 8)), **SIZE)

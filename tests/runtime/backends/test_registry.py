@@ -114,7 +114,8 @@ def copies(opset17_bundle, tmp_path) -> Path:
     path = shutil.copytree(opset17_bundle, tmp_path / "a.bundle")
     result = run(export, "engines", path, "--backend", "copy", "--level", 4, "--optimization-level", 2)
     assert result.exit_code == 0, result.stderr
-    assert "5 engines built" in result.stderr
+    graphs = len(Bundle.open(path).manifest.graphs) - 1  # all but the other level's
+    assert f"{graphs} engines built" in result.stderr
     assert "for version 1 of the copier" in result.stderr
     return path
 
