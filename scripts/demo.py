@@ -1,4 +1,4 @@
-"""Show what dynamic patch scheduling does: one simple and one busy prompt, each natively and dynamically.
+"""Show what prediction and levels do: a simple and a busy prompt, natively and under three other schedules.
 
 python scripts/demo.py demo.bundle --out images
 """
@@ -18,7 +18,7 @@ PROMPTS = {
     "simple": "a large red circle on a plain background",
     "busy": "a blue cross on a striped background",
 }
-SCHEDULES = ("native", "dynamic", "dynamic:coarsest=4")
+SCHEDULES = ("native", "adaptive", "adaptive:0.2", "dynamic")
 
 
 @click.command()
@@ -38,10 +38,10 @@ def main(bundle: Path, out: Path, seed: int, steps: int) -> None:
         file = f"{name}-{schedule.replace(':', '-')}"
         result.image.save(out / f"{file}.png")
         (out / f"{file}.json").write_text(result.trace.to_json() + "\n", encoding="utf-8")
-        if schedule == "dynamic":
-            plot_schedule(result.trace, out / f"{name}-schedule.png")
-            if result.trace.complexity:
-                plot_complexity(result.image, result.trace.complexity, out / f"{name}-map.png")
+        if schedule != "native":
+            plot_schedule(result.trace, out / f"{file}-schedule.png")
+        if schedule == "dynamic" and result.trace.complexity:
+            plot_complexity(result.image, result.trace.complexity, out / f"{name}-map.png")
     side_by_side([result.image for result in results.values()]).save(out / "demo.png")
     Console().print(table(results))
     click.echo(f"pictures, traces and plots are in {out}/")
@@ -59,16 +59,18 @@ def make(pipeline: Pipeline, seed: int, steps: int) -> dict[tuple[str, str], Res
 
 
 def table(results: dict[tuple[str, str], Result]) -> Table:
-    """Steps and milliseconds a level, and the total against the native schedule."""
+    """Steps and milliseconds by what they do, and the total against the native schedule."""
     patches = sorted({level for result in results.values() for level in result.trace.levels if level is not None})
     levels = [f"level {patch}:\nsteps × ms" for patch in patches]
     shown = Table(padding=0)
-    for header in ("prompt", "schedule", *levels, "all\nsteps", "against\nnative"):
+    for header in ("prompt", "schedule", *levels, "predicted:\nsteps × ms", "all\nsteps", "against\nnative"):
         shown.add_column(header, no_wrap=True)
     for (name, schedule), result in results.items():
         steps, times = result.trace.steps_per_level(), result.trace.milliseconds_per_level()
         total, native = result.trace.total_milliseconds(), results[name, "native"].trace.total_milliseconds()
         cells = [f"{steps[patch]} × {times[patch]:.1f}" if patch in steps else "–" for patch in patches]
+        predicted = f"{result.trace.predicted} × {result.trace.milliseconds_predicted():.1f}"
+        cells.append(predicted if result.trace.predicted else "–")
         shown.add_row(name, schedule, *cells, f"{total / 1000:.2f} s", f"{native / total:.2f}×")
     return shown
 

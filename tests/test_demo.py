@@ -15,6 +15,7 @@ from ddit.runtime import Bundle, Pipeline
 from ddit.runtime.backends.onnxruntime import host as onnxruntime
 from ddit.runtime.backends.registry import open_backend
 from ddit.runtime.cli import main as ddit_run
+from ddit.runtime.tools.calibrate import ssim
 from demo_model.classifier import SceneClassifier
 from demo_model.scenes import sample_scenes
 
@@ -90,10 +91,25 @@ def test_pictures_show_what_the_prompts_say(pipeline):
     assert statistics.mean(judged["background"]) > 0.7
 
 
+def test_predicted_steps_leave_the_picture_as_it_is(pipeline):
+    """What prediction with error control promises, without any adapter (docs/fidelity.md)."""
+    ratios = []
+    for seed, background in enumerate(("plain", "striped", "dotted")):
+        prompt = f"a large red circle in the center on a {background} background"
+        native, adaptive = (pipeline(prompt, seed=seed, schedule=policy) for policy in ("native", "adaptive"))
+        assert ssim(np.asarray(adaptive.image), np.asarray(native.image)) > 0.99
+        ratios.append(len(native.trace.steps) / adaptive.trace.steps_per_level()[2])
+    assert statistics.mean(ratios) > 2.8
+
+
 def test_the_schedule_follows_the_content(pipeline):
     def coarse_share(*backgrounds: str) -> float:
         prompts = [f"a large red circle in the center on a {background} background" for background in backgrounds]
-        levels = [level for seed, prompt in enumerate(prompts) for level in pipeline(prompt, seed=seed).trace.levels]
+        levels = [
+            level
+            for seed, prompt in enumerate(prompts)
+            for level in pipeline(prompt, seed=seed, schedule="dynamic").trace.levels
+        ]
         return sum(level > 2 for level in levels) / len(levels)
 
     assert coarse_share("plain", "gradient", "plain") > coarse_share("striped", "checkered", "dotted") + 0.1

@@ -144,7 +144,7 @@ def test_velocities_are_those_of_the_level(tiny_bundle):
     tables = level_tables(manifest.positions, manifest.latent, 2, 2, {"H": 8, "W": 8})
     guidance = np.array([manifest.guidance.default], np.float32)
     inputs = {**pipeline.encode(["a red circle"]), **tables, "guidance": guidance}
-    start = resolved.start((4, 8, 8))[None]
+    start = resolved.start((4, 8, 8), (4, 8, 8))[None]
     velocity = engine.run({**inputs, "latent": start, "timestep": resolved.sigmas[:1]})["velocity"][0]
     np.testing.assert_allclose(found[0], velocity, atol=1e-4)
 
