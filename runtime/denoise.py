@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ddit.runtime.backends.base import FloatArray
 from ddit.runtime.session import Sample, Session
+from ddit.runtime.trace import StepRecord
 
 
 @dataclass(frozen=True)
@@ -13,8 +14,13 @@ class Progress:
 
     step: int  # that was done, from 0; the furthest one where samples differ
     steps: int  # of the run
-    levels: list[int | None]  # that the samples' last steps ran at; None: predicted
+    records: list[StepRecord]  # what the samples' last steps did
     latents: Callable[[], list[FloatArray]]  # copies of the samples' latents, each (C, H, W)
+
+    @property
+    def levels(self) -> list[int | None]:
+        """The levels that the samples' last steps ran at; None where a step was predicted."""
+        return [record.level for record in self.records]
 
 
 OnStep = Callable[[Progress], None]
@@ -26,6 +32,6 @@ def denoise(session: Session, samples: Sequence[Sample], on_step: OnStep | None 
         session.step()
         if on_step is not None:
             furthest = max(samples, key=lambda sample: sample.history.step)
-            levels = [sample.trace.levels[-1] for sample in samples]
+            records = [sample.trace.steps[-1] for sample in samples]
             step, steps = furthest.history.step - 1, furthest.run.steps
-            on_step(Progress(step, steps, levels, lambda: [session.latent(sample) for sample in samples]))
+            on_step(Progress(step, steps, records, lambda: [session.latent(sample) for sample in samples]))

@@ -17,7 +17,7 @@ from ddit.runtime.errors import UsageError
 from ddit.runtime.files import check_outputs, whole
 from ddit.runtime.pipeline import Pipeline
 from ddit.runtime.tools.plots import plot_complexity, plot_schedule, plot_types
-from ddit.runtime.trace import Trace
+from ddit.runtime.trace import StepRecord, Trace
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}  # which every Pillow writes as they are
 
@@ -92,7 +92,7 @@ def generate(
         task = bar.add_task("opening", total=None)
 
         def on_step(done: Progress) -> None:
-            bar.update(task, completed=done.step + 1, total=done.steps, description=_doing(done.levels[0]))
+            bar.update(task, completed=done.step + 1, total=done.steps, description=_doing(done.records[0]))
 
         result = pipeline(
             prompt,
@@ -130,8 +130,9 @@ def generate(
         say(f"{out}: {_steps_line(result.trace)}, backend {pipeline.backend}")
 
 
-def _doing(level: int | None) -> str:
-    return "predicted" if level is None else f"level {level}"
+def _doing(record: StepRecord) -> str:
+    what = "predicted" if record.level is None else f"level {record.level}"
+    return what if record.scale == 1 or record.size is None else f"{what}, {record.size[0]}×{record.size[1]}"
 
 
 def _steps_line(trace: Trace) -> str:
@@ -151,6 +152,6 @@ def _save(picture: Image.Image, path: Path) -> None:
 
 
 def _progress_bar() -> ProgressBar:
-    columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description:>18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = terminal(stderr=True)
     return ProgressBar(*columns, console=console, transient=True, disable=not console.is_terminal)
