@@ -21,13 +21,12 @@ from rich.table import Table
 from command_line.prompts import prompt_texts
 from ddit.runtime import Pipeline
 from ddit.runtime.console import DditCommand, terminal
+from ddit.runtime.denoise import Progress
 from ddit.runtime.policies import Fixed, Policy, Prediction, Reuse, Reusing, RunHistory
 from ddit.runtime.policies.prediction import lagrange_weights, newton_product, root_mean_square
 
 STRETCHES = ((2, 4), (4, 6), (6, 9), (9, 13), (13, 18), (18, 24), (24, 32), (32, 40), (40, 48))  # of fifty steps
 STEPS = 50
-
-Latents = list[NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -72,26 +71,33 @@ class Paths:
     def __init__(self, pipeline: Pipeline, prompt: str, seed: int, size: dict[str, int]):
         self.pipeline, self.prompt, self.seed, self.size = pipeline, prompt, seed, size
         self.native_levels = (pipeline.bundle.manifest.native,) * STEPS
-        self.native, _ = self.run(Fixed(self.native_levels))
+        self.native: dict[int, NDArray[np.float32]] = {}  # the latent after every step
+        self.native = self.run(Fixed(self.native_levels))[0]
 
-    def run(self, policy: Policy) -> tuple[Latents, list[float | None]]:
-        """The latents after every step, and the errors of what was predicted."""
-        latents: Latents = []
+    def run(self, policy: Policy, first: int = 0) -> tuple[dict[int, NDArray[np.float32]], dict[int, float | None]]:
+        """The latents after the steps from a number on, where the native run is then, and the predictions' errors."""
+        latents: dict[int, NDArray[np.float32]] = {}
+
+        def on_step(done: Progress) -> None:
+            latents[done.step] = done.latents()[0]
+
         result = self.pipeline(
             self.prompt,
             seed=self.seed,
             schedule=policy,
-            on_step=lambda progress: latents.append(progress.latents()[0]),
+            latent=self.native[first - 1] if first else None,
+            first_step=first,
+            on_step=on_step,
             **self.size,  # type: ignore[arg-type]
         )
-        return latents, [record.error for record in result.trace.steps]
+        return latents, {record.step: record.error for record in result.trace.steps}
 
     def stretch(self, first: int, last: int) -> Row:
         """Predict the steps between two."""
         sigmas = self.pipeline.sigmas(STEPS, self.size["height"], self.size["width"]).astype(float)
         fixed = Fixed(self.native_levels)
-        plain, errors = self.run(Reusing(fixed, Stretch(first, last, corrected=False)))
-        mended, _ = self.run(Reusing(fixed, Stretch(first, last, corrected=True)))
+        plain, errors = self.run(Reusing(fixed, Stretch(first, last, corrected=False)), first - 1)
+        mended, _ = self.run(Reusing(fixed, Stretch(first, last, corrected=True)), first - 1)
         nodes = sigmas[[first, first - 1]].tolist()
         moved = sum((sigmas[j + 1] - sigmas[j]) * newton_product(nodes, sigmas[j]) for j in range(first + 1, last))
         error = errors[last]
@@ -99,8 +105,8 @@ class Paths:
         return Row(
             expected=abs(error * moved / newton_product(nodes, sigmas[last])),
             there=root_mean_square(plain[last - 1] - self.native[last - 1]),
-            uncorrected=root_mean_square(plain[-1] - self.native[-1]),
-            corrected=root_mean_square(mended[-1] - self.native[-1]),
+            uncorrected=root_mean_square(plain[STEPS - 1] - self.native[STEPS - 1]),
+            corrected=root_mean_square(mended[STEPS - 1] - self.native[STEPS - 1]),
             levels={patch: self.coarse(patch, (first + last) // 2) for patch in self.pipeline.bundle.manifest.coarse},
         )
 
@@ -108,7 +114,7 @@ class Paths:
         """One coarse step in a native run: how far it moves the latent from where the native one does, over Δσ."""
         levels = (*self.native_levels[:step], patch, *self.native_levels[step + 1 :])
         sigmas = self.pipeline.sigmas(STEPS, self.size["height"], self.size["width"])
-        latents, _ = self.run(Fixed(levels))
+        latents, _ = self.run(Fixed(levels), step - 1)  # a native step first, whose detail is carried
         return root_mean_square(latents[step] - self.native[step]) / abs(float(sigmas[step + 1] - sigmas[step]))
 
 
