@@ -66,11 +66,31 @@ def plot_schedule(trace: Trace, path: Path) -> None:
     upper.set_ylabel("level (patch)")
     title = printable(shorten(trace.prompt, LONGEST_TITLE, placeholder=" …"))[:LONGEST_TITLE]
     upper.set_title(f"“{title}”", fontsize=10, parse_math=False)  # a prompt's dollar signs are no formulas
+    if any("expected_error" in record.figures for record in trace.steps):
+        _plot_expected_errors(lower, trace)
+    else:
+        _plot_statistics(lower, trace)
+    lower.set_yscale("log")
+    lower.set_xlabel("step")
+    lower.legend(fontsize=8)
+    save(drawing, path)
+
+
+def _plot_expected_errors(axis: Any, trace: Trace) -> None:
+    """What predicting every step was expected to do to the picture, and the tolerance."""
+    known = [record for record in trace.steps if "expected_error" in record.figures]
+    axis.plot([r.step for r in known], [r.figures["expected_error"] for r in known], marker=".", label="expected error")
+    axis.axhline(trace.schedule["reuse"]["tolerance"], color="grey", linestyle="--", label="tolerance")
+    axis.set_ylabel("error of the picture, if predicted")
+
+
+def _plot_statistics(axis: Any, trace: Trace) -> None:
+    """The third differences' statistics, and τ where they decide."""
+    numbers = range(len(trace.steps))
+    axis.set_ylabel("third difference")
     for patch in sorted({patch for record in trace.steps for patch in record.statistic}):
         known = [record for record in trace.steps if patch in record.statistic]
-        lower.plot(
-            [r.step for r in known], [r.statistic[patch] for r in known], marker=".", label=f"σ of level {patch}"
-        )
+        axis.plot([r.step for r in known], [r.statistic[patch] for r in known], marker=".", label=f"σ of level {patch}")
     if "tau" in trace.schedule:
         tau, smooth_by_patch = trace.schedule["tau"], trace.schedule["smooth"]
         if smooth_by_patch:
@@ -78,14 +98,9 @@ def plot_schedule(trace: Trace, path: Path) -> None:
             for number, (patch, smooth) in enumerate(smooth_by_patch.items()):
                 limit = tau * np.asarray(smooth)
                 style = styles[number % len(styles)]
-                lower.plot(numbers, limit, color="grey", linestyle=style, label=f"τ of level {patch}")
+                axis.plot(numbers, limit, color="grey", linestyle=style, label=f"τ of level {patch}")
         else:
-            lower.axhline(tau, color="grey", linestyle="--", label="τ")
-    lower.set_yscale("log")
-    lower.set_xlabel("step")
-    lower.set_ylabel("third difference")
-    lower.legend(fontsize=8)
-    save(drawing, path)
+            axis.axhline(tau, color="grey", linestyle="--", label="τ")
 
 
 def plot_complexity(image: Image.Image, complexity: Complexity, path: Path) -> None:

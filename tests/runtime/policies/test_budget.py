@@ -69,7 +69,7 @@ def test_the_smallest_tolerance_that_is_fast_enough():
 
 
 def test_without_a_calibration_the_tolerance_is_what_is_typical():
-    assert plan(1.0, COSTS, 50, native=2, default=ADAPTIVE) == Reusing(Native(2), Adaptive(0.02))
+    assert plan(1.0, COSTS, 50, native=2, default=ADAPTIVE) == Reusing(Native(2), Adaptive(0.04))
     assert plan(0.5, COSTS, 50, native=2, default=ADAPTIVE) == Reusing(Native(2), Adaptive(0.2))
 
 
