@@ -6,6 +6,8 @@ from ddit.runtime.policies.base import RunHistory
 from ddit.runtime.policies.prediction import lagrange_weights, newton_product, root_mean_square
 from ddit.runtime.policies.reuse import Prediction, Reuse
 
+LONGEST = 1.6  # chosen on the demo model's worst pictures (docs/method.md)
+
 
 @dataclass(frozen=True)
 class Adaptive(Reuse):
@@ -27,8 +29,9 @@ class Adaptive(Reuse):
     through its own velocity tells: Σⱼ Δσⱼ · ∏(σⱼ − σᵢ) · D. That is the corrector of an Adams-Moulton method, or of
     UniPC (arXiv 2302.04867), without a call of the model.
 
-    A level's velocities are predicted from that level's own: where levels change, the first steps are computed. The
-    next stretch of predicted steps is at most twice as long as the distance of the last two computed ones.
+    A level's velocities are predicted from that level's own: where levels change, the first steps are computed. While
+    there is next to nothing of the picture in the latent, its velocity does not show yet how it will turn. So within a
+    stretch the picture's share 1 − σ grows by no more than a factor of `LONGEST`.
     """
 
     tolerance: float  # of the picture's latent, root mean square
@@ -52,8 +55,9 @@ class Adaptive(Reuse):
             return Prediction(weights, False, correction)
         before = [float(sigmas[one]) for one in computed[1 : self.order + 2]]
         difference = root_mean_square(history.error) / abs(newton_product(before, nodes[0]))
-        expected = difference * sum(map(abs, products)) / (1 - float(sigmas[step + 1]))
-        enough = expected < self.tolerance and len(since) <= 2 * (computed[0] - computed[1])
+        share, share_before = 1 - float(sigmas[step + 1]), 1 - float(sigmas[computed[0]])
+        expected = difference * sum(map(abs, products)) / share
+        enough = expected < self.tolerance and share <= LONGEST * share_before
         return Prediction(weights, enough, correction, {"expected_error": expected})
 
     def __str__(self) -> str:

@@ -37,7 +37,7 @@ def transcription(field: np.ndarray, tolerance: float, order: int) -> tuple[list
             moved = sum(abs((SIGMAS[j + 1] - SIGMAS[j]) * np.prod(SIGMAS[j] - SIGMAS[nodes])) for j in since)
             expected = np.sqrt((difference**2).mean()) * moved
             expected = expected / (1 - SIGMAS[k + 1])
-            compute = expected >= tolerance or len(since) > 2 * (computed[-1] - computed[-2])
+            compute = expected >= tolerance or 1 - SIGMAS[k + 1] > 1.6 * (1 - SIGMAS[computed[-1]])
         v = field[k] if compute else guess
         if compute:
             if guess is not None:
