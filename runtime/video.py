@@ -32,17 +32,10 @@ def save_clip(frames: Sequence[Image.Image], path: Path, frames_per_second: floa
         _save_mp4(frames, path, frames_per_second)
         return
     first, *others = frames
-    # GIF counts in hundredths of a second
-    options: dict[str, Any] = {
-        "save_all": True,
-        "append_images": others,
-        "duration": 1000 / frames_per_second,
-        "loop": 0,
-    }
-    if path.suffix.lower() == ".webp":
-        options |= {"quality": 90, "duration": round(1000 / frames_per_second)}
+    duration = round(1000 / frames_per_second)  # milliseconds; GIF has hundredths of a second
+    quality = {"quality": 90} if path.suffix.lower() == ".webp" else {}
     try:
-        first.save(path, **options)
+        first.save(path, save_all=True, append_images=others, duration=duration, loop=0, **quality)
     except ValueError as error:  # both have a largest size
         raise UsageError(f"{path.suffix} cannot hold the clip: {error}; choose --out with .mp4") from None
 

@@ -31,9 +31,8 @@ def measure(latents: Sequence[FloatArray]) -> Measured:
     """
     height, width = latents[0].shape[-2:]
     rows, columns = dct_matrix(height), dct_matrix(width)
-    power = np.mean(
-        [np.square(rows @ latent @ columns.T).reshape(-1, height, width).mean(axis=0) for latent in latents], axis=0
-    )
+    planes = np.concatenate([latent.reshape(-1, height, width) for latent in latents])
+    power = np.square(rows @ planes @ columns.T).mean(axis=0)
     shorter = min(height, width)
     radius = np.hypot(np.arange(height)[:, None] / height, np.arange(width) / width) * shorter / 2
     bands = np.rint(radius).astype(int)

@@ -57,7 +57,8 @@ def test_every_step_is_the_scheduler_s(steps, order, shift):
 def test_without_memory_a_step_is_euler_s():
     levels = [1.0, 0.8, 0.5, 0.0]
     b, *others = coefficients(levels, 0, 0, 2)
-    assert b == pytest.approx(1 - 0.8) and not any(others)
+    assert b == pytest.approx(1 - 0.8)
+    assert not any(others)
     assert coefficients(levels, 1, 1, 2)[0] == pytest.approx(1 - 0.5 / 0.8)  # a run that goes on there
 
 
