@@ -33,7 +33,7 @@ def save_clip(frames: Sequence[Image.Image], path: Path, frames_per_second: floa
         return
     first, *others = frames
     duration = round(1000 / frames_per_second)  # milliseconds; GIF has hundredths of a second
-    quality = {"quality": 90} if path.suffix.lower() == ".webp" else {}
+    quality: dict[str, Any] = {"quality": 90} if path.suffix.lower() == ".webp" else {}
     try:
         first.save(path, save_all=True, append_images=others, duration=duration, loop=0, **quality)
     except ValueError as error:  # both have a largest size
