@@ -84,7 +84,7 @@ class FirstFrame(_FrameDecoder):
 class NextFrames(_FrameDecoder):
     """Every further latent frame, which becomes four frames."""
 
-    def forward(self, latent_frame: Tensor, caches: list[Tensor]) -> tuple[Tensor, ...]:
+    def forward(self, latent_frame: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         """(B, C, 1, H, W) and the caches (B, channels, 2, H·k, W·k) → frames (B, 3, 4, 8H, 8W), then the caches."""
         updated: list[Any] = [cache.to(self.dtype) for cache in caches]
         frames = self._run(latent_frame, updated)
