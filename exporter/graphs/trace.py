@@ -138,7 +138,7 @@ def _arguments(job: GraphJob, device: torch.device) -> dict[str, Any]:
 def _dynamic_shapes(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> dict[str, dict[int, object]]:
     """torch.export's description of the inputs' free dimensions, from the specs' symbols.
 
-    Where tensors have ``H/4`` and ``H/6``, ``H`` is twelve times the number that is free, and ``H*2`` twenty-four times.
+    Where tensors have ``H/4`` and ``H/6``, ``H`` is twelve times the number that is free, and ``H*2`` is 24 times it.
     """
     units = shapes.divisors(spec.shape for spec in (*inputs, *outputs))
     free = {symbol: Dim(f"{symbol}_{unit}" if unit > 1 else symbol) for symbol, unit in units.items()}

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from ddit.exporter.components import TORCH_DTYPES, load_component, shortened
+from ddit.exporter.components import TORCH_DTYPES, load_component, load_rounded, shortened
 from ddit.exporter.families import FLUX
 from ddit.exporter.families.base import Family
 from ddit.exporter.families.flux import original
@@ -348,9 +348,7 @@ class Flux(Family):
             inputs=(ids("input_ids", "B", config.max_position_embeddings),),
             outputs=(floats("pooled", "B", config.hidden_size),),
             dtype=self.dtype,
-            original=lambda device: original.pooled_text(
-                original.load_rounded(CLIPTextModel, folder, self.dtype, device)
-            ),
+            original=lambda device: original.pooled_text(load_rounded(CLIPTextModel, folder, self.dtype, device)),
             trace_sizes={"B": 2},
             vocabulary=config.vocab_size,
         )
@@ -374,7 +372,7 @@ class Flux(Family):
 
         def load_original(device: torch.device) -> Original:
             if self.depth is None:
-                return original.text_states(original.load_rounded(T5EncoderModel, folder, self.dtype, device))
+                return original.text_states(load_rounded(T5EncoderModel, folder, self.dtype, device))
             return original.text_states(shortened(partial(T5EncoderModel, config), stored).to(device))
 
         return GraphJob(
@@ -404,7 +402,7 @@ class Flux(Family):
             inputs=(floats("latent", *self.latent.shape),),
             outputs=(floats("image", "B", self.vae_config["out_channels"], f"H*{scale}", f"W*{scale}"),),
             dtype=dtype,
-            original=lambda device: original.decoded(original.load_rounded(AutoencoderKL, folder, dtype, device)),
+            original=lambda device: original.decoded(load_rounded(AutoencoderKL, folder, dtype, device)),
             trace_sizes={"B": 2, "H": 4, "W": 6},
         )
 

@@ -118,9 +118,7 @@ class WanLevel(Level):
         if config.rank:
             add_lora(self.trunk, config.targets, config.rank, config.alpha)
 
-    def forward(
-        self, latent: Tensor, timestep: Tensor, context: Tensor, rope_cos: Tensor, rope_sin: Tensor
-    ) -> Tensor:
+    def forward(self, latent: Tensor, timestep: Tensor, context: Tensor, rope_cos: Tensor, rope_sin: Tensor) -> Tensor:
         """The velocity at a noise level.
 
         Args:
