@@ -158,13 +158,14 @@ class WanLevel(Level):
         images = (values.transpose(1, 2).flatten(0, 1) for values in (latent, velocity))
         repeated = embedding[:, None].expand(-1, frames, -1).flatten(0, 1)
         correction: Tensor = self.residual(*images, repeated)
-        return correction.unflatten(0, (batch, frames)).transpose(1, 2)
+        return correction.reshape(batch, frames, *correction.shape[1:]).transpose(1, 2)
 
 
 def linear_embedding(convolution: nn.Conv3d) -> nn.Linear:
     """A patch embedding (D, C, 1, p, p) as the linear layer (D, C·p·p) over patches, on the same memory."""
     embed = nn.Linear(1, 1, device="meta")
     embed.weight = nn.Parameter(convolution.weight.detach().flatten(1), requires_grad=convolution.weight.requires_grad)
+    assert isinstance(convolution.bias, nn.Parameter)
     embed.bias = convolution.bias
     embed.out_features, embed.in_features = embed.weight.shape
     return embed
@@ -172,11 +173,8 @@ def linear_embedding(convolution: nn.Conv3d) -> nn.Linear:
 
 def resized_ends(native: Mapping[str, Tensor], patch: int) -> dict[str, Tensor]:
     """A coarse level's embedding and head as they start out, from the native ones in the transformer's state."""
-    weight, bias = resize_head(
-        *(_channels_outside(native[f"proj_out.{name}"], NATIVE_PATCH) for name in ("weight", "bias")),
-        NATIVE_PATCH,
-        patch,
-    )
+    weight, bias = (_channels_outside(native[f"proj_out.{name}"], NATIVE_PATCH) for name in ("weight", "bias"))
+    weight, bias = resize_head(weight, bias, NATIVE_PATCH, patch)
     return {
         "embed.weight": resize_embedding(native["patch_embedding.weight"].flatten(1), NATIVE_PATCH, patch),
         "embed.bias": native["patch_embedding.bias"],
@@ -187,12 +185,12 @@ def resized_ends(native: Mapping[str, Tensor], patch: int) -> dict[str, Tensor]:
 
 def _channels_outside(head: Tensor, patch: int) -> Tensor:
     """Rows of a head (p·p·C, …), the channels innermost → (C·p·p, …), the channels outermost."""
-    return head.unflatten(0, (patch * patch, -1)).transpose(0, 1).flatten(0, 1)
+    return head.reshape(patch * patch, -1, *head.shape[1:]).transpose(0, 1).flatten(0, 1)
 
 
 def _channels_inside(head: Tensor, patch: int) -> Tensor:
     """The inverse of `_channels_outside`."""
-    return head.unflatten(0, (-1, patch * patch)).transpose(0, 1).flatten(0, 1)
+    return head.reshape(-1, patch * patch, *head.shape[1:]).transpose(0, 1).flatten(0, 1)
 
 
 class WanGate(nn.Module):
