@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as ProgressBar
 
 from ddit.runtime import strict_json
-from ddit.runtime.commands.options import BACKEND, BUNDLE, HEIGHT, JSON, THREADS, WIDTH, Seconds, check_type
+from ddit.runtime.commands.options import BACKEND, BUNDLE, FRAMES, HEIGHT, JSON, THREADS, WIDTH, Seconds, check_type
 from ddit.runtime.console import DditCommand, say, terminal
 from ddit.runtime.denoise import Progress
 from ddit.runtime.errors import UsageError
@@ -44,6 +44,7 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}  
 )
 @HEIGHT
 @WIDTH
+@FRAMES
 @click.option("--guidance", type=float, help="Guidance scale.  [default: the bundle's]")
 @click.option(
     "--carry", type=float, help="Share of native detail that coarse steps take over.  [default: the bundle's]"
@@ -68,6 +69,7 @@ def generate(
     budget: float | None,
     height: int | None,
     width: int | None,
+    frames: int | None,
     guidance: float | None,
     carry: float | None,
     text_length: int | None,

@@ -15,17 +15,18 @@ from onnxscript import optimizer
 
 from ddit.runtime import Bundle
 from ddit.runtime.errors import BundleError
+from ddit.runtime.shapes import Size
 
 COUNTED = {"MatMul", "Gemm", "Conv", "Attention"}
 
 
-def level_flops(bundle: Bundle, *, height: int, width: int) -> dict[int, float]:
-    """Operations of one denoising step of one picture of ``height``×``width`` pixels, by level.
+def level_flops(bundle: Bundle, *, size: Size) -> dict[int, float]:
+    """Operations of one denoising step of one picture or clip, by level.
 
     Raises `UsageError` for a size that the bundle cannot make, `BundleError` where a graph's shapes cannot be found.
     """
     manifest = bundle.manifest
-    sizes = manifest.sizes(height=height, width=width, text=manifest.text_length)
+    sizes = manifest.sizes(size, text=manifest.text_length)
     flops = {}
     for patch in manifest.patches:
         info = bundle.graph(manifest.level(patch).graph)

@@ -180,7 +180,7 @@ class Flux(Family):
             self._clip_job(),
             self._t5_job(),
             *(self.level_job(patch) for patch in self.levels),
-            *sampling_jobs(self.latent.channels, NATIVE_PATCH, coarse),
+            *sampling_jobs(self.latent, NATIVE_PATCH, coarse, self.sampler, self.guidance),
             self._gate_job(),
             self._vae_job(),
         ]

@@ -24,7 +24,7 @@ SIZE = ("--steps", 12, "--height", 128, "--width", 64)
 def bundle(tiny_bundle, tmp_path, monkeypatch) -> Path:
     """A bundle to write to, whose levels cost what they would at a real size."""
     costs = Costs(levels={2: 4.0, 4: 1.5, 8: 1.0}, predicted=0.0, encode=1.0, decode=2.0)
-    monkeypatch.setattr(calibrate_module, "measure_costs", lambda pipeline, height, width: costs)
+    monkeypatch.setattr(calibrate_module, "measure_costs", lambda pipeline, size: costs)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     return Path(shutil.copytree(tiny_bundle, tmp_path / "a.bundle"))
 
