@@ -95,9 +95,9 @@ def tiny_pipeline(*, scheduler: Any = None) -> WanPipeline:
     return pipeline
 
 
-def save_tiny_pipeline(folder: Path, *, scheduler: Any = None, dtype: torch.dtype = torch.float32) -> Path:
+def save_tiny_pipeline(folder: Path, *, scheduler: Any = None) -> Path:
     """Write the pipeline as a diffusers folder."""
-    tiny_pipeline(scheduler=scheduler).to(dtype=dtype).save_pretrained(folder)
+    tiny_pipeline(scheduler=scheduler).save_pretrained(folder)
     return folder
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ddit.exporter.levels import share_parameters
 
 CACHED_FRAMES = 2  # a causal convolution sees three frames: the two before and its own
-TEMPORAL = 4  # frames that every latent frame but the first becomes
 
 
 def cache_shapes(decoder: Any) -> list[tuple[int, int]]:

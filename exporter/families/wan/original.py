@@ -113,7 +113,7 @@ def first_step(
     text_length: int,
     device: torch.device,
 ) -> dict[str, FloatArray]:
-    """The pipeline, stopped after its first of so many steps: the ``latent`` then, and the ``frames`` in [-1, 1]."""
+    """The pipeline, stopped after its first of so many steps: the ``latent`` then, and its frames, the ``image``."""
     pipeline = WanPipeline.from_pretrained(
         folder,
         text_encoder=load_rounded(UMT5EncoderModel, folder / "text_encoder", dtype, device),
@@ -143,4 +143,4 @@ def first_step(
         callback_on_step_end=stop,
         return_dict=False,
     )[0]
-    return found | {"frames": (2 * video.transpose(1, 2) - 1).cpu().numpy()}
+    return found | {"image": (2 * video.transpose(1, 2) - 1).cpu().numpy()}
