@@ -119,9 +119,9 @@ def opset17_bundle(shared_folder, tiny_pipeline, tiny_adapter) -> Path:
 
 WAN_PROFILE = """
 [[entry]]
-frames = [1, 9, 33]
+frames = [1, 9, 81]
 height = [64, 64, 256]
-width = [32, 64, 256]
+width = [64, 64, 256]
 text = [8, 16, 16]
 batch = [1, 1, 4]
 """
