@@ -102,7 +102,7 @@ def test_nothing_is_reused_at_threshold_zero(pipeline, schedule):
     ("schedule", "steps"),
     [
         ("dynamic:tau=1e9,warmup=3", 6),
-        ("teacache:50", 6),
+        ("teacache:1000", 6),
         ("adaptive:20", 20),
         ("dynamic:tau=1e9+adaptive:20", 20),
         ("progressive", 6),
