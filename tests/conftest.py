@@ -117,6 +117,57 @@ def opset17_bundle(shared_folder, tiny_pipeline, tiny_adapter) -> Path:
     return make_once(shared_folder / "opset17.bundle", export)
 
 
+@pytest.fixture(scope="session")
+def tiny_wan(shared_folder) -> Path:
+    """A diffusers folder like Wan 2.1 T2V 1.3B's."""
+
+    def save(path: Path) -> None:
+        from tiny_wan import save_tiny_pipeline
+
+        save_tiny_pipeline(path)
+
+    return make_once(shared_folder / "tiny-wan", save)
+
+
+@pytest.fixture(scope="session")
+def tiny_wan_adapter(shared_folder, tiny_wan) -> Path:
+    """An adapter of random tensors for level 4 of the tiny Wan pipeline."""
+
+    def save(path: Path) -> None:
+        from tiny_wan import save_tiny_adapter
+
+        save_tiny_adapter(path, tiny_wan)
+
+    return make_once(shared_folder / "tiny-wan.adapter", save)
+
+
+@pytest.fixture(scope="session")
+def wan_profile(shared_folder) -> Path:
+    """A profile of tiny clips."""
+    text = """description = "tiny clips"
+[[entry]]
+frames = [1, 9, 17]
+height = [32, 64, 128]
+width = [32, 64, 128]
+text = [16, 16, 32]
+batch = [1, 1, 4]
+"""
+    return make_once(shared_folder / "clips.toml", lambda path: path.write_text(text))
+
+
+@pytest.fixture(scope="session")
+def wan_bundle(shared_folder, tiny_wan, tiny_wan_adapter, wan_profile) -> Path:
+    """The tiny Wan pipeline with its adapter, exported at levels 2 and 4 in float32."""
+    from ddit.exporter.cli import main
+
+    def export(path: Path) -> None:
+        options = ("--levels", "2,4", "--adapter", tiny_wan_adapter, "--dtype", "fp32", "--profile", wan_profile)
+        result = run(main, "wan", "--model", tiny_wan, *options, "--out", path)
+        assert result.exit_code == 0, result.stderr
+
+    return make_once(shared_folder / "wan.bundle", export)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     if torch := sys.modules.get("torch"):  # imported by a test that needs it
