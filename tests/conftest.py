@@ -129,43 +129,44 @@ def tiny_wan(shared_folder) -> Path:
     return make_once(shared_folder / "tiny-wan", save)
 
 
-@pytest.fixture(scope="session")
-def tiny_wan_adapter(shared_folder, tiny_wan) -> Path:
-    """An adapter of random tensors for level 4 of the tiny Wan pipeline."""
-
-    def save(path: Path) -> None:
-        from tiny_wan import save_tiny_adapter
-
-        save_tiny_adapter(path, tiny_wan)
-
-    return make_once(shared_folder / "tiny-wan.adapter", save)
-
-
-@pytest.fixture(scope="session")
-def wan_profile(shared_folder) -> Path:
-    """A profile of tiny clips."""
-    text = """description = "tiny clips"
+WAN_PROFILE = """
 [[entry]]
-frames = [1, 9, 17]
-height = [32, 64, 128]
-width = [32, 64, 128]
-text = [16, 16, 32]
+frames = [1, 9, 33]
+height = [64, 64, 256]
+width = [32, 64, 256]
+text = [8, 16, 16]
 batch = [1, 1, 4]
 """
-    return make_once(shared_folder / "clips.toml", lambda path: path.write_text(text))
+
+
+def export_wan(path: Path, scheduler=None, *, levels: str) -> None:
+    """A tiny Wan pipeline with an adapter for its coarse levels, exported in float32."""
+    from ddit.exporter.cli import main
+    from tiny_wan import save_tiny_adapter, save_tiny_pipeline
+
+    model, profile, adapter = (path.with_suffix(suffix) for suffix in (".model", ".toml", ".adapter"))
+    save_tiny_pipeline(model, scheduler=scheduler)
+    profile.write_text(WAN_PROFILE)
+    coarse = tuple(int(patch) for patch in levels.split(",")[1:])
+    options: list[object] = ["--levels", levels, "--dtype", "fp32", "--profile", profile, "--out", path]
+    if coarse:
+        options += ["--adapter", save_tiny_adapter(adapter, model, coarse)]
+    result = run(main, "wan", "--model", model, *options)
+    assert result.exit_code == 0, result.stderr
 
 
 @pytest.fixture(scope="session")
-def wan_bundle(shared_folder, tiny_wan, tiny_wan_adapter, wan_profile) -> Path:
-    """The tiny Wan pipeline with its adapter, exported at levels 2 and 4 in float32."""
-    from ddit.exporter.cli import main
+def wan_bundle(shared_folder) -> Path:
+    """A tiny Wan 2.1 with UniPC, at levels 2, 4 and 8."""
+    return make_once(shared_folder / "wan.bundle", lambda path: export_wan(path, levels="2,4,8"))
 
-    def export(path: Path) -> None:
-        options = ("--levels", "2,4", "--adapter", tiny_wan_adapter, "--dtype", "fp32", "--profile", wan_profile)
-        result = run(main, "wan", "--model", tiny_wan, *options, "--out", path)
-        assert result.exit_code == 0, result.stderr
 
-    return make_once(shared_folder / "wan.bundle", export)
+@pytest.fixture(scope="session")
+def wan_euler_bundle(shared_folder) -> Path:
+    """The same with Euler's method, at the native level alone."""
+    from tiny_wan import euler
+
+    return make_once(shared_folder / "wan-euler.bundle", lambda path: export_wan(path, euler(), levels="2"))
 
 
 @pytest.fixture(autouse=True)

@@ -106,7 +106,7 @@ def tiny_adapter_config(**settings: Any) -> AdapterConfig:
     return AdapterConfig(**{"targets": FEED_FORWARD, **settings})
 
 
-def save_tiny_adapter(path: Path, pipeline: Path, patches: tuple[int, ...] = (4,)) -> Path:
+def save_tiny_adapter(path: Path, pipeline: Path, patches: tuple[int, ...] = (4, 8)) -> Path:
     """Write an adapter of random tensors, as if trained: nothing in it is zero."""
     transformer = WanTransformer3DModel.from_pretrained(pipeline / "transformer")
     levels = {

@@ -21,7 +21,7 @@ from ddit.runtime.conditioning.text import Tokenizer
 from ddit.runtime.errors import ModelError
 from ddit.runtime.samplers.sigmas import sigmas
 from ddit.runtime.tools.verify import verify_graphs
-from tiny_wan import SHIFT, euler, tiny_transformer
+from tiny_wan import SHIFT, euler, save_tiny_adapter, tiny_transformer
 
 
 def wan(folder: Path, **settings) -> Wan:
@@ -165,8 +165,8 @@ def test_prompts_are_tokenised_as_the_pipeline_does(tiny_wan, tmp_path, prompt):
     assert own.tolist() == expected
 
 
-def test_an_adapter_s_values_reach_its_levels(tiny_wan, tiny_wan_adapter):
-    adapter = load_adapter(tiny_wan_adapter)
+def test_an_adapter_s_values_reach_its_levels(tiny_wan, tmp_path):
+    adapter = load_adapter(save_tiny_adapter(tmp_path / "a.safetensors", tiny_wan, (4,)))
     family = wan(tiny_wan, adapter=adapter)
     level = family.level(tiny_transformer(), 4)
     for name, parameter in level.own_parameters().items():

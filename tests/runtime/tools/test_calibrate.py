@@ -12,6 +12,7 @@ from conftest import run
 from ddit.runtime import Bundle, Pipeline
 from ddit.runtime.bundle.manifest import Costs
 from ddit.runtime.cli import main as ddit_run
+from ddit.runtime.shapes import Size
 from ddit.runtime.tools import calibrate as calibrate_module
 from ddit.runtime.tools.calibrate import ssim
 from ddit.runtime.tools.plots import plot_schedule
@@ -113,8 +114,9 @@ def test_every_backend_has_a_calibration_of_its_own(bundle):
     for name, tau in (("cpu", first.tau), ("CPUExecutionProvider", second.tau)):
         assert Pipeline.open(bundle, backend=name).policy("dynamic", **size).tau == tau
     manifest = Bundle.open(bundle).manifest
-    assert manifest.calibration("dynamic", **size, backend="tensorrt on another GPU") == second
-    assert manifest.calibration("dynamic", **size | {"steps": 11}, backend="cpu") is None
+    run = {"steps": 12, "size": Size(128, 64)}
+    assert manifest.calibration("dynamic", **run, backend="tensorrt on another GPU") == second
+    assert manifest.calibration("dynamic", **run | {"steps": 11}, backend="cpu") is None
 
 
 def test_an_absolute_tau_is_of_no_smooth_pictures(bundle):
