@@ -117,6 +117,18 @@ def opset17_bundle(shared_folder, tiny_pipeline, tiny_adapter) -> Path:
     return make_once(shared_folder / "opset17.bundle", export)
 
 
+@pytest.fixture(scope="session")
+def tiny_wan(shared_folder) -> Path:
+    """A diffusers folder like Wan 2.1 T2V 1.3B's."""
+
+    def save(path: Path) -> None:
+        from tiny_wan import save_tiny_pipeline
+
+        save_tiny_pipeline(path)
+
+    return make_once(shared_folder / "tiny-wan", save)
+
+
 WAN_PROFILE = """
 [[entry]]
 frames = [1, 9, 81]

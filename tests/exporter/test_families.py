@@ -297,4 +297,4 @@ def test_another_family_s_adapter_is_refused(tiny_pipeline, tmp_path):
 
 def test_families_are_found_by_name():
     assert families.find_family("flux") is Flux
-    assert [info.name for info in families.families()] == ["flux"]
+    assert [info.name for info in families.families()] == ["flux", "wan"]

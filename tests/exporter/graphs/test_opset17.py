@@ -12,7 +12,9 @@ from PIL import Image
 
 from conftest import make_once, run
 from ddit.exporter.adapter import load_adapter
+from ddit.exporter.families.base import Family
 from ddit.exporter.families.flux.model import Flux
+from ddit.exporter.families.wan.model import Wan
 from ddit.exporter.graphs.opset17 import lower_to_opset17
 from ddit.exporter.graphs.trace import export_graph
 from ddit.exporter.graphs.weights import WeightFiles
@@ -22,6 +24,7 @@ from ddit.runtime.cli import main as ddit_run
 from ddit.runtime.errors import ModelError
 
 GRAPHS = ("clip", "t5", "level-2", "level-4", "step", "vae_decoder")
+WAN_GRAPHS = ("umt5", "level-2", "level-4", "step", "guide", "gate", "vae_first_frame", "vae_next_frames")
 
 # Operators and the types of their data that TensorRT 8.6's parser reads, as far as exported graphs use them, from the
 # table in onnx-tensorrt's docs/operators.md for 8.5 and the changelog's additions for 8.6. It reads INT64 as INT32.
@@ -30,9 +33,12 @@ FLOATS = {"FP32", "FP16"}
 ANY = {*NUMBERS, "BOOL"}
 TENSORRT_8_6 = {
     **dict.fromkeys(("Abs", "Add", "Div", "Max", "Min", "Mul", "Neg", "Sub"), NUMBERS),
-    **dict.fromkeys(("Equal", "Greater", "GreaterOrEqual", "IsNaN", "Less", "Range"), NUMBERS),
+    **dict.fromkeys(("Equal", "Greater", "GreaterOrEqual", "IsNaN", "Less", "LessOrEqual", "Pad", "Range"), NUMBERS),
     **dict.fromkeys(("Cos", "Log", "Pow", "Reciprocal", "Sigmoid", "Sin", "Softmax", "Sqrt", "Tanh"), FLOATS),
-    **dict.fromkeys(("Conv", "Gemm", "InstanceNormalization", "MatMul", "ReduceMean", "ReduceSum", "Resize"), FLOATS),
+    **dict.fromkeys(("Clip", "Conv", "Gemm", "InstanceNormalization", "MatMul", "Resize"), FLOATS),
+    **dict.fromkeys(("ReduceL2", "ReduceMean", "ReduceSum"), FLOATS),
+    "And": {"BOOL"},
+    "Not": {"BOOL"},
     **dict.fromkeys(("Cast", "Concat", "Expand", "Gather", "GatherND", "Reshape", "Shape", "Slice"), ANY),
     **dict.fromkeys(("Split", "Squeeze", "Transpose", "Unsqueeze", "Where"), ANY),
     "ConstantOfShape": {"FP32"},
@@ -163,19 +169,23 @@ def test_what_cannot_be_lowered_is_named(nodes, words):
     assert str(error.value).startswith(f"small cannot be lowered to opset 17: {words}")
 
 
+def export_graphs(family: Family, names: tuple[str, ...], folder: Path) -> None:
+    """Some of a family's graphs at opset 17, unchecked."""
+    folder.mkdir()
+    weights = WeightFiles(folder)
+    graphs = [export_graph(job, 17, weights) for job in family.jobs() if job.name in names]
+    weights.write()
+    for graph in graphs:
+        graph.save(folder, weights)
+
+
 @pytest.fixture(scope="module")
 def half(shared_folder, tiny_pipeline, tiny_adapter) -> Path:
     """The graphs that half precision changes most, in it."""
 
     def export(folder: Path) -> None:
         model = Flux(find_model(str(tiny_pipeline)), (2, 4), "fp16", load_adapter(tiny_adapter))
-        folder.mkdir()
-        weights = WeightFiles(folder)
-        jobs = [job for job in model.jobs() if job.name in ("t5", "level-4")]
-        graphs = [export_graph(job, 17, weights) for job in jobs]
-        weights.write()
-        for graph in graphs:
-            graph.save(folder, weights)
+        export_graphs(model, ("t5", "level-4"), folder)
 
     return make_once(shared_folder / "opset17-half", export)
 
@@ -209,9 +219,24 @@ def test_every_graph_is_one_for_tensorrt(opset17_bundle, graph):
     check_for_tensorrt(opset17_bundle / f"{graph}.onnx")
 
 
+@pytest.fixture(scope="module")
+def clips(shared_folder, tiny_wan) -> Path:
+    """Those graphs of Wan's that FLUX.1 has nothing like, in half precision."""
+
+    def export(folder: Path) -> None:
+        export_graphs(Wan(find_model(str(tiny_wan)), (2, 4), "fp16"), WAN_GRAPHS, folder)
+
+    return make_once(shared_folder / "opset17-clips", export)
+
+
 @pytest.mark.parametrize("graph", ["t5", "level-4"])
 def test_half_precision_graphs_are_for_tensorrt(half, graph):
     check_for_tensorrt(half / f"{graph}.onnx")
+
+
+@pytest.mark.parametrize("graph", WAN_GRAPHS)
+def test_a_clip_s_graphs_are_for_tensorrt(clips, graph):
+    check_for_tensorrt(clips / f"{graph}.onnx")
 
 
 def test_the_bundle_makes_the_same_picture(opset17_bundle, tiny_bundle, tmp_path):
