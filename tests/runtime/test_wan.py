@@ -1,6 +1,7 @@
 """Wan 2.1's bundle beside diffusers' `WanPipeline`: every step's latent, the frames, and what else a clip can do."""
 
 import json
+import multiprocessing
 
 import av
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import clip_memory
 from conftest import run
 from ddit.runtime import Pipeline
 from ddit.runtime.cli import main
@@ -167,3 +169,12 @@ def test_what_cannot_be_written_or_made_is_refused_first(wan_bundle, tmp_path, m
     assert result.exit_code == 2
     assert words in result.stderr
     assert not [*tmp_path.iterdir()]
+
+
+def test_the_decoder_s_memory_does_not_grow_with_the_clip(wan_bundle):
+    peaks = []
+    for frames in (21, 81):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:  # a peak belongs to a process
+            peaks.append(pool.apply(clip_memory.decode, (wan_bundle, frames)))
+    print(peaks)
+    assert peaks[1] <= 1.1 * peaks[0]
