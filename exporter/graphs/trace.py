@@ -59,7 +59,7 @@ def export_graph(job: GraphJob, opset: int, weights: WeightFiles) -> ExportedGra
         spec.name: torch.zeros(spec.resolve(job.trace_sizes), dtype=DTYPES[spec.dtype], device=device)
         for spec in job.inputs
     }
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
                 job.module.eval(),
@@ -98,11 +98,11 @@ def export_graph(job: GraphJob, opset: int, weights: WeightFiles) -> ExportedGra
         )
         file, stored = job.place(name)
         places[name] = (file, weights.add(file, stored, weight))
-    with _quiet():
+    with quiet():
         _fold(model)
         if opset == LOWERED:
             lower_to_opset17(model, job.name)
-        _tidy(model)
+        tidy(model)
     _name_dimensions(model, job)
     return ExportedGraph(
         job, model, {name: place for name, place in places.items() if name in model.graph.initializers}
@@ -160,7 +160,7 @@ def _absorb_transposes(graph: ir.Graph, parameters: set[str]) -> set[str]:
 def _fold(model: ir.Model) -> None:
     """Fold constants; torch's list operations become plain ``Split`` nodes on the way.
 
-    With `_tidy` this is `onnxscript.optimizer.optimize_ir` with only those rewrite rules that find something in these
+    With `tidy` this is `onnxscript.optimizer.optimize_ir` with only those rewrite rules that find something in these
     graphs: with all of them it takes longer than the tracing.
     """
     from onnxscript.optimizer import fold_constants
@@ -172,7 +172,7 @@ def _fold(model: ir.Model) -> None:
         RewritePass([collapse_slice_rule, collapse_slice2_rule])(model)
 
 
-def _tidy(model: ir.Model) -> None:
+def tidy(model: ir.Model) -> None:
     """Remove duplicate nodes and constants, and nodes without effect."""
     from onnx_ir.passes import common
 
@@ -209,7 +209,7 @@ def _name_dimensions(model: ir.Model, job: GraphJob) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence torch's exporter and onnxscript.
 
     They warn of what is intended here: dimensions that share a name, no torchvision, initializers without a value.

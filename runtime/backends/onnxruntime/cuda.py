@@ -133,7 +133,7 @@ class CudaBackend(DeviceBackend):
             )
 
     def _open(self, graph: str) -> DeviceEngine:
-        info, opened = self.bundle.graph(graph), self._sessions.opened
+        info, opened = self.bundle.graph(graph).on(self.name), self._sessions.opened
         log.info("opening %s with %s", info.file, CUDA)
         replays = graph in self._levels
         weights = (
