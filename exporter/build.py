@@ -1,6 +1,5 @@
 """Put a bundle together: graphs, weights, tokenizers, parity and manifest, in a folder that appears all at once."""
 
-import logging
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -17,8 +16,6 @@ from ddit.exporter.replacing import replacing
 from ddit.profiles import Profile
 from ddit.runtime.bundle import MANIFEST, Manifest, file_info
 from ddit.runtime.bundle.manifest import AdaptiveInfo, GraphInfo, LevelInfo, ParityResult, ScheduleInfo
-
-log = logging.getLogger(__name__)
 
 # The paper's values (arXiv 2602.16968, section 4.1). τ belongs to a model and a step count, so these are a start only.
 PAPER = ScheduleInfo(tau=0.001, rho=0.4, warmup=3)
@@ -56,7 +53,7 @@ def export_bundle(family: Family, out: Path, *, profile: Profile, opset: int, re
                 outputs=graph.job.outputs,
                 weights=graph.weight_files,
                 dtype=graph.job.dtype,
-                twins=_accepted_twin(folder, twins.get(graph.job.name), graph.job.name, parity),
+                twins=_accepted_twin(folder, graph.job.name, twins.get(graph.job.name), parity, report),
             )
             for graph in graphs
         }
@@ -90,7 +87,9 @@ def export_bundle(family: Family, out: Path, *, profile: Profile, opset: int, re
     return manifest
 
 
-def _accepted_twin(folder: Path, twin: Twin | None, name: str, parity: Sequence[ParityResult]) -> dict[str, str]:
+def _accepted_twin(
+    folder: Path, name: str, twin: Twin | None, parity: Sequence[ParityResult], report: Report
+) -> dict[str, str]:
     """The twin of a graph that agrees with the model, by its backend; another one's file is removed."""
     if twin is None:
         return {}
@@ -98,7 +97,7 @@ def _accepted_twin(folder: Path, twin: Twin | None, name: str, parity: Sequence[
         return {BACKEND: twin.file}
     if twin.file:
         (folder / twin.file).unlink()
-    log.warning("%s: %s", name, next(result.note for result in parity if result.graph == name))
+    report(f"warning: {name}: {next(result.note for result in parity if result.graph == name)}")
     return {}
 
 

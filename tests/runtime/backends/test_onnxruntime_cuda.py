@@ -1,7 +1,10 @@
 """ONNX Runtime's CUDA backend without a GPU: its sessions run on the CPU, in the order of the fake GPU's stream."""
 
 import gc
+import json
+import shutil
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,6 +34,7 @@ class Session:
         if ort.refuses_graphs and "enable_cuda_graph" in settings:
             raise RuntimeError("a node of this graph runs on the CPU")
         self.ort = ort
+        ort.opened.append(path.name)
         weakref.finalize(self, ort.cuda.events.append, "a session ended")
         self.session = onnxruntime.InferenceSession(path, options)
         self.replays = "enable_cuda_graph" in settings
@@ -64,6 +68,7 @@ class FakeOnnxRuntime:
         self.cuda = cuda
         self.refuses_graphs = False
         self.graph_ids: list[str] = []
+        self.opened: list[str] = []  # files
         self.OrtValue = onnxruntime.OrtValue
 
     def InferenceSession(self, path, options, providers):  # noqa: N802
@@ -87,24 +92,53 @@ def machine(monkeypatch) -> FakeOnnxRuntime:
     return fake
 
 
-@pytest.mark.parametrize("refuses_graphs", [False, True])
-def test_the_picture_is_the_cpu_s(machine, tiny_bundle, refuses_graphs):
-    machine.refuses_graphs = refuses_graphs
+@pytest.fixture
+def plain_bundle(tiny_bundle, tmp_path) -> Path:
+    """The bundle without twins, as exporters wrote it before there were any: the backend runs what the CPU runs."""
+    path = shutil.copytree(tiny_bundle, tmp_path / "plain.bundle")
+    manifest = json.loads((path / "bundle.json").read_text())
+    for graph in manifest["graphs"].values():
+        for file in graph.pop("twins").values():
+            (path / file).unlink()
+            del manifest["files"][file]
+    manifest["parity"] = [
+        {name: value for name, value in result.items() if name not in ("twin", "note")}
+        for result in manifest["parity"]
+        if result["twin"] is None
+    ]
+    (path / "bundle.json").write_text(json.dumps(manifest))
+    return path
+
+
+def test_levels_run_as_their_twins(machine, tiny_bundle):
+    """And only here: the CPU runs the graphs themselves."""
     levels = Fixed((2, 4, 8) * 3)
     expected = Pipeline.open(tiny_bundle, backend="cpu")("a red circle", seed=3, schedule=levels, **SIZE)
+    assert not machine.opened
     actual = Pipeline.open(tiny_bundle, backend="cuda")("a red circle", seed=3, schedule=levels, **SIZE)
+    assert {name for name in machine.opened if name.startswith("level-")} == {f"level-{p}.cuda.onnx" for p in (2, 4, 8)}
+    assert not np.array_equal(actual.latent, expected.latent)
+    np.testing.assert_allclose(actual.latent, expected.latent, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("refuses_graphs", [False, True])
+def test_the_picture_is_the_cpu_s(machine, plain_bundle, refuses_graphs):
+    machine.refuses_graphs = refuses_graphs
+    levels = Fixed((2, 4, 8) * 3)
+    expected = Pipeline.open(plain_bundle, backend="cpu")("a red circle", seed=3, schedule=levels, **SIZE)
+    actual = Pipeline.open(plain_bundle, backend="cuda")("a red circle", seed=3, schedule=levels, **SIZE)
     np.testing.assert_array_equal(actual.latent, expected.latent)
     np.testing.assert_array_equal(np.asarray(actual.image), np.asarray(expected.image))
     # a level and a size have one graph, whatever comes between their steps
     assert len(set(machine.graph_ids)) == (0 if refuses_graphs else 3)
 
 
-def test_a_gate_s_state_stays_on_the_device(machine, tiny_bundle):
+def test_a_gate_s_state_stays_on_the_device(machine, plain_bundle):
     """Samples that look at it and one that does not regroup as they decide, and are as on the CPU."""
     schedules = ["teacache:0.4", "dynamic:tau=2+teacache:0.9", "native", "spectralcache:1"]
     requests = [Request("a red circle", seed, 8, text, 64, 64) for seed, text in enumerate(schedules)]
-    expected = Pipeline.open(tiny_bundle, backend="cpu").run(requests)
-    actual = Pipeline.open(tiny_bundle, backend="cuda").run(requests)
+    expected = Pipeline.open(plain_bundle, backend="cpu").run(requests)
+    actual = Pipeline.open(plain_bundle, backend="cuda").run(requests)
     assert [result.trace.predicted > 0 for result in actual] == [True, True, False, True]
     for one, other in zip(actual, expected, strict=True):
         assert one.trace.levels == other.trace.levels
@@ -112,10 +146,10 @@ def test_a_gate_s_state_stays_on_the_device(machine, tiny_bundle):
         np.testing.assert_array_equal(one.latent, other.latent)
 
 
-def test_a_latent_grows_as_on_the_host(machine, tiny_bundle):
+def test_a_latent_grows_as_on_the_host(machine, plain_bundle):
     run = {"seed": 3, "steps": 6, "schedule": "progressive:delta=0.5", "height": 256, "width": 128}
-    expected = Pipeline.open(tiny_bundle, backend="cpu")("a red circle", **run)
-    actual = Pipeline.open(tiny_bundle, backend="cuda")("a red circle", **run)
+    expected = Pipeline.open(plain_bundle, backend="cpu")("a red circle", **run)
+    actual = Pipeline.open(plain_bundle, backend="cuda")("a red circle", **run)
     assert {record.scale for record in actual.trace.steps} == {0.5, 1.0}
     np.testing.assert_array_equal(actual.latent, expected.latent)
 
