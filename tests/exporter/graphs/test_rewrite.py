@@ -19,14 +19,12 @@ from ddit.exporter.families.flux.model import Flux
 from ddit.exporter.families.flux.original import native_velocity
 from ddit.exporter.graphs import rewrite
 from ddit.exporter.graphs.rewrite import write_twin
-from ddit.exporter.graphs.trace import export_graph
-from ddit.exporter.graphs.weights import WeightFiles
-from ddit.exporter.models import find_model
 from ddit.runtime import Bundle
 from ddit.runtime.backends.onnxruntime.host import OnnxRuntimeEngine, open_session
 from ddit.runtime.conditioning.positions import level_tables
 from ddit.runtime.tools.samples import sample_inputs
 from ddit.runtime.tools.verify import relative_error
+from tiny import half_precision_level
 
 BLOCKS = 3  # of the tiny transformer: one double, two single
 DOUBLE = 1
@@ -42,15 +40,6 @@ def between(value: ir.Value | None, ends: set[str]) -> set[str]:
     if node is None or node.op_type in ends:
         return set()
     return {node.op_type}.union(*(between(before, ends) for before in node.inputs))
-
-
-def half_precision_level(pipeline: Path, folder: Path) -> Path:
-    """The native level's graph in float16, without the rest of a bundle."""
-    job = next(job for job in Flux(find_model(str(pipeline)), (2,), "fp16").jobs() if job.name == "level-2")
-    weights = WeightFiles(folder)
-    graph = export_graph(job, 23, weights)
-    weights.write()
-    return folder / graph.save(folder, weights)
 
 
 @pytest.mark.parametrize("patch", [2, 4, 8])
