@@ -57,7 +57,7 @@ def export_graph(job: GraphJob, opset: int, weights: WeightFiles) -> ExportedGra
     """Trace a module and register its weights. Raises `ModelError` when the exporter fails."""
     traced = TRACED if opset == LOWERED else opset
     device = next((parameter.device for parameter in job.module.parameters()), torch.device("cpu"))
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
                 job.module.eval(),
@@ -95,11 +95,11 @@ def export_graph(job: GraphJob, opset: int, weights: WeightFiles) -> ExportedGra
         )
         file, stored = job.place(name)
         places[name] = (file, weights.add(file, stored, weight))
-    with _quiet():
+    with quiet():
         _fold(model)
         if opset == LOWERED:
             lower_to_opset17(model, job.name)
-        _tidy(model)
+        tidy(model)
     _name_dimensions(model, job)
     return ExportedGraph(
         job, model, {name: place for name, place in places.items() if name in model.graph.initializers}
@@ -179,7 +179,7 @@ def _absorb_transposes(graph: ir.Graph, parameters: set[str]) -> set[str]:
 def _fold(model: ir.Model) -> None:
     """Fold constants; torch's list operations become plain ``Split`` nodes on the way.
 
-    With `_tidy` this is `onnxscript.optimizer.optimize_ir` with only those rewrite rules that find something in these
+    With `tidy` this is `onnxscript.optimizer.optimize_ir` with only those rewrite rules that find something in these
     graphs: with all of them it takes longer than the tracing.
     """
     from onnxscript.optimizer import fold_constants
@@ -191,7 +191,7 @@ def _fold(model: ir.Model) -> None:
         RewritePass([collapse_slice_rule, collapse_slice2_rule])(model)
 
 
-def _tidy(model: ir.Model) -> None:
+def tidy(model: ir.Model) -> None:
     """Remove duplicate nodes and constants, and nodes without effect."""
     from onnx_ir.passes import common
 
@@ -228,7 +228,7 @@ def _name_dimensions(model: ir.Model, job: GraphJob) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence torch's exporter and onnxscript.
 
     They warn of what is intended here: dimensions that share a name, no torchvision, initializers without a value.

@@ -112,10 +112,14 @@ def _check_names(manifest: "Manifest") -> None:
         if graph not in manifest.graphs:
             raise ValueError(f"there is no graph {graph!r}")
     check_unique("graph", named)
-    files = [file for graph in manifest.graphs.values() for file in (graph.file, *graph.weights)]
+    files = [file for graph in manifest.graphs.values() for file in (graph.file, *graph.weights, *graph.twins.values())]
     for file in (*files, *(one.tokenizer.file for one in manifest.encoders)):
         if file not in manifest.files:
             raise ValueError(f"file {file!r} has no entry in files")
+    check_unique(
+        "the graph's file",
+        (file for graph in manifest.graphs.values() for file in (graph.file, *graph.twins.values())),
+    )
     sides = {shapes.SYMBOLS[axis.name] for axis in manifest.latent.sides}
     others = {"B", "L", *(shapes.SYMBOLS[axis.name] for axis in manifest.latent.axes)}
     unit = math.lcm(*manifest.patches)

@@ -72,6 +72,13 @@ class GraphInfo(_Model):
     outputs: tuple[TensorSpec, ...]
     weights: tuple[FileName, ...] = ()
     dtype: Dtype
+    twins: dict[Name, FileName] = Field(
+        default={}, description="by backend: an ONNX file that computes the same from the same weights, faster there"
+    )
+
+    def on(self, backend: str) -> "GraphInfo":
+        """The graph as a backend opens it: with the file of its twin, where it has one for this backend."""
+        return self.model_copy(update={"file": self.twins.get(backend, self.file)})
 
 
 class LevelInfo(_Model):
@@ -395,6 +402,8 @@ class ParityResult(_Model):
     error: float = Field(ge=0, description="relative L2 error against torch")
     tolerance: float = Field(gt=0)
     checked: Text = Field(description="'full', or in words what was checked instead")
+    twin: Name | None = Field(default=None, description="the backend whose twin was compared; null: the graph itself")
+    note: Text = Field(default="", description="what else is to be said, as why a level has no twin")
 
 
 class FileInfo(_Model):

@@ -82,7 +82,10 @@ def _graphs_table(manifest: Manifest) -> Table:
             graph.dtype,
             "\n".join(_signature(spec.name, spec.shape) for spec in graph.inputs),
             "\n".join(_signature(spec.name, spec.shape) for spec in graph.outputs),
-            f"{manifest.files[graph.file].size / 1e3:.0f} kB",
+            "\n".join(
+                [_kilobytes(manifest, graph.file)]
+                + [f"{backend}: {_kilobytes(manifest, file)}" for backend, file in graph.twins.items()]
+            ),
             f"{worst:.1e}{note}",
         )
     return table
@@ -97,6 +100,10 @@ def _engines_table(backend: str, built_for: str, engines: Sequence[StoredEngine]
         size = f"{info.size / 1e6:,.0f} MB"
         table.add_row(printable(info.graph), info.profile.name, size, _minute(info.built), info.key)
     return table
+
+
+def _kilobytes(manifest: Manifest, file: str) -> str:
+    return f"{manifest.files[file].size / 1e3:.0f} kB"
 
 
 def _minute(time: str) -> str:

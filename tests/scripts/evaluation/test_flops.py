@@ -14,20 +14,21 @@ from evaluation import flops
 TEXT = 16  # tokens of the tiny pipeline's prompts
 
 
-def test_the_native_level_counts_as_torch_does(tiny_bundle, tiny_pipeline):
+@pytest.mark.parametrize("text", [None, 40])
+def test_the_native_level_counts_as_torch_does(tiny_bundle, tiny_pipeline, text):
     transformer = FluxTransformer2DModel.from_pretrained(tiny_pipeline / "transformer")
     # torch's counter does not know the fused attention of CPUs
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         transformer(
             torch.randn(1, 32, 16),  # 64×128 pixels: 4×8 patches
-            torch.randn(1, TEXT, 24),
+            torch.randn(1, text or TEXT, 24),
             torch.randn(1, 20),
             torch.ones(1),
             torch.zeros(32, 3),
-            torch.zeros(TEXT, 3),
+            torch.zeros(text or TEXT, 3),
             torch.ones(1),
         )
-    counted = flops.level_flops(Bundle.open(tiny_bundle), size=Size(64, 128))
+    counted = flops.level_flops(Bundle.open(tiny_bundle), size=Size(64, 128), text=text)
     assert counted[2] == counter.get_total_flops()
 
 
