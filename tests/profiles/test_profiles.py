@@ -7,7 +7,6 @@ from pydantic import ValidationError
 
 from ddit.profiles import ProfileError, Range, built_in, load_profile
 
-
 CLIPS = ("wan-480",)
 
 
