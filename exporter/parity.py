@@ -230,6 +230,7 @@ def parity_cases(family: Family, profile: Profile) -> list[dict[str, int]]:
         name: unit * (1 + number)
         for number, (name, unit) in enumerate(shapes.units(family.latent, family.levels).items())
     }
+    steps |= {axis.name: axis.downscale for axis in family.latent.axes if axis.name not in steps}  # frames
     smallest = entry.at("minimum")
     larger = {name: min(size + steps[name], getattr(entry, name).maximum) for name, size in smallest.items()}
     return [shapes.to_symbols(family.latent, sizes) for sizes in (smallest, larger)]

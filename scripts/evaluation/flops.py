@@ -17,18 +17,19 @@ from onnxscript import optimizer
 
 from ddit.runtime import Bundle
 from ddit.runtime.errors import BundleError
+from ddit.runtime.shapes import Size
 
 COUNTED = {"MatMul", "Gemm", "Conv", "Attention"}
 
 
-def level_flops(bundle: Bundle, *, height: int, width: int, text: int | None = None) -> dict[int, float]:
-    """Operations of one denoising step of one picture of ``height``×``width`` pixels, by level.
+def level_flops(bundle: Bundle, *, size: Size, text: int | None = None) -> dict[int, float]:
+    """Operations of one denoising step of one picture or clip, by level.
 
     ``text`` is the number of text tokens, the bundle's own when None. Raises `UsageError` for a size that the bundle
     cannot make, `BundleError` where a graph's shapes cannot be found.
     """
     manifest = bundle.manifest
-    sizes = manifest.sizes(height=height, width=width, text=manifest.text_length if text is None else text)
+    sizes = manifest.sizes(size, text=manifest.text_length if text is None else text)
     flops = {}
     for patch in manifest.patches:
         info = bundle.graph(manifest.level(patch).graph)
@@ -44,7 +45,10 @@ def graph_flops(path: Path, shapes: Mapping[str, Sequence[int]]) -> float:
     for node in model.graph:  # the symbolic shapes that the exporter left would hide the numbers
         for output in node.outputs:
             output.shape = None
-    optimizer.optimize(model)  # folds the arithmetic on shapes, so that every shape becomes numbers
+    for initializer in model.graph.initializers.values():
+        if isinstance(initializer.const_value, ir.ExternalTensor):
+            initializer.const_value = None  # so that nothing is folded with it
+    optimizer.fold_constants(model, onnx_shape_inference=True)  # the arithmetic on shapes: all of them become numbers
     return float(sum(_node_flops(node, path.name) for node in model.graph if node.op_type in COUNTED))
 
 

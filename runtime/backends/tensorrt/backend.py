@@ -108,13 +108,12 @@ class TensorRTBackend(DeviceBackend):
     def _open(self, graph: str) -> DeviceEngine:
         return TensorRTEngine(self, self.bundle.graph(graph), self.stored[graph])
 
-    def check(self, *, height: int, width: int, text: int, batch: int) -> None:
+    def check(self, sizes: Mapping[str, int]) -> None:
         """See that every graph has a whole engine for the sizes, and that those not yet loaded fit into GPU memory.
 
         Raises `UsageError` and `BackendError`.
         """
-        asked = {"height": height, "width": width, "text": text, "batch": batch}
-        chosen = [choose(stored, asked)[0] for stored in self.stored.values()]
+        chosen = [choose(stored, sizes)[0] for stored in self.stored.values()]
         missing = [one for one in chosen if one.info.key not in self._loaded]
         for one in missing:
             one.check()

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddit.runtime import Bundle
 from ddit.runtime.errors import UsageError
+from ddit.runtime.shapes import Size
 from evaluation import flops
 
 TEXT = 16  # tokens of the tiny pipeline's prompts
@@ -27,17 +28,17 @@ def test_the_native_level_counts_as_torch_does(tiny_bundle, tiny_pipeline, text)
             torch.zeros(text or TEXT, 3),
             torch.ones(1),
         )
-    counted = flops.level_flops(Bundle.open(tiny_bundle), height=64, width=128, text=text)
+    counted = flops.level_flops(Bundle.open(tiny_bundle), size=Size(64, 128), text=text)
     assert counted[2] == counter.get_total_flops()
 
 
 def test_coarser_levels_cost_less_and_larger_pictures_more(tiny_bundle):
     bundle = Bundle.open(tiny_bundle)
-    small, large = (flops.level_flops(bundle, height=side, width=side) for side in (128, 256))
+    small, large = (flops.level_flops(bundle, size=Size(side, side)) for side in (128, 256))
     assert small[2] > small[4] > small[8]
     assert all(large[patch] > small[patch] for patch in (2, 4, 8))
 
 
 def test_a_size_that_the_bundle_cannot_make_is_refused(tiny_bundle):
     with pytest.raises(UsageError, match="not a multiple of 64"):
-        flops.level_flops(Bundle.open(tiny_bundle), height=100, width=64)
+        flops.level_flops(Bundle.open(tiny_bundle), size=Size(100, 64))
