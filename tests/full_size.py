@@ -19,6 +19,7 @@ def trace_flux(folder: Path) -> dict[str, float]:
     from ddit.exporter.graphs.weights import WeightFiles
     from ddit.exporter.levels import AdapterConfig
     from ddit.exporter.models import find_model
+    from evaluation.flops import graph_flops
 
     class Untouched(Adapter):
         def apply(self, level, patch, *, shortened=False):
@@ -38,6 +39,12 @@ def trace_flux(folder: Path) -> dict[str, float]:
         ir.save(graph.model, folder / f"level-{patch}.onnx")
         report[f"level-{patch} kB"] = (folder / f"level-{patch}.onnx").stat().st_size / 1e3
     report["seconds"] = perf_counter() - start
+    for patch in model.levels:
+        for text in (512, 128, 64):
+            sizes = {"B": 1, "H": 128, "W": 128, "L": text}
+            shapes = {spec.name: spec.resolve(sizes) for spec in model.level_job(patch).inputs}
+            flops = graph_flops(folder / f"level-{patch}.onnx", shapes)
+            report[f"level-{patch} TFLOP at 1024×1024 with {text} text tokens"] = flops / 1e12
     report["peak MB"] = peak_memory_mb()
     report["GB of weights"] = weights.total_bytes() / 1e9
     report["GB of level 4's own"] = weights.file_bytes("level-4.safetensors") / 1e9

@@ -25,9 +25,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common
 from onnxscript.rewriter import MatchResult, RewritePass, RewriteRuleClassBase
 
-from ddit.exporter.graphs.trace import quiet, tidy
+from ddit.exporter.graphs.trace import quiet
 
 OPSET = 23  # the first with Attention as one node
 BACKEND = "cuda"  # that runs the twins, by its name in the registry
@@ -74,7 +75,14 @@ def rewrite(model: ir.Model) -> None:
             raise ValueError(f"{left} of its {attentions} attentions are unlike those that can be rewritten")
         RewritePass([kind.rule() for kind in (Gelu, GeluOfBranch, Modulation, Limits, SplitAndJoined)])(model)
         model.opset_imports[CONTRIB] = CONTRIB_VERSION
-        tidy(model)
+        # not `tidy`, which compares initializers by their values: here they have some, in files of many gigabytes
+        ir.passes.Sequential(
+            common.IdentityEliminationPass(),
+            common.CommonSubexpressionEliminationPass(),
+            common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            common.RemoveUnusedNodesPass(),
+            common.NameFixPass(),
+        )(model)
 
 
 class Rotary(RewriteRuleClassBase):
@@ -199,7 +207,7 @@ class Modulation(RewriteRuleClassBase):
         """ONNX Runtime's kernel takes scale and bias of one shape, (B, 1, C) for (B, S, C)."""
         result = MatchResult()
         weight = ir.convenience.get_const_tensor(ones)
-        if weight is None or not np.all(weight.numpy() == 1):
+        if weight is None or isinstance(weight, ir.ExternalTensor) or not np.all(weight.numpy() == 1):
             return result.fail("the norm has weights of its own")
         if not (_has_row_per_sample(scale) and _has_row_per_sample(shift)):
             return result.fail("scale or shift is not one row for every sample")

@@ -99,7 +99,7 @@ def export_graph(job: GraphJob, opset: int, weights: WeightFiles) -> ExportedGra
         _fold(model)
         if opset == LOWERED:
             lower_to_opset17(model, job.name)
-        tidy(model)
+        _tidy(model)
     _name_dimensions(model, job)
     return ExportedGraph(
         job, model, {name: place for name, place in places.items() if name in model.graph.initializers}
@@ -179,7 +179,7 @@ def _absorb_transposes(graph: ir.Graph, parameters: set[str]) -> set[str]:
 def _fold(model: ir.Model) -> None:
     """Fold constants; torch's list operations become plain ``Split`` nodes on the way.
 
-    With `tidy` this is `onnxscript.optimizer.optimize_ir` with only those rewrite rules that find something in these
+    With `_tidy` this is `onnxscript.optimizer.optimize_ir` with only those rewrite rules that find something in these
     graphs: with all of them it takes longer than the tracing.
     """
     from onnxscript.optimizer import fold_constants
@@ -191,7 +191,7 @@ def _fold(model: ir.Model) -> None:
         RewritePass([collapse_slice_rule, collapse_slice2_rule])(model)
 
 
-def tidy(model: ir.Model) -> None:
+def _tidy(model: ir.Model) -> None:
     """Remove duplicate nodes and constants, and nodes without effect."""
     from onnx_ir.passes import common
 

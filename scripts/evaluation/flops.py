@@ -45,7 +45,10 @@ def graph_flops(path: Path, shapes: Mapping[str, Sequence[int]]) -> float:
     for node in model.graph:  # the symbolic shapes that the exporter left would hide the numbers
         for output in node.outputs:
             output.shape = None
-    optimizer.optimize(model)  # folds the arithmetic on shapes, so that every shape becomes numbers
+    for initializer in model.graph.initializers.values():
+        if isinstance(initializer.const_value, ir.ExternalTensor):
+            initializer.const_value = None  # so that nothing is folded with it
+    optimizer.fold_constants(model, onnx_shape_inference=True)  # the arithmetic on shapes: all of them become numbers
     return float(sum(_node_flops(node, path.name) for node in model.graph if node.op_type in COUNTED))
 
 

@@ -2,6 +2,8 @@
 
 import multiprocessing
 
+import pytest
+
 from full_size import trace_flux
 
 
@@ -16,3 +18,7 @@ def test_tracing_flux_dev_is_quick_and_lean(tmp_path):
     assert report["level-4 kB"] < 4000
     assert 23.7 < report["GB of weights"] - report["GB of level 4's own"] < 23.9
     assert report["GB of level 4's own"] < 0.5
+    # two operations a token and weight of the blocks, and attention between all tokens: 38 single blocks, 19 double
+    tokens, width = 4096 + 512, 3072
+    counted = tokens * 2 * width**2 * (3 + 4 + 5) * 57 + 4 * tokens**2 * width * 57
+    assert report["level-2 TFLOP at 1024×1024 with 512 text tokens"] == pytest.approx(counted / 1e12, rel=0.01)
