@@ -1,4 +1,4 @@
-"""Names of graphs and tensors that hosts know; every other name is the bundle's own (docs/bundle.md)."""
+"""Names of graphs and tensors that hosts know; every other name is the bundle's own (docs/spec/bundle.md)."""
 
 UPDATE = "step"  # the graph that moves the latent
 PREDICT = "predict"  # the graph that gives a velocity where no level runs
