@@ -1,4 +1,4 @@
-"""The C++ host, built once a session: optimised, and with sanitizers. Skipped where something to build it is missing."""
+"""The C++ host, built once a session: optimised, and with sanitizers. Skipped where its build lacks something."""
 
 import importlib.util
 import json
@@ -64,17 +64,17 @@ def tool(*arguments: object, cwd: Path = ROOT) -> None:
     assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
 
 
-def build(preset: str, sdk: Path, folder: Path) -> None:
+def build(preset: str, sdk: Path, folder: Path, *more: str) -> None:
     """Configure and build a preset in a folder."""
     settings = (f"-DONNXRUNTIME_ROOT={sdk}", f"-DNLOHMANN_JSON_INCLUDE_DIR={json_headers()}")
-    tool("cmake", "--preset", preset, "-B", folder, *settings, cwd=SOURCE)
+    tool("cmake", "--preset", preset, "-B", folder, *settings, *more, cwd=SOURCE)
     tool("cmake", "--build", folder)
 
 
 @pytest.fixture(scope="session")
 def release(shared_folder, sdk) -> Path:
     """The optimised build's folder."""
-    return make_once(shared_folder / "cpp-release", lambda path: build("release", sdk, path))
+    return make_once(shared_folder / "cpp-release", lambda path: build("release", sdk, path, "-DDDIT_TESTS=ON"))
 
 
 @pytest.fixture(scope="session")

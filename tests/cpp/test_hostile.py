@@ -15,6 +15,8 @@ from ddit.runtime.errors import BundleError
 from hostile import damaged, mutate
 from outcomes import count
 
+HEADER = b"{'descr': '<f4', 'fortran_order': False, 'shape': (9999999, 9999999, 9999999), }"
+HUGE = b"\x93NUMPY\x01\x00" + bytes([len(HEADER), 0]) + HEADER
 FILES = ("level-2.onnx", "step.onnx", "t5.onnx", "vae_decoder.onnx", "transformer.safetensors", "bundle.json")
 STEPS = 5
 
@@ -102,7 +104,7 @@ def test_files(victim, attempt, pytestconfig, recorded):
     [
         ("noise.npy", b""),
         ("noise.npy", b"\x93NUMPY\x01\x00\xff\xff{'descr': '<f4'"),
-        ("noise.npy", b"\x93NUMPY\x01\x00\x50\x00" + b"{'descr': '<f4', 'fortran_order': False, 'shape': (9999999, 9999999, 9999999), }"),
+        ("noise.npy", HUGE),
         ("noise.npy", b"\x93NUMPY\x09\x00"),
         ("ids.json", b""),
         ("ids.json", b"[" * 100_000),

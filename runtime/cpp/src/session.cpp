@@ -90,6 +90,9 @@ const StepRecord& Session::step() {
   if (decision.level) record.error = history_.error;
   record.by = decision.by;
   record.figures = decision.figures;
+  record.prediction = decision.prediction;
+  record.correction = decision.correction;
+  record.gain = decision.gain;
   record.scale = history_.scale;
   record.height = sizes().at("H") * manifest_.downscale("height");
   record.width = sizes().at("W") * manifest_.downscale("width");

@@ -58,8 +58,11 @@ struct StepRecord {
   std::optional<double> error;      // root mean square of v − v̂ at a computed step that was predicted too
   std::string by;
   Figures figures;
+  std::vector<double> prediction;  // weights of the kept velocities
+  double correction = 0;
   Fraction scale;
-  std::int64_t height = 0, width = 0;  // pixels that are that
+  double gain = 1;
+  std::int64_t height = 0, width = 0;  // pixels that the scale is
 };
 
 struct Trace {
