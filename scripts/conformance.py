@@ -132,7 +132,8 @@ def write_vectors(pipeline: Pipeline, request: Request, schedules: Sequence[str]
     }
     coefficients = noise_coefficients(run.seed, full)
     small = tuple(side // 2 for side in full[1:])
-    content = {
+    runs: list[dict[str, Any]] = []
+    content: dict[str, Any] = {
         "format": FORMAT,
         "graphs_sha256": {name: manifest.files[info.file].sha256 for name, info in manifest.graphs.items()},
         "prompt": run.prompt,
@@ -153,17 +154,17 @@ def write_vectors(pipeline: Pipeline, request: Request, schedules: Sequence[str]
         },
         "growing_tables": vectors.arrays("growing", growing_tables((small[0], small[1]), (full[1], full[2]))),
         "graphs": [_graph(pipeline, graph, run.sizes, vectors) for graph in manifest.graphs],
-        "runs": [],
+        "runs": runs,
     }
     for number, schedule in enumerate(schedules):
         if schedule == "fixed":  # the levels in turn, the native one first and last
             levels = [*manifest.patches, *manifest.coarse[::-1], manifest.native] * run.steps
             schedule = "fixed:" + ",".join(map(str, levels[: run.steps]))
         try:
-            content["runs"].append(_run(pipeline, request, schedule, vectors, f"run-{number}"))
+            runs.append(_run(pipeline, request, schedule, vectors, f"run-{number}"))
         except UsageError as error:
             say(f"left out: {schedule}: {error}")
-    if not content["runs"]:
+    if not runs:
         raise DditError("the bundle can run none of the policies at this size; choose another with --height, --width")
     (folder / "vectors.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return content

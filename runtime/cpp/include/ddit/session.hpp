@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "ddit/engine.hpp"
+#include "ddit/errors.hpp"
 #include "ddit/files.hpp"
 #include "ddit/policy.hpp"
 
