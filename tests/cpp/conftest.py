@@ -65,10 +65,14 @@ def tool(*arguments: object, cwd: Path = ROOT) -> None:
 
 
 def build(preset: str, sdk: Path, folder: Path, *more: str) -> None:
-    """Configure and build a preset in a folder."""
+    """Configure and build a preset in a folder; half a build does not stay."""
     settings = (f"-DONNXRUNTIME_ROOT={sdk}", f"-DNLOHMANN_JSON_INCLUDE_DIR={json_headers()}")
-    tool("cmake", "--preset", preset, "-B", folder, *settings, *more, cwd=SOURCE)
-    tool("cmake", "--build", folder)
+    try:
+        tool("cmake", "--preset", preset, "-B", folder, *settings, *more, cwd=SOURCE)
+        tool("cmake", "--build", folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 @pytest.fixture(scope="session")
