@@ -1,18 +1,21 @@
 """Put a bundle together: graphs, weights, tokenizers, parity and manifest, in a folder that appears all at once."""
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from ddit.exporter.end_to_end import check_pipeline
 from ddit.exporter.families.base import Family
 from ddit.exporter.graphs.job import level_name
+from ddit.exporter.graphs.rewrite import BACKEND, Twin, write_twin
+from ddit.exporter.graphs.rewrite import OPSET as TWINS_SINCE
 from ddit.exporter.graphs.trace import export_graph
 from ddit.exporter.graphs.weights import WeightFiles
 from ddit.exporter.parity import Report, check_bundle
 from ddit.exporter.replacing import replacing
 from ddit.profiles import Profile
 from ddit.runtime.bundle import MANIFEST, Manifest, file_info
-from ddit.runtime.bundle.manifest import AdaptiveInfo, GraphInfo, LevelInfo, ScheduleInfo
+from ddit.runtime.bundle.manifest import AdaptiveInfo, GraphInfo, LevelInfo, ParityResult, ScheduleInfo
 
 # The paper's values (arXiv 2602.16968, section 4.1). τ belongs to a model and a step count, so these are a start only.
 PAPER = ScheduleInfo(tau=0.001, rho=0.4, warmup=3)
@@ -39,17 +42,21 @@ def export_bundle(family: Family, out: Path, *, profile: Profile, opset: int, re
             graphs.append(export_graph(job, opset, weights))
         report(f"writing {weights.total_bytes() / 1e6:,.0f} MB of weights")
         weights.write()
+        files = {graph.job.name: graph.save(folder, weights) for graph in graphs}
+        levels = {level_name(patch) for patch in family.levels} if opset >= TWINS_SINCE else set()
+        twins = {name: write_twin(folder / file) for name, file in files.items() if name in levels}
+        parity = check_bundle(family, jobs, folder, profile, opset, report, twins)
         infos = {
             graph.job.name: GraphInfo(
-                file=graph.save(folder, weights),
+                file=files[graph.job.name],
                 inputs=graph.job.inputs,
                 outputs=graph.job.outputs,
                 weights=graph.weight_files,
                 dtype=graph.job.dtype,
+                twins=_accepted_twin(folder, graph.job.name, twins.get(graph.job.name), parity, report),
             )
             for graph in graphs
         }
-        parity = check_bundle(family, jobs, folder, profile, opset, report)
         parity += check_pipeline(family, jobs, folder, encoders, profile, report)
         report("hashing")
         manifest = Manifest(
@@ -78,6 +85,20 @@ def export_bundle(family: Family, out: Path, *, profile: Profile, opset: int, re
         )
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return manifest
+
+
+def _accepted_twin(
+    folder: Path, name: str, twin: Twin | None, parity: Sequence[ParityResult], report: Report
+) -> dict[str, str]:
+    """The twin of a graph that agrees with the model, by its backend; another one's file is removed."""
+    if twin is None:
+        return {}
+    if twin.file and any(result.graph == name and result.twin for result in parity):
+        return {BACKEND: twin.file}
+    if twin.file:
+        (folder / twin.file).unlink()
+    report(f"warning: {name}: {next(result.note for result in parity if result.graph == name)}")
+    return {}
 
 
 def _level_info(family: Family, patch: int) -> LevelInfo:

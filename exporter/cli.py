@@ -214,6 +214,10 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]
     type=click.Path(path_type=Path, dir_okay=False),
     help="File of kernel timings.  [default: the user's, one per GPU model and TensorRT version]",
 )
+@click.option(
+    "--target",
+    help="Compute capability to build for, as in sm89: --backend tensorrt-rtx needs no GPU then.  [default: this GPU]",
+)
 @click.option("--workspace", type=Bytes(), help="Most scratch memory of a kernel, as in 16GiB.  [default: all]")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
 def engines(
@@ -223,16 +227,23 @@ def engines(
     profile: str | None,
     optimization_level: int | None,
     timing_cache: Path | None,
+    target: str | None,
     workspace: int | None,
     as_json: bool,
 ) -> None:
-    """Build a bundle's engines on the machine that will run them. Needs no torch."""
+    """Build a bundle's engines, on the machine that will run them unless there is a --target. Needs no torch."""
     bundle = Bundle.open(path)
     manifest = bundle.manifest
     chosen = _profile(profile) if profile else manifest.profile
     wanted = {manifest.level(patch).graph for patch in levels or manifest.patches}
     others = {level.graph for level in manifest.levels} - wanted
-    builder = _builder(backend, timing_cache=timing_cache, optimization_level=optimization_level, workspace=workspace)
+    builder = _builder(
+        backend,
+        timing_cache=timing_cache,
+        optimization_level=optimization_level,
+        target=target,
+        workspace=workspace,
+    )
     built = builder.build(bundle, chosen, [graph for graph in manifest.graphs if graph not in others])
     if as_json:
         infos = [

@@ -23,6 +23,12 @@ def load_component(cls: Any, folder: Path, dtype: Dtype) -> Any:
         raise ModelError(f"{folder} cannot be read: {str(error).strip().splitlines()[0]}") from None
 
 
+def load_rounded(cls: Any, folder: Path, dtype: Dtype, device: torch.device) -> Any:
+    """A component in float32, from weights rounded to a graph's type. Takes four bytes a weight."""
+    module: nn.Module = load_component(cls, folder, dtype).float()
+    return module.to(device)
+
+
 def shortened(make: Callable[[], nn.Module], stored: Mapping[str, Tensor]) -> nn.Module:
     """A module of fewer blocks than its folder holds, with the weights of those that it has, in float32."""
     module = make().eval()

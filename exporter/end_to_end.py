@@ -5,7 +5,7 @@ that the host makes in its own way, the sign of a step.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +26,12 @@ from ddit.exporter.parity import (
 from ddit.profiles import Profile
 from ddit.runtime import shapes
 from ddit.runtime.backends.onnxruntime.host import OnnxRuntimeEngine, open_session
-from ddit.runtime.bundle.manifest import Dtype, ParityResult, TextEncoderInfo
+from ddit.runtime.bundle.manifest import Decoder, Dtype, ParityResult, TextEncoderInfo
+from ddit.runtime.bundle.names import CONDITIONAL, GUIDE, NEXT, UNCONDITIONAL, VELOCITY
+from ddit.runtime.conditioning.guidance import is_guided
 from ddit.runtime.conditioning.text import Tokenizer
-from ddit.runtime.samplers.sigmas import noise, sigmas
+from ddit.runtime.samplers.sigmas import noise, sigmas, timesteps
+from ddit.runtime.samplers.unipc import coefficients
 from ddit.runtime.tools.verify import relative_error, tolerance
 
 log = logging.getLogger(__name__)
@@ -53,7 +56,8 @@ def check_pipeline(
     Raises `ParityError` when an error exceeds its tolerance.
     """
     native = level_name(family.native)
-    used = {native, "step", family.decoder.graph, *(encoder.graph for encoder in encoders)}
+    used = {native, "step", *family.decoder.graphs, *(encoder.graph for encoder in encoders)}
+    used |= {GUIDE} if family.guidance.two_passes else set()
     chosen = {job.name: job for job in jobs if job.name in used}
     if reason := _why_not(list(chosen.values())):
         log.warning("the whole pipeline is not compared with the original: %s", reason)
@@ -75,7 +79,7 @@ def check_pipeline(
     actual = _bundle_step(family, chosen, folder, encoders, prompts, start, guidance, sizes)
     dtype: Dtype = next((job.dtype for job in chosen.values() if job.dtype != "fp32"), "fp32")
     results = []
-    for tensor, graph in (("latent", native), ("image", family.decoder.graph)):
+    for tensor, graph in (("latent", native), ("image", family.decoder.graphs[0])):
         result = ParityResult(
             graph=NAME,
             tensor=tensor,
@@ -114,7 +118,10 @@ def _bundle_step(
     guidance: float,
     sizes: Mapping[str, int],
 ) -> dict[str, FloatArray]:
-    """The first of `STEPS` native steps, as a host runs the bundle: the ``latent`` after it, and its ``image``."""
+    """The first of `STEPS` native steps, as a host runs the bundle: the ``latent`` after it, and its ``image``.
+
+    Of a clip the ``image`` is all frames (B, 3, frames, height, width).
+    """
 
     def run(graph: str, **values: NDArray[np.float32] | NDArray[np.int64]) -> dict[str, FloatArray]:
         # whatever else the step graph takes is zero at first
@@ -124,22 +131,47 @@ def _bundle_step(
         }
         return OnnxRuntimeEngine(open_session(folder / f"{graph}.onnx"), graph).run(inputs)
 
-    conditions: dict[str, FloatArray] = {}
-    for encoder in encoders:
-        tokenizer = Tokenizer(folder / encoder.tokenizer.file, encoder.tokenizer)
-        length = sizes["L"] if encoder.free_length else None
-        ids = np.stack([tokenizer(prompt, length)[0] for prompt in prompts])
-        outputs = run(encoder.graph, input_ids=ids)
-        conditions |= {encoder.feeds[name]: value for name, value in outputs.items()}
+    def encode(texts: Sequence[str]) -> dict[str, FloatArray]:
+        conditions: dict[str, FloatArray] = {}
+        for encoder in encoders:
+            tokenizer = Tokenizer(folder / encoder.tokenizer.file, encoder.tokenizer)
+            length = sizes["L"] if encoder.free_length else None
+            ids = np.stack([tokenizer(text, length)[0] for text in texts])
+            outputs = run(encoder.graph, input_ids=ids)
+            conditions |= {encoder.feeds[name]: value for name, value in outputs.items()}
+        return conditions
 
-    sigma = sigmas(family.sampler, STEPS, shapes.image_tokens(family.latent, family.native, sizes))
-    timestep, dt, scale = (
-        np.full(len(prompts), value, dtype=np.float32) for value in (sigma[0], sigma[1] - sigma[0], guidance)
+    tokens = shapes.image_tokens(family.latent, family.native, sizes)
+    sampler = family.sampler
+    sigma, count = sigmas(sampler, STEPS, tokens), len(prompts)
+    timestep, told, dt, scale = (
+        np.full(count, value, dtype=np.float32)
+        for value in (sigma[0], timesteps(sampler, STEPS, tokens)[0], sigma[1] - sigma[0], guidance)
     )
+    level = {"latent": start, "timestep": told, "guidance": scale}
     native = level_name(family.native)
-    tables = jobs[native].tables(sizes)
-    level = run(native, latent=start, timestep=timestep, guidance=scale, **conditions, **tables)
-    step = run("step", latent=start, velocity=level["velocity"], timestep=timestep, dt=dt)
-    latent = step["next_latent"]
-    image = run(family.decoder.graph, latent=latent)["image"]
-    return {"latent": latent, "image": np.clip(image, -1, 1)}
+    level |= jobs[native].tables(sizes)
+    velocity = run(native, **level, **encode(prompts))[VELOCITY]
+    if is_guided(family.guidance, guidance):
+        other = run(native, **level, **encode([""] * count))[VELOCITY]
+        guided = {CONDITIONAL: velocity, UNCONDITIONAL: other}
+        velocity = run(GUIDE, guidance=scale, **guided)[VELOCITY]
+    how_far = {"dt": dt}
+    if sampler.kind == "flow_unipc":
+        how_far = {"solver": np.array([coefficients(sigma.tolist(), 0, 0, sampler.order)] * count, np.float32)}
+    latent = run("step", latent=start, velocity=velocity, timestep=timestep, **how_far)["next_latent"]
+    return {"latent": latent, "image": np.clip(_decoded(run, family.decoder, latent), -1, 1)}
+
+
+def _decoded(run: Callable[..., dict[str, FloatArray]], decoder: Decoder, latent: FloatArray) -> FloatArray:
+    """The picture (B, 3, height, width), or all frames of the clip (B, 3, frames, height, width)."""
+    if decoder.kind == "image":
+        return run(decoder.graph, latent=latent)["image"]
+    found: list[FloatArray] = []
+    state: dict[str, FloatArray] = {}
+    for number in range(latent.shape[2]):
+        graph = decoder.following if number else decoder.first
+        outputs = run(graph, latent_frame=latent[:, :, number : number + 1], **state)
+        found.append(outputs.pop("frames"))
+        state = {name.removeprefix(NEXT): value for name, value in outputs.items()}
+    return np.concatenate(found, axis=2)

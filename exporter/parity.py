@@ -21,13 +21,14 @@ from safetensors.numpy import save
 
 from ddit.exporter.families.base import REDUCED_DEPTH, Family
 from ddit.exporter.graphs.job import GraphJob
+from ddit.exporter.graphs.rewrite import BACKEND, Twin, write_twin
 from ddit.exporter.graphs.trace import export_graph
 from ddit.exporter.graphs.weights import WeightFiles
 from ddit.profiles import Profile
 from ddit.runtime import shapes
 from ddit.runtime.backends.onnxruntime.host import OnnxRuntimeEngine, open_session
 from ddit.runtime.bundle.manifest import ParityResult
-from ddit.runtime.errors import ParityError
+from ddit.runtime.errors import BackendError, ParityError
 from ddit.runtime.tools.samples import VOCABULARY, sample_inputs
 from ddit.runtime.tools.verify import REFERENCE_FILE, reference_name, relative_error, tolerance
 
@@ -89,9 +90,16 @@ def exact_float32() -> Iterator[None]:
 
 
 def compare(
-    job: GraphJob, path: Path, cases: Sequence[Mapping[str, int]], references: Arrays, checked: str = "full"
+    job: GraphJob,
+    path: Path,
+    cases: Sequence[Mapping[str, int]],
+    references: Arrays,
+    checked: str = "full",
+    *,
+    twin: str | None = None,
+    note: str = "",
 ) -> list[ParityResult]:
-    """Run an exported graph on the reference inputs and compare.
+    """Run an exported graph, or its twin for the backend ``twin``, on the reference inputs and compare.
 
     Raises `ParityError` with the graph, the tensor and the figure when an error exceeds its tolerance.
     """
@@ -113,9 +121,33 @@ def compare(
                 error=relative_error(actual[spec.name], expected),
                 tolerance=tolerance(job.name, job.dtype, expected.shape),
                 checked=checked,
+                twin=twin,
+                note=note,
             )
-            results.append(accepted(result, f"graph {job.name}"))
+            results.append(accepted(result, f"the {twin} twin of {job.name}" if twin else f"graph {job.name}"))
     return results
+
+
+def compare_with_twin(
+    job: GraphJob,
+    path: Path,
+    cases: Sequence[Mapping[str, int]],
+    references: Arrays,
+    twin: Twin | None,
+    checked: str = "full",
+) -> list[ParityResult]:
+    """`compare` a graph, and its twin with the same references.
+
+    The graph has to be right. A twin that is not, or that cannot be run, is left out, and the graph's results say so.
+    """
+    why_not, results = twin.why_not if twin else "", []
+    if twin and twin.file:
+        try:
+            results = compare(job, path.with_name(twin.file), cases, references, checked, twin=BACKEND)
+        except (ParityError, BackendError) as error:
+            why_not = str(error)
+    note = f"{BACKEND} runs the graph itself: {why_not}" if why_not else ""
+    return compare(job, path, cases, references, checked, note=note) + results
 
 
 def accepted(result: ParityResult, what: str) -> ParityResult:
@@ -131,14 +163,20 @@ def accepted(result: ParityResult, what: str) -> ParityResult:
 
 
 def check_bundle(
-    family: Family, jobs: Sequence[GraphJob], folder: Path, profile: Profile, opset: int, report: Report
+    family: Family,
+    jobs: Sequence[GraphJob],
+    folder: Path,
+    profile: Profile,
+    opset: int,
+    report: Report,
+    twins: Mapping[str, Twin] | None = None,
 ) -> list[ParityResult]:
-    """Check every graph of a bundle that is being written, and keep the references in it.
+    """Check every graph of a bundle that is being written and its twin, by ``twins``, and keep the references in it.
 
     A graph that this machine cannot run as it is, is checked in float32 at reduced depth instead. Its references are
     kept all the same where torch can compute them, so that ``ddit-run verify`` completes the check elsewhere.
     """
-    cases = parity_cases(family, profile)
+    cases, twins = parity_cases(family, profile), twins or {}
     references: Arrays = {}
     results: list[ParityResult] = []
     elsewhere = set()
@@ -148,14 +186,14 @@ def check_bundle(
             report(f"running the original of {job.name}")
             references |= reference_arrays(job, cases)
         if has_references and onnxruntime_runs(job):
-            results += compare(job, folder / f"{job.name}.onnx", cases, references)
+            results += compare_with_twin(job, folder / f"{job.name}.onnx", cases, references, twins.get(job.name))
         else:
             elsewhere.add(job.name)
     if elsewhere:
         # inside the bundle's folder: that disk has the space, and an interrupted export removes the folder
         reduced = folder / "reduced"
         reduced.mkdir()
-        results += _check_reduced(family, elsewhere, reduced, cases, opset, report)
+        results += _check_reduced(family, elsewhere, reduced, cases, opset, report, twins)
         shutil.rmtree(reduced)
     # not save_file, which makes files that only their owner may read
     (folder / REFERENCE_FILE).write_bytes(save(references))
@@ -163,7 +201,13 @@ def check_bundle(
 
 
 def _check_reduced(
-    family: Family, names: set[str], folder: Path, cases: list[dict[str, int]], opset: int, report: Report
+    family: Family,
+    names: set[str],
+    folder: Path,
+    cases: list[dict[str, int]],
+    opset: int,
+    report: Report,
+    twins: Mapping[str, Twin],
 ) -> list[ParityResult]:
     """The same graphs in float32 with one block of each kind, exported and compared in a temporary folder."""
     weights = WeightFiles(folder)
@@ -173,8 +217,9 @@ def _check_reduced(
     for graph in graphs:
         report(f"checking {graph.job.name} in float32 at reduced depth")
         path = folder / graph.save(folder, weights)
+        twin = write_twin(path) if graph.job.name in twins else None
         checked = f"in float32 with {REDUCED_DEPTH} block of each kind; verify on a machine that runs {family.dtype}"
-        results += compare(graph.job, path, cases, reference_arrays(graph.job, cases), checked)
+        results += compare_with_twin(graph.job, path, cases, reference_arrays(graph.job, cases), twin, checked)
     return results
 
 
@@ -185,6 +230,7 @@ def parity_cases(family: Family, profile: Profile) -> list[dict[str, int]]:
         name: unit * (1 + number)
         for number, (name, unit) in enumerate(shapes.units(family.latent, family.levels).items())
     }
+    steps |= {axis.name: axis.downscale for axis in family.latent.axes if axis.name not in steps}  # frames
     smallest = entry.at("minimum")
     larger = {name: min(size + steps[name], getattr(entry, name).maximum) for name, size in smallest.items()}
     return [shapes.to_symbols(family.latent, sizes) for sizes in (smallest, larger)]

@@ -73,21 +73,27 @@ class Entry(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    frames: Range | None = Field(default=None, description="of a clip; null for pictures")
     height: Range = Field(description="pixels")
     width: Range = Field(description="pixels")
     text: Range = Field(description="text tokens")
     batch: Range = Field(description="pictures in one call")
 
     def contains(self, **sizes: int) -> bool:
-        """Whether every named size (``height``, ``width``, ``text``, ``batch``) lies inside."""
-        return all(value in getattr(self, name) for name, value in sizes.items())
+        """Whether every named size (``frames``, ``height``, ``width``, ``text``, ``batch``) lies inside."""
+        ranges = self._ranges()
+        return all(name in ranges and value in ranges[name] for name, value in sizes.items())
 
     def at(self, bound: str) -> dict[str, int]:
         """Every size by name at one of `BOUNDS`."""
-        return {name: getattr(getattr(self, name), bound) for name in type(self).model_fields}
+        return {name: getattr(extent, bound) for name, extent in self._ranges().items()}
+
+    def _ranges(self) -> dict[str, Range]:
+        ranges = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: extent for name, extent in ranges.items() if extent is not None}
 
     def __str__(self) -> str:
-        return f"height {self.height}, width {self.width}, text {self.text}, batch {self.batch}"
+        return ", ".join(f"{name} {extent}" for name, extent in self._ranges().items())
 
 
 class Profile(BaseModel):

@@ -4,6 +4,7 @@ import click
 
 from ddit.runtime.commands.bench import bench
 from ddit.runtime.commands.calibrate import calibrate
+from ddit.runtime.commands.doctor import doctor
 from ddit.runtime.commands.generate import generate
 from ddit.runtime.commands.inspect import inspect
 from ddit.runtime.commands.spectrum import spectrum
@@ -19,7 +20,7 @@ def main(verbose: int) -> None:
     set_up_logging(verbose)
 
 
-for command in (generate, inspect, verify, bench, calibrate, spectrum):
+for command in (generate, inspect, verify, doctor, bench, calibrate, spectrum):
     main.add_command(command)
 
 

@@ -20,11 +20,11 @@ class Complexity:
     """Deviations of one sample, summed up over a run."""
 
     patch: int  # in latent pixels
-    total: FloatArray | None = field(default=None, repr=False)  # (H/p, W/p), sum over the steps
+    total: FloatArray | None = field(default=None, repr=False)  # (…, H/p, W/p), sum over the steps
     weighted: FloatArray | None = field(default=None, repr=False)  # the same, each step's times its number
 
     def add(self, step: int, deviation: FloatArray) -> None:
-        """Take a step's deviations (H/p, W/p)."""
+        """Take a step's deviations (H/p, W/p), of a clip (F, H/p, W/p)."""
         self.total = deviation if self.total is None else self.total + deviation
         weighted = np.float32(step) * deviation
         self.weighted = weighted if self.weighted is None else self.weighted + weighted

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ddit.runtime.bundle.manifest import Costs
 from ddit.runtime.policies import Fixed, Prediction, Reuse, Reusing, RunHistory
+from ddit.runtime.shapes import Size
 
 if TYPE_CHECKING:
     from ddit.runtime.pipeline import Pipeline
@@ -13,11 +14,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def measure_costs(pipeline: "Pipeline", height: int, width: int, repeat: int = 7) -> Costs:
+def measure_costs(pipeline: "Pipeline", size: Size, repeat: int = 7) -> Costs:
     """Time a few steps of all levels in turn and a few predicted ones, after one of each that warms up."""
     patches = pipeline.bundle.manifest.patches
-    warm_up(pipeline, height, width)
-    trace = pipeline("measure", schedule=_every_kind(patches * repeat, repeat), height=height, width=width).trace
+    warm_up(pipeline, size)
+    trace = pipeline(
+        "measure",
+        schedule=_every_kind(patches * repeat, repeat),
+        height=size.height,
+        width=size.width,
+        frames=size.frames,
+    ).trace
     return Costs(
         levels=trace.milliseconds_per_level(),
         predicted=trace.milliseconds_predicted(),
@@ -26,19 +33,25 @@ def measure_costs(pipeline: "Pipeline", height: int, width: int, repeat: int = 7
     )
 
 
-def find_costs(pipeline: "Pipeline", height: int, width: int) -> Costs:
-    """The costs at a size in pixels. Afterwards every engine is loaded: no budget could hold that."""
+def find_costs(pipeline: "Pipeline", size: Size) -> Costs:
+    """The costs at a size. Afterwards every engine is loaded: no budget could hold that."""
     for known in pipeline.bundle.manifest.calibrations:
-        if (known.height, known.width, known.backend) == (height, width, str(pipeline.backend)):
-            warm_up(pipeline, height, width)
+        if (known.size, known.backend) == (size, str(pipeline.backend)):
+            warm_up(pipeline, size)
             return known.costs
-    log.info("measuring the levels at %d×%d", height, width)
-    return measure_costs(pipeline, height, width)
+    log.info("measuring the levels at %s", size)
+    return measure_costs(pipeline, size)
 
 
-def warm_up(pipeline: "Pipeline", height: int, width: int) -> None:
+def warm_up(pipeline: "Pipeline", size: Size) -> None:
     """One step of every kind."""
-    pipeline("warm up", schedule=_every_kind(pipeline.bundle.manifest.patches, 1), height=height, width=width)
+    pipeline(
+        "warm up",
+        schedule=_every_kind(pipeline.bundle.manifest.patches, 1),
+        height=size.height,
+        width=size.width,
+        frames=size.frames,
+    )
 
 
 @dataclass(frozen=True)

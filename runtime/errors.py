@@ -31,3 +31,9 @@ class ModelError(DditError):
 
 class ParityError(DditError):
     """An exported graph does not compute what the original model computes."""
+
+
+def not_finite(graph: str, where: str, dtype: str) -> str:
+    """What to say of a graph whose numbers are none."""
+    mend = "" if dtype == "fp32" else f", or export it in another type than {dtype}"
+    return f"{graph} gave NaN or infinity at {where}; check the bundle with ddit-run verify{mend}"

@@ -1,4 +1,4 @@
-"""Prompts to pictures: encode, denoise, decode."""
+"""Prompts to pictures and clips: encode, denoise, decode."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,28 +14,35 @@ from ddit.runtime.backends.base import Backend, FloatArray
 from ddit.runtime.backends.registry import open_backend
 from ddit.runtime.bundle import Bundle
 from ddit.runtime.bundle.manifest import Costs
+from ddit.runtime.bundle.names import NEGATIVE
 from ddit.runtime.conditioning.guidance import guidance_inputs
 from ddit.runtime.conditioning.text import TextConditioner
 from ddit.runtime.costs import find_costs
+from ddit.runtime.decoding import Frames, OnFrame, make_decoder
 from ddit.runtime.denoise import OnStep, denoise
-from ddit.runtime.errors import BackendError, UsageError
+from ddit.runtime.errors import UsageError
 from ddit.runtime.policies import Adaptive, Budgeted, Policy
 from ddit.runtime.policies.budget import plan
 from ddit.runtime.policies.settings import bundle_policy
 from ddit.runtime.request import Request, Run
 from ddit.runtime.samplers.sigmas import run_sigmas
-from ddit.runtime.session import Session, not_finite
+from ddit.runtime.session import Session
 from ddit.runtime.step import Programs
 from ddit.runtime.trace import Trace
 
 
 @dataclass(frozen=True)
 class Result:
-    """A picture and how it came about."""
+    """A picture or a clip, and how it came about."""
 
-    image: Image.Image
+    frames: Frames  # of a picture one
     trace: Trace
-    latent: FloatArray  # (C, H, W), what was decoded
+    latent: FloatArray  # (C, H, W), of a clip (C, F, H, W): what was decoded
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture; of a clip the first frame."""
+        return self.frames[0]
 
 
 class Pipeline:
@@ -54,6 +61,7 @@ class Pipeline:
         self.bundle = bundle
         self.backend = backend
         self._text = TextConditioner(backend)
+        self._decoder = make_decoder(backend)
         self._programs = Programs(bundle.manifest)
         self._costs = lru_cache(maxsize=16)(self._find_costs)
 
@@ -86,9 +94,14 @@ class Pipeline:
         budget: float | None = None,
         latent: FloatArray | None = None,
         first_step: int = 0,
+        frames: int | None = None,
+        negative_prompt: str | None = None,
         on_step: OnStep | None = None,
+        on_frame: OnFrame | None = None,
     ) -> Result:
-        """Make one picture. The arguments are those of `Request`; ``on_step`` is told of every step (`Progress`).
+        """Make one picture or clip. The arguments are those of `Request`.
+
+        ``on_step`` is told of every step (`Progress`), ``on_frame`` of every latent frame that was decoded.
 
         Raises:
             UsageError: for a request that the bundle cannot meet.
@@ -107,8 +120,10 @@ class Pipeline:
             budget=budget,
             latent=latent,
             first_step=first_step,
+            frames=frames,
+            negative_prompt=negative_prompt,
         )
-        return self.run([request], on_step)[0]
+        return self.run([request], on_step, on_frame)[0]
 
     def batch(
         self,
@@ -122,39 +137,59 @@ class Pipeline:
         guidance: float | None = None,
         text_length: int | None = None,
         carry: float | None = None,
+        frames: int | None = None,
+        negative_prompt: str | None = None,
         on_step: OnStep | None = None,
     ) -> list[Result]:
-        """Make several pictures of one size together, a prompt and a seed each. See `run`."""
+        """Make several pictures or clips of one size together, a prompt and a seed each. See `run`."""
         if isinstance(prompts, str) or isinstance(seeds, int):
             raise UsageError("prompts and seeds are lists with an entry a picture; call the pipeline itself for one")
         if len(prompts) != len(seeds):
             raise UsageError(f"{len(prompts)} prompts but {len(seeds)} seeds")
         requests = [
-            Request(prompt, seed, steps, schedule, height, width, guidance, text_length, carry)
+            Request(
+                prompt,
+                seed,
+                steps,
+                schedule,
+                height,
+                width,
+                guidance,
+                text_length,
+                carry,
+                frames=frames,
+                negative_prompt=negative_prompt,
+            )
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         return self.run(requests, on_step)
 
-    def run(self, requests: Sequence[Request], on_step: OnStep | None = None) -> list[Result]:
-        """Make a picture for every request. Each follows its own policy; samples at the same level run in one call.
+    def run(
+        self, requests: Sequence[Request], on_step: OnStep | None = None, on_frame: OnFrame | None = None
+    ) -> list[Result]:
+        """Make a picture or clip for every request.
+
+        Each follows its own policy; samples at the same level run in one call.
 
         Raises:
             UsageError: for requests that the bundle cannot meet together.
             BackendError: when an engine fails.
         """
         runs = self.resolve(requests)
-        costs = [None if run.budget is None else self._costs(run.height, run.width) for run in runs]
+        costs = [None if run.budget is None else self._costs(run.size) for run in runs]
         start = perf_counter()
         runs = [self._within_budget(run, one, start) if one else run for run, one in zip(runs, costs, strict=True)]
         conditions = self.encode([run.prompt for run in runs], runs[0].text_length)
+        if any(run.guided for run in runs):
+            conditions |= self.encode_negative([run.negative_prompt for run in runs], runs[0].text_length)
         encoded = perf_counter()
         latents, traces = self.denoise(runs, conditions, on_step)
         denoised = perf_counter()
-        images = self.decode(latents)
+        clips = self.decode(latents, on_frame)
         for trace in traces:
             trace.encode_milliseconds = (encoded - start) * 1000
             trace.decode_milliseconds = (perf_counter() - denoised) * 1000
-        return [Result(*one) for one in zip(images, traces, latents, strict=True)]
+        return [Result(*one) for one in zip(clips, traces, latents, strict=True)]
 
     def resolve(self, requests: Sequence[Request]) -> list[Run]:
         """Requests with every question answered; nothing is loaded. Raises `UsageError` for what cannot be done."""
@@ -163,13 +198,12 @@ class Pipeline:
         runs = [request.resolve(self.bundle.manifest, str(self.backend)) for request in requests]
         first = runs[0]
         if any(run.sizes != first.sizes for run in runs):
-            raise UsageError("pictures that are made together must have one size and one text length")
+            raise UsageError("what is made together must have one size and one text length")
         if len(runs) > 1 and any(run.budget is not None for run in runs):
             raise UsageError("a budget chooses the schedule of one picture; make it alone")
-        asked = {"height": first.height, "width": first.width, "text": first.text_length, "batch": len(runs)}
-        self.bundle.manifest.sizes(**asked)
+        self.bundle.manifest.sizes(first.size, text=first.text_length, batch=len(runs))
         for sizes in {tuple(scaled.items()): scaled for run in runs for scaled in run.scales.values()}.values():
-            self.backend.check(**{**shapes.to_names(self.bundle.manifest.latent, sizes), "batch": len(runs)})
+            self.backend.check({**shapes.to_names(self.bundle.manifest.latent, sizes), "batch": len(runs)})
         return runs
 
     def encode(self, prompts: Sequence[str], text_length: int | None = None) -> dict[str, FloatArray]:
@@ -178,6 +212,10 @@ class Pipeline:
         ``text_length`` counts tokens, padding included; the bundle's default when None.
         """
         return self._text(prompts, self.bundle.manifest.text_length if text_length is None else text_length)
+
+    def encode_negative(self, prompts: Sequence[str], text_length: int | None = None) -> dict[str, FloatArray]:
+        """The same for negative prompts, whose inputs have names of their own."""
+        return {NEGATIVE + name: values for name, values in self.encode(prompts, text_length).items()}
 
     def denoise(
         self, runs: Sequence[Run], conditions: Mapping[str, FloatArray], on_step: OnStep | None = None
@@ -190,43 +228,49 @@ class Pipeline:
         guidance = self.bundle.manifest.guidance
         samples = []
         for row, run in enumerate(runs):
-            own = {name: values[row] for name, values in conditions.items()}
+            own = {
+                name: values[row] for name, values in conditions.items() if run.guided or not name.startswith(NEGATIVE)
+            }
             samples.append(session.admit(run, {**own, **guidance_inputs(guidance, run.guidance)}))
         denoise(session, samples, on_step)
         return np.stack([session.retire(sample) for sample in samples]), [sample.trace for sample in samples]
 
-    def decode(self, latents: FloatArray) -> list[Image.Image]:
-        """Pictures of latents (B, C, H, W)."""
-        graph = self.bundle.manifest.decoder.graph
-        pictures = self.backend.engine(graph).run({"latent": latents})["image"]
-        if not np.isfinite(pictures).all():
-            raise BackendError(not_finite(graph, "the end", self.bundle.manifest.graphs[graph].dtype))
-        return [to_image(picture) for picture in pictures]
+    def decode(self, latents: FloatArray, on_frame: OnFrame | None = None) -> list[Frames]:
+        """The frames of latents (B, C, H, W), one of each, or of clips' (B, C, F, H, W)."""
+        return self._decoder(latents, on_frame)
 
     def policy(
-        self, text: str, *, steps: int | None = None, height: int | None = None, width: int | None = None
+        self,
+        text: str,
+        *,
+        steps: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        frames: int | None = None,
     ) -> Policy:
         """A policy from its written form, with the bundle's calibration for the steps and size, or its defaults."""
         manifest = self.bundle.manifest
-        height, width = manifest.picture_size(height=height, width=width)
-        sigmas = self.sigmas(steps or manifest.sampler.steps, height, width)
-        return bundle_policy(text, manifest, sigmas, height=height, width=width, backend=str(self.backend))
+        size = manifest.size(height=height, width=width, frames=frames)
+        sigmas = self.sigmas(steps or manifest.sampler.steps, **size.by_name())
+        return bundle_policy(text, manifest, sigmas, size=size, backend=str(self.backend))
 
-    def sigmas(self, steps: int, height: int, width: int) -> FloatArray:
-        """The noise levels of a run at a size in pixels, one more than there are steps; the last is 0."""
+    def sigmas(
+        self, steps: int, height: int | None = None, width: int | None = None, frames: int | None = None
+    ) -> FloatArray:
+        """The noise levels of a run at a size, one more than there are steps; the last is 0."""
         manifest = self.bundle.manifest
-        return run_sigmas(manifest, steps, shapes.to_symbols(manifest.latent, {"height": height, "width": width}))
+        size = manifest.size(height=height, width=width, frames=frames)
+        return run_sigmas(manifest, steps, shapes.to_symbols(manifest.latent, size.by_name()))
 
-    def _find_costs(self, height: int, width: int) -> Costs:
-        return find_costs(self, height, width)
+    def _find_costs(self, size: shapes.Size) -> Costs:
+        return find_costs(self, size)
 
     def _within_budget(self, run: Run, costs: Costs, start: float) -> Run:
         """The run under the policy that a time budget leaves it, from the clock's ``start`` on."""
         assert run.budget is not None
         manifest, backend = self.bundle.manifest, str(self.backend)
-        size = {"steps": run.steps, "height": run.height, "width": run.width}
-        info = manifest.prediction(**size, backend=backend)
-        known = manifest.calibration("adaptive", **size, backend=backend)
+        info = manifest.prediction(steps=run.steps, size=run.size, backend=backend)
+        known = manifest.calibration("adaptive", steps=run.steps, size=run.size, backend=backend)
         wanted = plan(
             run.budget,
             costs,
@@ -236,9 +280,3 @@ class Pipeline:
             curve=known.curve if known else (),
         )
         return run.under(Budgeted(wanted, costs, run.steps, start + run.budget - costs.decode / 1000))
-
-
-def to_image(picture: FloatArray) -> Image.Image:
-    """A picture from ``(3, height, width)`` in [-1, 1]."""
-    pixels = np.round((np.clip(picture, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
-    return Image.fromarray(pixels.transpose(1, 2, 0))

@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from ddit.runtime import shapes
 from ddit.runtime.bundle import Manifest
 from ddit.runtime.bundle.manifest import MAX_STEPS
-from ddit.runtime.conditioning.guidance import guidance_scale
+from ddit.runtime.conditioning.guidance import guidance_scale, is_guided
 from ddit.runtime.errors import UsageError
 from ddit.runtime.policies import Policy
 from ddit.runtime.policies.parse import NO_GATE
 from ddit.runtime.policies.settings import bundle_policy, smooth_curves
 from ddit.runtime.samplers.growing import noise_coefficients, small_noise
-from ddit.runtime.samplers.sigmas import noise, run_sigmas
+from ddit.runtime.samplers.sigmas import noise, run_sigmas, run_timesteps
+from ddit.runtime.shapes import Size
 
 FloatArray = NDArray[np.float32]
 
@@ -31,21 +32,23 @@ LARGEST_NUMBER = 2**63 - 1
 
 @dataclass(frozen=True)
 class Request:
-    """One picture, as a user asks for it. What is None is the bundle's choice.
+    """One picture or clip, as a user asks for it. What is None is the bundle's choice.
 
     Args:
-        prompt: what the picture shows.
+        prompt: what it shows.
         seed: of the starting noise; a picture is the same whatever it is batched with, up to rounding.
         steps: denoising steps; as many as a fixed schedule lists.
         schedule: a policy, or one in writing (`ddit.runtime.policies.parse`); `DEFAULT_SCHEDULE` when None.
         height, width: pixels; the profile's optimum when None.
-        guidance: guidance scale, for models that were distilled for it.
+        frames: of a clip; the profile's optimum when None.
+        guidance: guidance scale, for models that have one.
+        negative_prompt: what it shall not show, for models that are guided by two passes; nothing when None.
         text_length: tokens of the prompt, padding included.
         carry: share of the last native step's detail that coarse steps take over, 0 to 1 (docs/method.md).
         budget: seconds from prompt to picture, instead of a schedule (`ddit.runtime.policies.budget`). The first call
             at a size measures the levels beforehand, unless a calibration on this backend has.
-        latent: what the run starts from instead of the seed's noise, (C, H, W) float32 in latent pixels: of the
-            picture's size, or of one of a progressive schedule's scales.
+        latent: what the run starts from instead of the seed's noise, (C, H, W) float32 in latent pixels, of a clip
+            (C, F, H, W): of the picture's size, or of one of a progressive schedule's scales.
         first_step: number of the step at which ``latent`` is: a run goes on where another one was left. Differences and
             carried detail start anew there.
     """
@@ -62,6 +65,8 @@ class Request:
     budget: float | None = None
     latent: FloatArray | None = None
     first_step: int = 0
+    frames: int | None = None
+    negative_prompt: str | None = None
 
     def resolve(self, manifest: Manifest, backend: str) -> "Run":
         """Answer what was left open. ``backend`` in words, as calibrations name it.
@@ -70,14 +75,24 @@ class Request:
         """
         check_prompt(self.prompt)
         seed = _integer("the seed", self.seed, least=0, most=None)
-        height, width = manifest.picture_size(
+        size = manifest.size(
             height=None if self.height is None else _integer("the height", self.height),
             width=None if self.width is None else _integer("the width", self.width),
+            frames=None if self.frames is None else _integer("the number of frames", self.frames),
         )
         text = manifest.text_length if self.text_length is None else _integer("the text length", self.text_length)
-        sizes = manifest.sizes(height=height, width=width, text=text)
+        sizes = manifest.sizes(size, text=text)
         asked_scale = None if self.guidance is None else _number("guidance", self.guidance)
         guidance = guidance_scale(manifest.guidance, asked_scale)
+        guided = is_guided(manifest.guidance, guidance)
+        if self.negative_prompt is not None:
+            check_text(self.negative_prompt, "the negative prompt")
+            if not guided:
+                raise UsageError(
+                    "a negative prompt needs guidance above 1"
+                    if manifest.guidance.two_passes
+                    else "this model is not guided by a negative prompt; leave it out"
+                )
         carry = manifest.carry if self.carry is None else _number("carry", self.carry)
         if not 0 <= carry <= 1:
             raise UsageError(f"carry must lie between 0 and 1, not {carry:g}")
@@ -92,7 +107,7 @@ class Request:
         policy = DEFAULT_SCHEDULE if self.schedule is None else self.schedule
         if isinstance(policy, str):
             sigmas = run_sigmas(manifest, asked, sizes)
-            policy = bundle_policy(policy, manifest, sigmas, height=height, width=width, backend=backend)
+            policy = bundle_policy(policy, manifest, sigmas, size=size, backend=backend)
         if not isinstance(policy, Policy):
             raise UsageError(f"the schedule must be a text or a policy, not {policy!r}")
         if policy.gate and manifest.gate is None:
@@ -114,7 +129,7 @@ class Request:
             shape = shapes.resolve(manifest.latent.shape, sizes)[1:]
             fitting = [one for one in scales if latent.shape == shapes.resolve(manifest.latent.shape, scales[one])[1:]]
             if not fitting:
-                raise UsageError(f"the latent has shape {latent.shape}, a picture of {height}×{width} needs {shape}")
+                raise UsageError(f"the latent has shape {latent.shape}, a picture of {size} needs {shape}")
             if not np.isfinite(latent).all():
                 raise UsageError("the latent holds NaN or infinity")
             (start,) = fitting
@@ -122,13 +137,15 @@ class Request:
         return Run(
             prompt=self.prompt,
             seed=seed,
-            height=height,
-            width=width,
+            size=size,
             text_length=text,
             sizes=sizes,
             guidance=guidance,
+            guided=guided,
+            negative_prompt=self.negative_prompt or "",
             carry=carry,
             sigmas=sigmas,
+            timesteps=run_timesteps(manifest, steps, sizes),
             policy=policy,
             budget=budget,
             latent=latent,
@@ -136,7 +153,7 @@ class Request:
             scales=scales,
             start_scale=start,
             rho=manifest.schedule.rho,
-            smooth=smooth_curves(manifest, sigmas, height=height, width=width, backend=backend),
+            smooth=smooth_curves(manifest, sigmas, size=size, backend=backend),
         )
 
 
@@ -146,13 +163,15 @@ class Run:
 
     prompt: str
     seed: int
-    height: int  # pixels
-    width: int
+    size: Size
     text_length: int  # tokens
     sizes: Mapping[str, int]  # the symbols' values for one sample
     guidance: float
+    guided: bool  # whether steps run their level twice, the second time with the negative prompt
+    negative_prompt: str
     carry: float
     sigmas: FloatArray  # noise levels, one more than there are steps; the last is 0
+    timesteps: FloatArray  # what the model is told of them
     policy: Policy
     budget: float | None  # seconds
     latent: FloatArray | None  # (C, H, W), where it was given
@@ -168,7 +187,7 @@ class Run:
         return len(self.sigmas) - 1
 
     def start(self, shape: tuple[int, ...], full: tuple[int, ...]) -> FloatArray:
-        """The latent that the run starts from: the given one, or the seed's noise of a shape (C, H, W).
+        """The latent that the run starts from: the given one, or the seed's noise of a shape (C, …, H, W).
 
         Where the latent is to grow, that is what the noise of the ``full`` shape looks like from afar.
         """
@@ -184,10 +203,9 @@ class Run:
 def _scaled(manifest: Manifest, sizes: Mapping[str, int], scale: Fraction) -> dict[str, int]:
     """The symbols' values at a scale. Raises `UsageError` for a size that the bundle's profile does not hold."""
     small = shapes.scaled(manifest.latent, manifest.patches, sizes, scale)
-    named = shapes.to_names(manifest.latent, small)
-    if not manifest.profile.contains(**named):
+    if not manifest.profile.contains(**shapes.to_names(manifest.latent, small)):
         raise UsageError(
-            f"the schedule's scale {scale} is a picture of {named['height']}×{named['width']}, outside the bundle's "
+            f"the schedule's scale {scale} is {shapes.to_size(manifest.latent, small)}, outside the bundle's "
             f"profile {manifest.profile.name!r} ({manifest.profile}); choose a larger picture, "
             "or export again with a --profile that has both sizes"
         )
@@ -196,16 +214,21 @@ def _scaled(manifest: Manifest, sizes: Mapping[str, int], scale: Fraction) -> di
 
 def check_prompt(prompt: str) -> None:
     """Raise `UsageError` for a prompt that is none."""
-    if not isinstance(prompt, str):
-        raise UsageError(f"a prompt must be text, not {prompt!r}")
+    check_text(prompt, "the prompt")
     if not prompt.strip():
         raise UsageError("the prompt is empty")
-    if len(prompt) > LONGEST_PROMPT:
-        raise UsageError(f"the prompt has {len(prompt)} characters; at most {LONGEST_PROMPT} are read")
+
+
+def check_text(text: str, what: str) -> None:
+    """Raise `UsageError` for what no tokenizer shall read."""
+    if not isinstance(text, str):
+        raise UsageError(f"{what} must be text, not {text!r}")
+    if len(text) > LONGEST_PROMPT:
+        raise UsageError(f"{what} has {len(text)} characters; at most {LONGEST_PROMPT} are read")
     try:
-        prompt.encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError:
-        raise UsageError("the prompt is not valid UTF-8; give it in the terminal's encoding") from None
+        raise UsageError(f"{what} is not valid UTF-8; give it in the terminal's encoding") from None
 
 
 def _integer(what: str, value: Any, *, least: int = 1, most: int | None = LARGEST_NUMBER) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 
 from ddit.runtime import shapes
 from ddit.runtime.backends.base import Backend, FloatArray, Workspace
+from ddit.runtime.bundle.manifest import SamplerInfo
 from ddit.runtime.bundle.names import (
     CARRY,
     CORRECTION,
@@ -27,20 +28,24 @@ from ddit.runtime.bundle.names import (
     KEEP_ESTIMATE,
     KEEP_VELOCITY,
     LATENT,
+    MODEL_TIMESTEP,
     NEXT,
     NOISE,
     PREDICT,
     PREDICTION,
     PREDICTION_ERROR,
+    SOLVER,
     TIMESTEP,
     VELOCITIES,
 )
 from ddit.runtime.complexity import Complexity
-from ddit.runtime.errors import BackendError
+from ddit.runtime.errors import BackendError, not_finite
 from ddit.runtime.policies import DIFFERENCE_ORDER, Change, Decision, RunHistory, statistic
 from ddit.runtime.policies.prediction import root_mean_square
 from ddit.runtime.request import Run
 from ddit.runtime.samplers.growing import growing_tables, in_corner, noise_coefficients
+from ddit.runtime.samplers.sigmas import model_timestep
+from ddit.runtime.samplers.unipc import coefficients
 from ddit.runtime.step import Programs, deviations, sample_buffers
 from ddit.runtime.trace import StepRecord, Trace
 
@@ -65,6 +70,13 @@ class Sample:
     def sizes(self) -> Mapping[str, int]:
         """The symbols' values for its latent as it is now."""
         return self.run.scales[self.history.scale]
+
+    def told(self, sampler: SamplerInfo) -> float:
+        """What the model is told of the noise level of its next step."""
+        step = self.history.step
+        sigma = float(self.history.sigmas[step])
+        # where the latent has just grown, the step starts at a noise level of its own
+        return float(self.run.timesteps[step]) if sigma == self.run.sigmas[step] else model_timestep(sampler, sigma)
 
 
 class Session:
@@ -99,12 +111,13 @@ class Session:
     def groups(self) -> list[list[tuple[Sample, Decision]]]:
         """The samples that are not done with what they do next, those together that can share a call."""
         self._run_gates()
-        groups: defaultdict[tuple[int | None, tuple[int, ...]], list[tuple[Sample, Decision]]] = defaultdict(list)
+        groups: defaultdict[tuple[int | None, bool, tuple[int, ...]], list[tuple[Sample, Decision]]] = defaultdict(list)
         for sample in self.samples:
             if not sample.done:
                 decision = sample.run.policy.decide(sample.history)
                 sizes = sample.run.scales[decision.scale]
-                groups[decision.level, tuple(sizes.values())].append((sample, decision))
+                passes = sample.run.guided and decision.level is not None
+                groups[decision.level, passes, tuple(sizes.values())].append((sample, decision))
         return list(groups.values())
 
     def advance(self, members: Sequence[tuple[Sample, Decision]]) -> None:
@@ -114,8 +127,11 @@ class Session:
         for sample, decision in members:
             if decision.scale != sample.history.scale:
                 self._grow(sample, decision)
-        level = decisions[0].level
-        program = self._programs.predicted if level is None else self._programs.level(level, samples[0].sizes)
+        level, guided = decisions[0].level, samples[0].run.guided
+        if level is None:
+            program = self._programs.predicted
+        else:
+            program = self._programs.level(level, samples[0].sizes, guided=guided)
         workspace = self._gather(samples)
         results = workspace.run(program, self._inputs(members))
         milliseconds = (perf_counter() - begin) * 1000
@@ -139,7 +155,7 @@ class Session:
         sigmas = np.ones(workspace.sizes["B"], np.float32)
         rows = {sample.place[1]: sample for sample in samples if sample.place}
         for row, sample in rows.items():
-            sigmas[row] = sample.history.sigmas[sample.history.step]
+            sigmas[row] = sample.told(self.manifest.sampler)
         assert self._programs.gate is not None
         results = workspace.run(self._programs.gate, {GATE_TIMESTEP: sigmas})
         for row, sample in rows.items():
@@ -192,13 +208,13 @@ class Session:
         sample.history = history.grown(decision.scale, decision.gain)
         state = self._empty_state(sample)
         shape = state[LATENT].shape
-        noise = noise_coefficients(run.seed, self._shape(run.sizes))[:, : shape[1], : shape[2]]
+        noise = noise_coefficients(run.seed, self._shape(run.sizes))[..., : shape[-2], : shape[-1]]
         inputs = {
             LATENT: in_corner(small, shape)[None],
             NOISE: noise[None],
             TIMESTEP: np.array([sigma], np.float32),
             GAIN: np.array([decision.gain], np.float32),
-            **growing_tables(small.shape[1:], shape[1:]),
+            **growing_tables(small.shape[-2:], shape[-2:]),
         }
         latent = self.backend.engine(GROW).run(inputs)[NEXT + LATENT][0]
         if not np.isfinite(latent).all():
@@ -227,7 +243,8 @@ class Session:
             prediction[row, : len(decision.prediction)] = decision.prediction
         inputs = {
             TIMESTEP: sigma,
-            DT: after - sigma,
+            MODEL_TIMESTEP: np.array([sample.told(manifest.sampler) for sample, _ in members], np.float32),
+            **self._solver(members, after - sigma),
             KEEP_ESTIMATE: np.array([level == manifest.native for level in levels], np.float32),
             KEEP_VELOCITY: np.array([level is not None for level in levels], np.float32),
             PREDICTION: prediction,
@@ -239,6 +256,17 @@ class Session:
                 if decision.level in manifest.coarse and sample.native_done:
                     inputs[CARRY][row, manifest.coarse.index(decision.level)] = sample.run.carry
         return inputs
+
+    def _solver(self, members: Sequence[tuple[Sample, Decision]], dt: FloatArray) -> dict[str, FloatArray]:
+        """What tells the step graph how far to go."""
+        sampler = self.manifest.sampler
+        if sampler.kind != "flow_unipc":
+            return {DT: dt}
+        rows = [
+            coefficients(sample.history.sigmas.tolist(), sample.history.step, sample.history.first, sampler.order)
+            for sample, _ in members
+        ]
+        return {SOLVER: np.array(rows, np.float32)}
 
     def _gather(self, members: Sequence[Sample]) -> Workspace:
         """A workspace whose rows are these samples, in order; rows are copied only where samples have regrouped."""
@@ -303,11 +331,5 @@ class Session:
 
     def _pixels(self, sample: Sample) -> tuple[int, int]:
         """Height and width of the picture that a sample's latent is now."""
-        named = shapes.to_names(self.manifest.latent, sample.sizes)
-        return named["height"], named["width"]
-
-
-def not_finite(graph: str, where: str, dtype: str) -> str:
-    """What to say of a graph whose numbers are none."""
-    mend = "" if dtype == "fp32" else f", or export it in another type than {dtype}"
-    return f"{graph} gave NaN or infinity at {where}; check the bundle with ddit-run verify{mend}"
+        size = shapes.to_size(self.manifest.latent, sample.sizes)
+        return size.height, size.width

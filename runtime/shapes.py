@@ -11,10 +11,11 @@ A tensor's dimension is a number, a symbol (``"B"``), a symbol over a number (``
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from ddit.profiles import Profile, Range
+from ddit.profiles import Entry, Profile, Range
 from ddit.runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,6 +28,28 @@ NAMES = {symbol: name for name, symbol in SYMBOLS.items()}
 DIMENSION = re.compile(r"(\w+)(?:([*/])(\d+))?")
 
 Shape = Sequence[int | str]
+
+
+@dataclass(frozen=True)
+class Size:
+    """The size of a picture, or of a clip."""
+
+    height: int  # pixels
+    width: int
+    frames: int | None = None  # of a clip
+
+    def by_name(self) -> dict[str, int]:
+        """Its numbers by the names that profiles use.
+
+        >>> Size(480, 832, 81).by_name()
+        {'frames': 81, 'height': 480, 'width': 832}
+        """
+        sides = {"height": self.height, "width": self.width}
+        return sides if self.frames is None else {"frames": self.frames, **sides}
+
+    def __str__(self) -> str:
+        sides = f"{self.height}×{self.width}"
+        return sides if self.frames is None else f"{self.frames} frames of {sides}"
 
 
 def resolve(shape: Shape, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -90,24 +113,31 @@ def _value(dim: str, sizes: Mapping[str, int]) -> int:
 
 def units(latent: "LatentInfo", patches: Iterable[int]) -> dict[str, int]:
     """What every side of a picture is a multiple of, in pixels, so that all levels' patches divide the latent."""
-    return {axis.name: axis.downscale * math.lcm(*patches) for axis in latent.axes}
+    return {axis.name: axis.downscale * math.lcm(*patches) for axis in latent.sides}
 
 
 def to_symbols(latent: "LatentInfo", sizes: Mapping[str, int]) -> dict[str, int]:
     """The symbols' values for sizes by name: ``{"height": 256, "batch": 1}`` → ``{"H": 32, "B": 1}``."""
-    scales: dict[str, int] = {axis.name: axis.downscale for axis in latent.axes}
-    return {SYMBOLS[name]: value // scales.get(name, 1) for name, value in sizes.items()}
+    axes = {axis.name: axis for axis in latent.axes}
+    return {SYMBOLS[name]: axes[name].to_latent(size) if name in axes else size for name, size in sizes.items()}
 
 
 def to_names(latent: "LatentInfo", symbols: Mapping[str, int]) -> dict[str, int]:
     """The inverse of `to_symbols`: sizes in pixels, tokens and pictures by the names that profiles use."""
-    scales: dict[str, int] = {axis.name: axis.downscale for axis in latent.axes}
-    return {NAMES[symbol]: value * scales.get(NAMES[symbol], 1) for symbol, value in symbols.items()}
+    axes = {SYMBOLS[axis.name]: axis for axis in latent.axes}
+    return {NAMES[one]: axes[one].from_latent(size) if one in axes else size for one, size in symbols.items()}
+
+
+def to_size(latent: "LatentInfo", symbols: Mapping[str, int]) -> Size:
+    """The size of the picture or clip that a latent is."""
+    named = to_names(latent, symbols)
+    return Size(**{axis.name: named[axis.name] for axis in latent.axes})
 
 
 def grid(latent: "LatentInfo", patch: int, symbols: Mapping[str, int]) -> dict[str, int]:
     """A level's patches along each axis of a latent, by the axes' names in the latent's order."""
-    return {axis.name: symbols[SYMBOLS[axis.name]] // patch for axis in latent.axes}
+    sides = {axis.name for axis in latent.sides}
+    return {axis.name: symbols[SYMBOLS[axis.name]] // (patch if axis.name in sides else 1) for axis in latent.axes}
 
 
 def image_tokens(latent: "LatentInfo", patch: int, symbols: Mapping[str, int]) -> int:
@@ -121,7 +151,7 @@ def scaled(latent: "LatentInfo", patches: Sequence[int], symbols: Mapping[str, i
     Raises `UsageError` where that is no smaller than the latent itself along a side, unless the scale is 1.
     """
     unit, small = math.lcm(*patches), dict(symbols)
-    for axis in latent.axes:
+    for axis in latent.sides:
         symbol = SYMBOLS[axis.name]
         small[symbol] = nearest(round(symbols[symbol] * scale), unit) if scale < 1 else symbols[symbol]
         if scale < 1 and small[symbol] >= symbols[symbol]:
@@ -134,7 +164,15 @@ def scaled(latent: "LatentInfo", patches: Sequence[int], symbols: Mapping[str, i
 
 
 def check(latent: "LatentInfo", patches: Sequence[int], sizes: Mapping[str, int]) -> None:
-    """Raise `UsageError` with the nearest valid values where a side does not fit the levels."""
+    """Raise `UsageError` with the nearest valid values where a size does not fit the latent or the levels."""
+    for axis in latent.axes:
+        if axis.name == "frames" and axis.from_latent(axis.to_latent(sizes["frames"])) != sizes["frames"]:
+            below = axis.to_latent(sizes["frames"])
+            near = sorted({axis.from_latent(max(below + more, 1)) for more in (0, 1)})
+            raise UsageError(
+                f"{sizes['frames']} frames cannot be made: the latent has one for the first frame and one for every "
+                f"{axis.downscale} more; nearest: {' or '.join(map(str, near))}"
+            )
     for name, unit in units(latent, patches).items():
         value = sizes[name]
         if value % unit or value < unit:
@@ -147,13 +185,13 @@ def check(latent: "LatentInfo", patches: Sequence[int], sizes: Mapping[str, int]
 
 
 def fit(profile: Profile, latent: "LatentInfo", patches: Sequence[int]) -> Profile:
-    """The profile with every side's range cut to sizes that the levels can run, its optimum to the nearest.
+    """The profile with every range cut to sizes that the latent and its levels can have, its optimum to the nearest.
 
-    Raises `UsageError` where a range holds none.
+    Raises `UsageError` where a range holds none, and for a profile of pictures where clips are made.
     """
     entries = []
     for entry in profile.entry:
-        fitted = {}
+        fitted: dict[str, Range | None] = {"frames": _fit_frames(profile, entry, latent)}
         for name, unit in units(latent, patches).items():
             extent: Range = getattr(entry, name)
             least, most = -(-extent.minimum // unit) * unit, extent.maximum // unit * unit
@@ -166,3 +204,22 @@ def fit(profile: Profile, latent: "LatentInfo", patches: Sequence[int]) -> Profi
             fitted[name] = Range(minimum=least, optimum=optimum, maximum=most)
         entries.append(entry.model_copy(update=fitted))
     return profile.model_copy(update={"entry": tuple(entries)})
+
+
+def _fit_frames(profile: Profile, entry: Entry, latent: "LatentInfo") -> Range | None:
+    """The range of frames, cut to numbers that the latent can hold; None where it has no frames."""
+    axis = next((axis for axis in latent.axes if axis.name == "frames"), None)
+    if axis is None:
+        return None
+    if entry.frames is None:
+        raise UsageError(f"profile {profile.name!r} is for pictures: it has no frames; choose another --profile")
+    least, optimum, most = (
+        axis.from_latent(axis.to_latent(getattr(entry.frames, bound))) for bound in ("minimum", "optimum", "maximum")
+    )
+    least = least if least >= entry.frames.minimum else least + axis.downscale
+    if least > most:
+        raise UsageError(
+            f"profile {profile.name!r} has no number of frames between {entry.frames} that is one more than a multiple "
+            f"of {axis.downscale}"
+        )
+    return Range(minimum=least, optimum=min(max(optimum, least), most), maximum=most)

@@ -9,6 +9,13 @@ FLUX.1's step at level 4 is two calls:
     level-4: latent, timestep, guidance, context, pooled, rope_cos, rope_sin → velocity
     step:    latent, velocity, timestep, dt, difference1, difference2, … → next_latent, next_difference1, …, deviation_4
 
+Guidance by two passes is two calls more:
+
+    level-4: latent, timestep, context, rope_cos, rope_sin → velocity_conditional
+    level-4: latent, timestep, negative_context, rope_cos, rope_sin → velocity_unconditional
+    guide:   velocity_conditional, velocity_unconditional, guidance → velocity
+    step:    …
+
 A step that runs no level has the prediction graph in the level's place:
 
     predict: velocities, prediction → velocity
@@ -28,7 +35,20 @@ from numpy.typing import NDArray
 from ddit.runtime import shapes
 from ddit.runtime.bundle import Manifest
 from ddit.runtime.bundle.manifest import TensorSpec
-from ddit.runtime.bundle.names import DEVIATION, GATE_TIMESTEP, NEXT, PREDICT, TIMESTEP, UPDATE
+from ddit.runtime.bundle.names import (
+    CONDITIONAL,
+    DEVIATION,
+    GATE_TIMESTEP,
+    GUIDE,
+    MODEL_TIMESTEP,
+    NEGATIVE,
+    NEXT,
+    PREDICT,
+    TIMESTEP,
+    UNCONDITIONAL,
+    UPDATE,
+    VELOCITY,
+)
 from ddit.runtime.conditioning.positions import level_tables
 
 FloatArray = NDArray[np.float32]
@@ -68,12 +88,25 @@ class Program:
         return tuple(buffer for call in self.calls for buffer in call.outputs.values())
 
 
-def level_program(manifest: Manifest, patch: int, sizes: Mapping[str, int]) -> Program:
-    """One step at a level, for latents of the size that ``sizes`` gives in symbols (``H`` and ``W``)."""
+def level_program(manifest: Manifest, patch: int, sizes: Mapping[str, int], *, guided: bool = False) -> Program:
+    """One step at a level, for latents of the size that ``sizes`` gives in symbols (``H`` and ``W``).
+
+    ``guided``: by two passes of the level, one after the other; no more memory is needed than for one.
+    """
     graph = manifest.level(patch).graph
+    # what the model is told of the noise level may be rounded; the step graph needs it as it is
+    plain = renamed(call(manifest, graph), inputs={TIMESTEP: MODEL_TIMESTEP})
+    passes = [plain]
+    if guided:
+        other = {fed: NEGATIVE + fed for fed in text_inputs(manifest)}
+        passes = [
+            renamed(plain, outputs={VELOCITY: CONDITIONAL}),
+            renamed(plain, inputs=other, outputs={VELOCITY: UNCONDITIONAL}),
+            call(manifest, GUIDE),
+        ]
     return Program(
-        name=graph,
-        calls=(call(manifest, graph), call(manifest, UPDATE)),
+        name=f"{graph}, guided" if guided else graph,
+        calls=(*passes, call(manifest, UPDATE)),
         tables=level_tables(manifest.positions, manifest.latent, manifest.native, patch, sizes),
         tokens=shapes.image_tokens(manifest.latent, patch, sizes),
     )
@@ -91,9 +124,8 @@ def gate_program(manifest: Manifest) -> Program | None:
     """
     if manifest.gate is None:
         return None
-    plain = call(manifest, manifest.gate.graph)
-    inputs = {tensor: GATE_TIMESTEP if tensor == TIMESTEP else buffer for tensor, buffer in plain.inputs.items()}
-    return Program(name=plain.graph, calls=(replace(plain, inputs=inputs),), tables={}, tokens=0)
+    told = renamed(call(manifest, manifest.gate.graph), inputs={TIMESTEP: GATE_TIMESTEP})
+    return Program(name=told.graph, calls=(told,), tables={}, tokens=0)
 
 
 class Programs:
@@ -103,13 +135,13 @@ class Programs:
         self.manifest = manifest
         self.predicted = predicted_program(manifest)
         self.gate = gate_program(manifest)
-        self._made: dict[tuple[int, tuple[tuple[str, int], ...]], Program] = {}
+        self._made: dict[tuple[int, bool, tuple[tuple[str, int], ...]], Program] = {}
 
-    def level(self, patch: int, sizes: Mapping[str, int]) -> Program:
+    def level(self, patch: int, sizes: Mapping[str, int], *, guided: bool = False) -> Program:
         """`level_program` for a size."""
-        key = patch, tuple(sorted(sizes.items()))
+        key = patch, guided, tuple(sorted(sizes.items()))
         if key not in self._made:
-            self._made[key] = level_program(self.manifest, patch, sizes)
+            self._made[key] = level_program(self.manifest, patch, sizes, guided=guided)
         return self._made[key]
 
 
@@ -119,13 +151,30 @@ def call(manifest: Manifest, graph: str) -> Call:
     return Call(graph, {spec.name: spec.name for spec in info.inputs}, {spec.name: spec.name for spec in info.outputs})
 
 
+def renamed(plain: Call, *, inputs: Mapping[str, str] | None = None, outputs: Mapping[str, str] | None = None) -> Call:
+    """A call that has other buffers for some of the tensors."""
+    return replace(
+        plain,
+        inputs={tensor: (inputs or {}).get(tensor, buffer) for tensor, buffer in plain.inputs.items()},
+        outputs={tensor: (outputs or {}).get(tensor, buffer) for tensor, buffer in plain.outputs.items()},
+    )
+
+
+def text_inputs(manifest: Manifest) -> tuple[str, ...]:
+    """The levels' inputs that the text encoders feed."""
+    return tuple(fed for encoder in manifest.encoders for fed in encoder.feeds.values())
+
+
 def sample_buffers(manifest: Manifest) -> dict[str, TensorSpec]:
     """The buffers with a row for every sample, over all programs of a bundle."""
     names = [*(level.graph for level in manifest.levels), PREDICT, UPDATE]
     names += [manifest.gate.graph] if manifest.gate else []
+    names += [GUIDE] if manifest.guidance.two_passes else []
     graphs = [manifest.graphs[name] for name in names]
     specs = {spec.name: spec for graph in graphs for spec in (*graph.inputs, *graph.outputs)}
-    specs[GATE_TIMESTEP] = specs[TIMESTEP]
+    specs[GATE_TIMESTEP] = specs[MODEL_TIMESTEP] = specs[TIMESTEP]
+    if manifest.guidance.two_passes:
+        specs |= {NEGATIVE + fed: specs[fed] for fed in text_inputs(manifest)}
     return {name: spec for name, spec in specs.items() if spec.shape[0] == "B"}
 
 

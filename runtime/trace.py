@@ -34,7 +34,7 @@ class Trace:
 
     prompt: str
     seed: int
-    height: int
+    height: int  # pixels
     width: int
     guidance: float
     carry: float  # share of the last native step's detail that coarse steps took over
@@ -44,11 +44,23 @@ class Trace:
     encode_milliseconds: float = 0.0  # text encoders
     decode_milliseconds: float = 0.0  # latent to picture
     complexity: Complexity | None = None  # where and when there was detail; none without coarse levels
+    frames: int | None = None  # of a clip
 
     @classmethod
     def of(cls, run: "Run", backend: str) -> "Trace":
         """An empty trace of a run on a backend."""
-        return cls(run.prompt, run.seed, run.height, run.width, run.guidance, run.carry, backend, run.policy.describe())
+        size = run.size
+        return cls(
+            prompt=run.prompt,
+            seed=run.seed,
+            height=size.height,
+            width=size.width,
+            frames=size.frames,
+            guidance=run.guidance,
+            carry=run.carry,
+            backend=backend,
+            schedule=run.policy.describe(),
+        )
 
     @property
     def levels(self) -> list[int | None]:

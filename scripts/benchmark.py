@@ -27,6 +27,7 @@ from ddit.runtime.conditioning.positions import level_tables
 from ddit.runtime.console import DditCommand, say, set_up_logging
 from ddit.runtime.errors import UsageError
 from ddit.runtime.policies import Dynamic, Policy
+from ddit.runtime.shapes import Size
 from ddit.runtime.tools.bench import time_steps
 from ddit.runtime.tools.samples import sample_inputs
 from ddit.runtime.tools.verify import relative_error
@@ -115,7 +116,7 @@ def agreement(reference: Pipeline, measured: Pipeline, shapes: Sequence[tuple[in
             continue
         row = [name]
         for height, width in shapes:
-            sizes = manifest.sizes(height=height, width=width, text=manifest.text_length)
+            sizes = manifest.sizes(Size(height, width), text=manifest.text_length)
             inputs = inputs_of(manifest, name, sizes)
             expected = reference.backend.engine(name).run(inputs)
             actual = measured.backend.engine(name).run(inputs)
@@ -199,7 +200,7 @@ def timings(pipeline: Pipeline, height: int, width: int, repeat: int) -> Table:
     """Median milliseconds of a step at every level, and what a switch between two adds to their own times."""
     manifest = pipeline.bundle.manifest
     patterns = [(patch,) for patch in manifest.patches] + [(manifest.native, patch) for patch in manifest.coarse]
-    measured = time_steps(pipeline.backend, patterns, height=height, width=width, repeat=repeat)
+    measured = time_steps(pipeline.backend, patterns, size=Size(height, width), repeat=repeat)
     times = {pattern: pattern_milliseconds(pattern, values) for pattern, values in measured.items()}
     native = times[(manifest.native,)]
     table = [["steps", "ms a step", "against native", "ms a switch"]]
@@ -226,7 +227,7 @@ def openings(pipeline: Pipeline, height: int, width: int) -> Iterator[list[str]]
     ONNX Runtime has the weights on the GPU when a session is open, TensorRT loads an engine for the first run.
     """
     manifest, backend = pipeline.bundle.manifest, pipeline.backend
-    sizes = manifest.sizes(height=height, width=width, text=manifest.text_length)
+    sizes = manifest.sizes(Size(height, width), text=manifest.text_length)
     used = [backend.memory_used()]
     for patch in manifest.patches:
         graph = manifest.level(patch).graph

@@ -69,9 +69,8 @@ def write_inputs(bundle: Bundle, folder: Path) -> Sequence[object]:
     encoders = {one.graph: Tokenizer(bundle.file(one.tokenizer.file), one.tokenizer) for one in manifest.encoders}
     ids = {graph: encode(PROMPT)[0].tolist() for graph, encode in encoders.items()}
     (folder / "ids.json").write_text(json.dumps(ids))
-    sides = [
-        pixels // axis.downscale for pixels, axis in zip(manifest.picture_size(), manifest.latent.axes, strict=True)
-    ]
+    size = manifest.size().by_name()
+    sides = [axis.to_latent(size[axis.name]) for axis in manifest.latent.axes]
     np.save(folder / "noise.npy", noise(SEED, (manifest.latent.channels, *sides)))
     return "--ids", folder / "ids.json", "--noise", folder / "noise.npy"
 

@@ -122,6 +122,8 @@ def write_vectors(pipeline: Pipeline, request: Request, schedules: Sequence[str]
     A policy that the bundle cannot run at this size is left out.
     """
     vectors, manifest = Vectors(folder), pipeline.bundle.manifest
+    if manifest.latent.has_frames:
+        raise UsageError("conformance vectors are of pictures; the bundle makes clips")
     (run,) = pipeline.resolve([request])
     full = shapes.resolve(manifest.latent.shape, run.sizes)[1:]
     ids = {
@@ -139,8 +141,8 @@ def write_vectors(pipeline: Pipeline, request: Request, schedules: Sequence[str]
         "prompt": run.prompt,
         "seed": run.seed,
         "steps": run.steps,
-        "height": run.height,
-        "width": run.width,
+        "height": run.size.height,
+        "width": run.size.width,
         "text_length": run.text_length,
         "guidance": run.guidance,
         "carry": run.carry,

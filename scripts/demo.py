@@ -41,7 +41,7 @@ def main(bundle: Path, out: Path, seed: int, steps: int) -> None:
         if schedule != "native":
             plot_schedule(result.trace, out / f"{file}-schedule.png")
         if schedule == "dynamic" and result.trace.complexity:
-            plot_complexity(result.image, result.trace.complexity, out / f"{name}-map.png")
+            plot_complexity(result.frames, result.trace.complexity, out / f"{name}-map.png")
     side_by_side([result.image for result in results.values()]).save(out / "demo.png")
     Console().print(table(results))
     click.echo(f"pictures, traces and plots are in {out}/")

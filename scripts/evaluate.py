@@ -21,6 +21,7 @@ from ddit.runtime.bundle import MANIFEST
 from ddit.runtime.console import DditCommand, say, set_up_logging
 from ddit.runtime.errors import UsageError
 from ddit.runtime.policies import Fixed
+from ddit.runtime.shapes import Size
 
 try:
     from demo_model.scenes import BACKGROUNDS
@@ -87,7 +88,7 @@ def main(**given: Any) -> None:
     schedules = tuple(dict.fromkeys((NATIVE, *config.schedules)))
     check_schedules(pipeline, schedules, steps)
     settings = find_settings(config, pipeline.bundle)
-    flops = level_flops(pipeline.bundle, height=settings.height, width=settings.width)
+    flops = level_flops(pipeline.bundle, size=Size(settings.height, settings.width))
     store = Store(config.out, steps)
     make_missing(store, pipeline, schedules, samples, settings)
 
@@ -99,7 +100,7 @@ def main(**given: Any) -> None:
         settings=settings,
         flops=flops,
         smaller={
-            (height, width): level_flops(pipeline.bundle, height=height, width=width)
+            (height, width): level_flops(pipeline.bundle, size=Size(height, width))
             for height, width in {
                 tuple(size) for one in measured for record in one.records for size in record.smaller.values()
             }

@@ -94,7 +94,7 @@ class Paths:
 
     def stretch(self, first: int, last: int) -> Row:
         """Predict the steps between two."""
-        sigmas = self.pipeline.sigmas(STEPS, self.size["height"], self.size["width"]).astype(float)
+        sigmas = self.pipeline.sigmas(STEPS, **self.size).astype(float)
         fixed = Fixed(self.native_levels)
         plain, errors = self.run(Reusing(fixed, Stretch(first, last, corrected=False)), first - 1)
         mended, _ = self.run(Reusing(fixed, Stretch(first, last, corrected=True)), first - 1)
@@ -113,7 +113,7 @@ class Paths:
     def coarse(self, patch: int, step: int) -> float:
         """One coarse step in a native run: how far it moves the latent from where the native one does, over Δσ."""
         levels = (*self.native_levels[:step], patch, *self.native_levels[step + 1 :])
-        sigmas = self.pipeline.sigmas(STEPS, self.size["height"], self.size["width"])
+        sigmas = self.pipeline.sigmas(STEPS, **self.size)
         latents, _ = self.run(Fixed(levels), step - 1)  # a native step first, whose detail is carried
         return root_mean_square(latents[step] - self.native[step]) / abs(float(sigmas[step + 1] - sigmas[step]))
 
@@ -131,9 +131,7 @@ class Paths:
 def main(bundle: Path, prompts: str, backend: str, threads: int | None) -> None:
     """Measure what predicted steps do, over the noise level."""
     pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
-    height, width = pipeline.bundle.manifest.picture_size()
-    sigmas = pipeline.sigmas(STEPS, height, width)
-    size = {"height": height, "width": width}
+    sigmas, size = pipeline.sigmas(STEPS), pipeline.bundle.manifest.size().by_name()
     paths = [Paths(pipeline, prompt, seed, size) for seed, prompt in enumerate(prompt_texts(prompts))]
     coarse = pipeline.bundle.manifest.coarse
     table = Table("σ → σ′", "expected", "at σ′", "at the end", "corrected", "grew by", "1/(1 − σ′)",

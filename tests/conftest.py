@@ -144,6 +144,58 @@ def vectors(shared_folder, rich_bundle) -> Path:
     return make_once(shared_folder / "vectors", write)
 
 
+@pytest.fixture(scope="session")
+def tiny_wan(shared_folder) -> Path:
+    """A diffusers folder like Wan 2.1 T2V 1.3B's."""
+
+    def save(path: Path) -> None:
+        from tiny_wan import save_tiny_pipeline
+
+        save_tiny_pipeline(path)
+
+    return make_once(shared_folder / "tiny-wan", save)
+
+
+WAN_PROFILE = """
+[[entry]]
+frames = [1, 9, 81]
+height = [64, 64, 256]
+width = [64, 64, 256]
+text = [8, 16, 16]
+batch = [1, 1, 4]
+"""
+
+
+def export_wan(path: Path, scheduler=None, *, levels: str) -> None:
+    """A tiny Wan pipeline with an adapter for its coarse levels, exported in float32."""
+    from ddit.exporter.cli import main
+    from tiny_wan import save_tiny_adapter, save_tiny_pipeline
+
+    model, profile, adapter = (path.with_suffix(suffix) for suffix in (".model", ".toml", ".adapter"))
+    save_tiny_pipeline(model, scheduler=scheduler)
+    profile.write_text(WAN_PROFILE)
+    coarse = tuple(int(patch) for patch in levels.split(",")[1:])
+    options: list[object] = ["--levels", levels, "--dtype", "fp32", "--profile", profile, "--out", path]
+    if coarse:
+        options += ["--adapter", save_tiny_adapter(adapter, model, coarse)]
+    result = run(main, "wan", "--model", model, *options)
+    assert result.exit_code == 0, result.stderr
+
+
+@pytest.fixture(scope="session")
+def wan_bundle(shared_folder) -> Path:
+    """A tiny Wan 2.1 with UniPC, at levels 2, 4 and 8."""
+    return make_once(shared_folder / "wan.bundle", lambda path: export_wan(path, levels="2,4,8"))
+
+
+@pytest.fixture(scope="session")
+def wan_euler_bundle(shared_folder) -> Path:
+    """The same with Euler's method, at the native level alone."""
+    from tiny_wan import euler
+
+    return make_once(shared_folder / "wan-euler.bundle", lambda path: export_wan(path, euler(), levels="2"))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     if torch := sys.modules.get("torch"):  # imported by a test that needs it

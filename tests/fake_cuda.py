@@ -104,6 +104,7 @@ class FakeCuda:
         module.CUresult = DriverStatus
         answer = DriverStatus.CUDA_SUCCESS if self.devices else DriverStatus.CUDA_ERROR_NO_DEVICE
         module.cuInit = lambda flags: (answer,)
+        module.cuDriverGetVersion = lambda: (DriverStatus.CUDA_SUCCESS, 13000)
         module.cuDeviceGetCount = lambda: (DriverStatus.CUDA_SUCCESS, self.devices)
         return module
 

@@ -70,10 +70,11 @@ def test_commands_are_ones_that_there_are(document):
             pytest.fail(f"{document.name}: {shlex.join(words)}: {error.format_message()}")
 
 
-def test_readme_s_commands_run(tiny_bundle, tmp_path, monkeypatch):
+def test_readme_s_commands_run(tiny_bundle, wan_bundle, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("flux.bundle", "demo.bundle"):
         (tmp_path / name).symlink_to(tiny_bundle)
+    (tmp_path / "Wan2.1-T2V-1.3B-Diffusers.bundle").symlink_to(wan_bundle)
     tried = [words for words in command_lines(ROOT / "README.md") if words[0] == "ddit-run" and words[1] in RUN_HERE]
     assert {words[1] for words in tried} == set(RUN_HERE)
     for words in tried:
@@ -81,6 +82,7 @@ def test_readme_s_commands_run(tiny_bundle, tmp_path, monkeypatch):
         result = run(called, *arguments)
         assert result.exit_code == 0, (words, result.stderr)
     assert (tmp_path / "zebra.png").is_file()
+    assert (tmp_path / "zebra.mp4").is_file()
 
 
 def test_readme_s_python_runs(tiny_bundle, tmp_path, monkeypatch):

@@ -15,8 +15,12 @@ from transformers import (
 )
 
 from ddit.exporter.adapter import save_adapter
+from ddit.exporter.families.flux.model import Flux
 from ddit.exporter.families.flux.modules import FEED_FORWARD, FluxLevel
+from ddit.exporter.graphs.trace import export_graph
+from ddit.exporter.graphs.weights import WeightFiles
 from ddit.exporter.levels import AdapterConfig
+from ddit.exporter.models import find_model
 
 WORDS = tuple(
     "a red blue green circle square star on the left right striped plain noisy background small large two".split()  # noqa: SIM905
@@ -146,3 +150,12 @@ def save_tiny_adapter(path: Path, pipeline: Path, patches: tuple[int, ...] = (4,
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     save_adapter(path, levels, base_model="tiny", family="flux")
     return path
+
+
+def half_precision_level(pipeline: Path, folder: Path) -> Path:
+    """The native level's graph in float16, without the rest of a bundle."""
+    job = next(job for job in Flux(find_model(str(pipeline)), (2,), "fp16").jobs() if job.name == "level-2")
+    weights = WeightFiles(folder)
+    graph = export_graph(job, 23, weights)
+    weights.write()
+    return folder / graph.save(folder, weights)

@@ -37,7 +37,7 @@ def scaled_size(manifest: dict, size: tuple[int, int], scale: Fraction) -> tuple
 
 def noise_levels(manifest: dict, steps: int, size: tuple[int, int]) -> np.ndarray:
     sampler, native = manifest["sampler"], manifest["native"]
-    last = 1 / steps
+    last = sampler.get("smallest") or 1 / steps
     even = [1 + i * (last - 1) / (steps - 1) if i < steps - 1 else last for i in range(steps)] if steps > 1 else [1.0]
     u = np.array(even).astype(F32).astype(np.float64)
     tokens = size[0] // native * (size[1] // native)
@@ -47,6 +47,50 @@ def noise_levels(manifest: dict, steps: int, size: tuple[int, int]) -> np.ndarra
     mu = sampler["base_shift"] + (tokens - sampler["base_image_seq_len"]) * slope
     s = math.exp(mu) if sampler["use_dynamic_shifting"] else sampler["shift"]
     return np.append(s * u / (1 + (s - 1) * u), 0).astype(F32)
+
+
+def unipc_levels(shift: float, train_steps: int, steps: int) -> np.ndarray:
+    u = np.array([1 + i * (1 / train_steps - 1) / steps for i in range(steps)])
+    levels = shift * u / (1 + (shift - 1) * u)
+    return np.append([min(levels[0], 1 - 1e-6), *levels[1:]], 0)
+
+
+def unipc_solver(sigmas: np.ndarray, i: int, first: int, q: int) -> list[float]:
+    steps, b = len(sigmas) - 1, [0.0] * (q + 1)
+
+    def lam(sigma: float) -> float:
+        return math.log((1 - sigma) / sigma) if sigma > 0 else math.inf
+
+    def order(j: int) -> int:
+        return min(q, j - first + 1, steps - j)
+
+    a = sigmas[i + 1] / sigmas[i]
+    b[0] += 1 - a
+    if i > first:
+        now, before = sigmas[i], sigmas[i - 1]
+        h = lam(now) - lam(before)
+        c = -(1 - now) * (math.exp(-h) - 1)
+        if order(i - 1) == 1:
+            b[0] += a * c / 2
+            b[1] -= a * c / 2
+        else:
+            r = (lam(sigmas[i - 2]) - lam(before)) / h
+            phi2 = (math.exp(-h) - 1) / -h - 1
+            phi3 = phi2 / -h - 0.5
+            one, two = phi2 / (math.exp(-h) - 1), 2 * phi3 / (math.exp(-h) - 1)
+            x = (two - one) / (r - 1)
+            y = one - x
+            x = (x - 0.5) / r
+            b[0] += a * c * y
+            b[1] -= a * c * (y + x)
+            b[2] += a * c * x
+    if order(i) == 2:
+        h = lam(sigmas[i + 1]) - lam(sigmas[i])
+        r = (lam(sigmas[i - 1]) - lam(sigmas[i])) / h
+        g = -(1 - sigmas[i + 1]) * (math.exp(-h) - 1) / (2 * r)
+        b[0] -= g
+        b[1] += g
+    return b
 
 
 def position_tables(manifest: dict, patch: int, size: tuple[int, int]) -> dict[str, np.ndarray]:

@@ -36,4 +36,22 @@ FLUX = FamilyInfo(
     load=_flux,
 )
 
+
+def _wan() -> type[Family]:
+    from ddit.exporter.families.wan.model import Wan
+
+    return Wan
+
+
+WAN = FamilyInfo(
+    name="wan",
+    title="Wan 2.1",
+    model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    levels=(2, 4),
+    dtype="fp16",
+    profile="wan-480",
+    load=_wan,
+)
+
 register(FLUX)
+register(WAN)

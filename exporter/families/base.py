@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 from ddit.exporter.models import Source
 from ddit.runtime.bundle.manifest import (
-    DecoderInfo,
+    Decoder,
     Dtype,
-    FlowMatchEulerInfo,
     GateInfo,
     GuidanceInfo,
     LatentInfo,
     RotaryInfo,
+    SamplerInfo,
     SpectrumInfo,
     TextEncoderInfo,
 )
@@ -124,13 +124,13 @@ class Family(ABC):
 
     @property
     @abstractmethod
-    def sampler(self) -> FlowMatchEulerInfo:
+    def sampler(self) -> SamplerInfo:
         """The scheduler's settings. Raises `ModelError` for one that the runtime does not compute."""
 
     @property
     @abstractmethod
-    def decoder(self) -> DecoderInfo:
-        """The graph that turns a latent into a picture."""
+    def decoder(self) -> Decoder:
+        """The graphs that turn a latent into a picture or a clip."""
 
     @property
     def gate(self) -> GateInfo | None:
@@ -177,7 +177,8 @@ class Family(ABC):
             latent: the noise, of the latent's shape, float32.
 
         Returns:
-            ``latent`` after the step, and the ``image`` (B, 3, height, width) that it decodes to, cut to [-1, 1].
+            ``latent`` after the step, and the ``image`` (B, 3, height, width) that it decodes to, of a clip its frames
+            (B, 3, frames, height, width), cut to [-1, 1].
         """
 
     def level(self, transformer: "nn.Module", patch: int) -> "Level":

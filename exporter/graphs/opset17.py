@@ -107,6 +107,14 @@ def _lower_reduce(node: ir.Node) -> None:
         node.attributes["axes"] = ir.AttrInt64s("axes", axes)
 
 
+def _lower_pad(node: ir.Node) -> None:
+    """Remove the input that opset 18 added, the padded axes, where it is not given: all are padded then."""
+    if len(node.inputs) == 4:
+        if node.inputs[3] is not None:
+            raise ValueError("it names its axes")
+        node.resize_inputs(3)
+
+
 def _lower_resize(node: ir.Node) -> None:
     """Remove the attributes that opset 18 added, where they have their default values."""
     for name, nothing in (("antialias", 0), ("keep_aspect_ratio_policy", "stretch"), ("axes", None)):
@@ -116,6 +124,8 @@ def _lower_resize(node: ir.Node) -> None:
 
 
 RULES = {
+    "Pad": _lower_pad,
+    "ReduceL2": _lower_reduce,
     "ReduceMax": _lower_reduce,
     "ReduceMean": _lower_reduce,
     "ReduceMin": _lower_reduce,

@@ -5,12 +5,14 @@ bundle's weight files afterwards. Then the graph is put in order: linear layers 
 file instead of transposing it at load time, constants are folded, and the free dimensions get the contract's names.
 """
 
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -55,16 +57,11 @@ def export_graph(job: GraphJob, opset: int, weights: WeightFiles) -> ExportedGra
     """Trace a module and register its weights. Raises `ModelError` when the exporter fails."""
     traced = TRACED if opset == LOWERED else opset
     device = next((parameter.device for parameter in job.module.parameters()), torch.device("cpu"))
-    kwargs = {
-        spec.name: torch.zeros(spec.resolve(job.trace_sizes), dtype=DTYPES[spec.dtype], device=device)
-        for spec in job.inputs
-    }
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
                 job.module.eval(),
-                kwargs=kwargs,
-                dynamic_shapes=_dynamic_shapes(job.inputs, job.outputs),
+                **_arguments(job, device),
                 output_names=[spec.name for spec in job.outputs],
                 opset_version=traced,
                 dynamo=True,
@@ -98,11 +95,11 @@ def export_graph(job: GraphJob, opset: int, weights: WeightFiles) -> ExportedGra
         )
         file, stored = job.place(name)
         places[name] = (file, weights.add(file, stored, weight))
-    with _quiet():
+    with quiet():
         _fold(model)
         if opset == LOWERED:
             lower_to_opset17(model, job.name)
-        _tidy(model)
+        tidy(model)
     _name_dimensions(model, job)
     return ExportedGraph(
         job, model, {name: place for name, place in places.items() if name in model.graph.initializers}
@@ -116,17 +113,39 @@ def _root_cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
 
+def _arguments(job: GraphJob, device: torch.device) -> dict[str, Any]:
+    """What torch.onnx.export is told of the inputs: example tensors and their free dimensions.
+
+    They go in by name, so that the order of the specs does not matter. Where the module gathers the last of them in a
+    ``*name``, because their number differs from model to model, they go in by position and get their names here.
+    """
+    tensors = {
+        spec.name: torch.zeros(spec.resolve(job.trace_sizes), dtype=DTYPES[spec.dtype], device=device)
+        for spec in job.inputs
+    }
+    free = _dynamic_shapes(job.inputs, job.outputs)
+    parameters = inspect.signature(job.module.forward).parameters.values()
+    if not any(one.kind is inspect.Parameter.VAR_POSITIONAL for one in parameters):
+        return {"kwargs": tensors, "dynamic_shapes": free}
+    *named, gathered = (one.name for one in parameters)
+    return {
+        "args": tuple(tensors.values()),
+        "dynamic_shapes": {name: free[name] for name in named} | {gathered: tuple(list(free.values())[len(named) :])},
+        "input_names": list(tensors),
+    }
+
+
 def _dynamic_shapes(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> dict[str, dict[int, object]]:
     """torch.export's description of the inputs' free dimensions, from the specs' symbols.
 
-    Where tensors have ``H/4`` and ``H/6``, ``H`` is twelve times the number that is free.
+    Where tensors have ``H/4`` and ``H/6``, ``H`` is twelve times the number that is free, and ``H*2`` is 24 times it.
     """
     units = shapes.divisors(spec.shape for spec in (*inputs, *outputs))
     free = {symbol: Dim(f"{symbol}_{unit}" if unit > 1 else symbol) for symbol, unit in units.items()}
 
     def describe(dim: str) -> object:
-        symbol, _, divisor = shapes.split(dim)
-        factor = units[symbol] // divisor
+        symbol, operator, number = shapes.split(dim)
+        factor = units[symbol] * number if operator == "*" else units[symbol] // number
         return factor * free[symbol] if factor > 1 else free[symbol]
 
     return {
@@ -160,7 +179,7 @@ def _absorb_transposes(graph: ir.Graph, parameters: set[str]) -> set[str]:
 def _fold(model: ir.Model) -> None:
     """Fold constants; torch's list operations become plain ``Split`` nodes on the way.
 
-    With `_tidy` this is `onnxscript.optimizer.optimize_ir` with only those rewrite rules that find something in these
+    With `tidy` this is `onnxscript.optimizer.optimize_ir` with only those rewrite rules that find something in these
     graphs: with all of them it takes longer than the tracing.
     """
     from onnxscript.optimizer import fold_constants
@@ -172,7 +191,7 @@ def _fold(model: ir.Model) -> None:
         RewritePass([collapse_slice_rule, collapse_slice2_rule])(model)
 
 
-def _tidy(model: ir.Model) -> None:
+def tidy(model: ir.Model) -> None:
     """Remove duplicate nodes and constants, and nodes without effect."""
     from onnx_ir.passes import common
 
@@ -209,7 +228,7 @@ def _name_dimensions(model: ir.Model, job: GraphJob) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence torch's exporter and onnxscript.
 
     They warn of what is intended here: dimensions that share a name, no torchvision, initializers without a value.

@@ -16,7 +16,6 @@ def step(
     latent: Array,
     velocity: Array,
     timestep: Array,
-    dt: Array,
     difference1: Array,
     difference2: Array,
     kept_estimate: Array,
@@ -26,6 +25,9 @@ def step(
     prediction: Array,
     correction: Array,
     carry: Array | None = None,
+    dt: Array | None = None,
+    solver: Array | None = None,
+    estimates: Array | None = None,
 ) -> tuple[Array, ...]:
     """One step, sample by sample; inputs and outputs are those of `ddit.exporter.steps.update.StepGraph`."""
     rows = []
@@ -38,15 +40,22 @@ def step(
             difference = estimate - kept_estimate[i]
             v = v + share / timestep[i] * (difference - np.kron(patches(difference, p).mean(-1), np.ones((p, p))))
         error = v - predict(velocities=velocities[i : i + 1], prediction=prediction[i : i + 1])[0]
-        delta1 = dt[i] * v
+        z, memory = latent[i] + correction[i] * error, []
+        if solver is None:
+            assert dt is not None
+            delta1 = dt[i] * v
+        else:
+            assert estimates is not None
+            known = [z - timestep[i] * v, *estimates[i]]
+            delta1 = sum(b * (x - z) for b, x in zip(solver[i], known, strict=True))
+            memory = [np.stack(known[:-1])]
         delta2 = delta1 - difference1[i]
         delta3 = delta2 - difference2[i]
         kept = estimate if keep_estimate[i] > 0 else kept_estimate[i]
         newest = np.stack([v, *velocities[i, :-1]]) if keep_velocity[i] > 0 else velocities[i]
         missed = np.sqrt((patches(error, native) ** 2).mean(axis=(0, -1)))
         deviations = (patches(delta3, p).std(-1).mean(0) for p in coarse)
-        moved = latent[i] + correction[i] * error + delta1
-        rows.append((moved, delta1, delta2, kept, newest, missed, *deviations))
+        rows.append((z + delta1, delta1, delta2, kept, newest, *memory, missed, *deviations))
     return tuple(np.stack(values) for values in zip(*rows, strict=True))
 
 
@@ -55,16 +64,24 @@ def predict(*, velocities: Array, prediction: Array) -> Array:
     return np.stack([sum(w * v for w, v in zip(*one, strict=True)) for one in zip(prediction, velocities, strict=True)])
 
 
+def guide(*, velocity_conditional: Array, velocity_unconditional: Array, guidance: Array) -> Array:
+    """Classifier-free guidance, sample by sample."""
+    pairs = zip(velocity_conditional, velocity_unconditional, guidance, strict=True)
+    return np.stack([without + scale * (with_prompt - without) for with_prompt, without, scale in pairs])
+
+
 def grow(small: tuple[int, int], *, latent: Array, noise: Array, timestep: Array, gain: Array) -> Array:
     """The larger latents, sample by sample, of small ones (h, w) that lie in the low corner of ``latent``."""
     h, w = small
-    coefficients = timestep[:, None, None, None] * noise
-    coefficients[:, :, :h, :w] = dctn(latent[:, :, :h, :w], type=2, norm="ortho", axes=(2, 3))
-    grown: Array = gain[:, None, None, None] * idctn(coefficients, type=2, norm="ortho", axes=(2, 3))
-    return grown
+    rows = []
+    for i in range(len(latent)):
+        coefficients = timestep[i] * noise[i]
+        coefficients[..., :h, :w] = dctn(latent[i, ..., :h, :w], type=2, norm="ortho", axes=(-2, -1))
+        rows.append(gain[i] * idctn(coefficients, type=2, norm="ortho", axes=(-2, -1)))
+    return np.stack(rows)
 
 
 def patches(values: Array, p: int) -> Array:
-    """The values of every patch, side by side: (C, H, W) → (C, H/p, W/p, p·p)."""
-    windows = np.lib.stride_tricks.sliding_window_view(values, (p, p), axis=(1, 2))[:, ::p, ::p]
-    return windows.reshape(*windows.shape[:3], p * p)
+    """The values of every patch, side by side: (C, …, H, W) → (C, …, H/p, W/p, p·p)."""
+    windows = np.lib.stride_tricks.sliding_window_view(values, (p, p), axis=(-2, -1))[..., ::p, ::p, :, :]
+    return windows.reshape(*windows.shape[:-2], p * p)

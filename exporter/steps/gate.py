@@ -1,7 +1,8 @@
 """The gate: how much the model's input has changed since the step before, which tells how much its output will.
 
-TeaCache (arXiv 2411.19108) looks at the first block's input after its normalisation was modulated with the timestep. A
-family's module makes that input, from weights that the levels have anyway; what follows here is the same for all.
+TeaCache (arXiv 2411.19108) looks at the first block's input after its normalisation was modulated with the timestep,
+or, where that tells more, at what it is modulated with. A family's module makes that input, from weights that the
+levels have anyway; what follows here is the same for all.
 """
 
 from torch import Tensor
@@ -17,7 +18,7 @@ def relative_changes(modulated: Tensor, before: Tensor) -> tuple[Tensor, Tensor,
     """The outputs of a gate graph.
 
     Args:
-        modulated: (B, H/p, W/p, width) float32, the modulated input.
+        modulated: (B, …, width) float32, the modulated input.
         before: that of the step before.
 
     Returns:
@@ -40,12 +41,12 @@ def _mean(values: Tensor) -> Tensor:
     return values.flatten(1).mean(dim=1)
 
 
-def gate_state(name: str, native: int, width: int) -> TensorSpec:
-    """The modulated input, as a tensor of a gate graph."""
-    return floats(name, "B", f"H/{native}", f"W/{native}", width)
+def gate_state(name: str, *shape: int | str) -> TensorSpec:
+    """The modulated input of a sample, as a tensor of a gate graph."""
+    return floats(name, "B", *shape)
 
 
-def gate_outputs(native: int, width: int) -> tuple[TensorSpec, ...]:
-    """The outputs of a gate graph."""
+def gate_outputs(*shape: int | str) -> tuple[TensorSpec, ...]:
+    """The outputs of a gate graph, for a modulated input of this shape."""
     changes = (floats(name, "B") for name in ("gate_change", "gate_change_low", "gate_change_high"))
-    return (gate_state("next_gate_input", native, width), *changes)
+    return (gate_state("next_gate_input", *shape), *changes)

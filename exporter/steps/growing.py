@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ddit.exporter.graphs.job import GraphJob, Original, Tables, floats
 from ddit.exporter.steps import equations
+from ddit.exporter.steps.patches import per_sample
+from ddit.runtime.bundle.manifest import LatentInfo
 from ddit.runtime.samplers.growing import growing_tables
 
 
@@ -30,7 +32,7 @@ class GrowGraph(nn.Module):
         dct_width: Tensor,
         fresh: Tensor,
     ) -> Tensor:
-        """The larger latent (B, C, H, W), at the noise level κ·t.
+        """The larger latent (B, C, H, W), at the noise level κ·t; every frame of a clip (B, C, F, H, W) by itself.
 
         Args:
             latent: (B, C, H, W) the small latent (h, w) in its low corner; what lies around that does not matter.
@@ -43,13 +45,13 @@ class GrowGraph(nn.Module):
             fresh: (H, W) 0 for the small latent's frequencies, 1 for all higher ones.
         """
         kept = dct_small_height @ latent @ dct_small_width.T
-        coefficients = kept + timestep[:, None, None, None] * fresh * noise
-        return gain[:, None, None, None] * (dct_height.T @ coefficients @ dct_width)
+        coefficients = kept + per_sample(timestep, noise) * fresh * noise
+        return per_sample(gain, noise) * (dct_height.T @ coefficients @ dct_width)
 
 
-def growing_job(channels: int) -> GraphJob:
+def growing_job(latent: LatentInfo) -> GraphJob:
     """The export job of a bundle's grow graph."""
-    picture = ("B", channels, "H", "W")
+    picture = latent.shape
 
     def original(device: torch.device) -> Original:
         def compute(*, fresh: Tensor, **inputs: Tensor) -> Tensor:
@@ -83,6 +85,6 @@ def growing_job(channels: int) -> GraphJob:
         values=lambda name: torch.empty(0),
         place=lambda name: ("", name),
         original=original,
-        trace_sizes={"B": 2, "H": 8, "W": 12},
+        trace_sizes={"B": 2, "F": 3, "H": 8, "W": 12},
         tables=tables,
     )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ddit.exporter.graphs.job import GraphJob, Original, floats
 from ddit.exporter.steps import equations
+from ddit.runtime.bundle.manifest import LatentInfo
 from ddit.runtime.policies.prediction import KEPT_VELOCITIES
 
 
@@ -32,7 +33,7 @@ def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
     return (values * weights.reshape(shape)).sum(dim=1)
 
 
-def prediction_job(channels: int) -> GraphJob:
+def prediction_job(latent: LatentInfo) -> GraphJob:
     """The export job of a bundle's prediction graph."""
 
     def original(device: torch.device) -> Original:
@@ -46,13 +47,13 @@ def prediction_job(channels: int) -> GraphJob:
         name="predict",
         module=PredictionGraph(),
         inputs=(
-            floats("velocities", "B", KEPT_VELOCITIES, channels, "H", "W"),
+            floats("velocities", "B", KEPT_VELOCITIES, *latent.shape[1:]),
             floats("prediction", "B", KEPT_VELOCITIES),
         ),
-        outputs=(floats("velocity", "B", channels, "H", "W"),),
+        outputs=(floats("velocity", *latent.shape),),
         dtype="fp32",
         values=lambda name: torch.empty(0),
         place=lambda name: ("", name),
         original=original,
-        trace_sizes={"B": 2, "H": 8, "W": 12},
+        trace_sizes={"B": 2, "F": 3, "H": 8, "W": 12},
     )

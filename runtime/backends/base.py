@@ -95,8 +95,11 @@ class Backend(ABC):
     def _open(self, graph: str) -> Engine:
         """Load a graph. Raises `BackendError`."""
 
-    def check(self, *, height: int, width: int, text: int, batch: int) -> None:  # noqa: B027
-        """Raise `UsageError` for sizes that this backend's engines cannot run, before anything is loaded."""
+    def check(self, sizes: Mapping[str, int]) -> None:  # noqa: B027
+        """Raise `UsageError` for sizes that this backend's engines cannot run, before anything is loaded.
+
+        ``sizes``: pixels, frames, tokens and the batch by the names that profiles use.
+        """
 
     def workspace(self, buffers: Mapping[str, TensorSpec], sizes: Mapping[str, int]) -> Workspace:
         """A workspace that nobody uses, with buffers of these names; what they hold is not defined."""

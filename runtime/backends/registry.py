@@ -57,6 +57,18 @@ def _tensorrt_builder(*args: object, **options: object) -> "EngineBuilder":
     return TensorRTBuilder(*args, **options)  # type: ignore[arg-type]
 
 
+def _open_tensorrt_rtx(bundle: Bundle, threads: int | None) -> Backend:
+    from ddit.runtime.backends.tensorrt.rtx import TensorRTRTXBackend
+
+    return TensorRTRTXBackend(bundle)
+
+
+def _tensorrt_rtx_builder(*args: object, **options: object) -> "EngineBuilder":
+    from ddit.runtime.backends.tensorrt.rtx import TensorRTRTXBuilder
+
+    return TensorRTRTXBuilder(*args, **options)  # type: ignore[arg-type]
+
+
 def _open_cuda(bundle: Bundle, threads: int | None) -> Backend:
     from ddit.runtime.backends.onnxruntime.cuda import CudaBackend
 
@@ -88,6 +100,16 @@ register(
         rank=10,
         builder=_tensorrt_builder,
         build_options=("timing_cache", "optimization_level", "workspace"),
+    )
+)
+register(
+    BackendKind(
+        name="tensorrt-rtx",
+        description="TensorRT-RTX engines for RTX cards, built on any machine; only when asked for",
+        open=_open_tensorrt_rtx,
+        device="gpu",
+        builder=_tensorrt_rtx_builder,
+        build_options=("target",),
     )
 )
 register(

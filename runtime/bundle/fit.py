@@ -11,29 +11,36 @@ from typing import TYPE_CHECKING
 from ddit.runtime import shapes
 from ddit.runtime.bundle.names import (
     CARRY,
+    CONDITIONAL,
     CORRECTION,
     DEVIATION,
     DT,
+    FRAMES,
     GAIN,
     GATE_CHANGES,
     GATE_INPUT,
     GROW,
     GROWING_TABLES,
     GUIDANCE,
+    GUIDE,
     IDS,
     IMAGE,
     KEEP_ESTIMATE,
     KEEP_VELOCITY,
     LATENT,
+    LATENT_FRAME,
     NEXT,
     NOISE,
     PREDICT,
     PREDICTION,
     PREDICTION_ERROR,
+    SOLVER,
     TABLES,
     TIMESTEP,
+    UNCONDITIONAL,
     UPDATE,
     VELOCITIES,
+    VELOCITY,
 )
 
 if TYPE_CHECKING:
@@ -52,6 +59,7 @@ def check_manifest(manifest: "Manifest") -> None:
     for patch in manifest.patches:
         _check_level(manifest, patch)
     _check_update(manifest)
+    _check_guide(manifest)
     _check_gate(manifest)
     _check_grow(manifest)
     _check_decoder(manifest)
@@ -69,7 +77,7 @@ def check_manifest(manifest: "Manifest") -> None:
 
 
 def _check_paths(manifest: "Manifest") -> None:
-    check_unique("the path for steps, height and width", (path.size for path in manifest.paths))
+    check_unique("the path for", (f"{path.steps} steps at {path.size}" for path in manifest.paths))
 
 
 def check_unique(what: str, names: Iterable[object]) -> None:
@@ -85,10 +93,12 @@ def _check_levels(manifest: "Manifest") -> None:
     if odd := [patch for patch in manifest.patches if patch % manifest.native]:
         raise ValueError(f"level {odd[0]} is not a multiple of the native level {manifest.native}")
     check_unique("axis", (axis.name for axis in manifest.latent.axes))
-    names: set[str | None] = {axis.name for axis in manifest.latent.axes}
-    if names != {"height", "width"}:
-        raise ValueError("the latent of a picture has a height and a width")
-    if odd_axes := {axis.axis for axis in manifest.positions.axes} - names - {None}:
+    names = [axis.name for axis in manifest.latent.axes]
+    if names not in (["height", "width"], ["frames", "height", "width"]):
+        raise ValueError("a latent has a height and a width, and a clip's has frames before them")
+    if any((entry.frames is not None) != manifest.latent.has_frames for entry in manifest.profile.entry):
+        raise ValueError("the profile has frames and the latent has none, or the other way round")
+    if odd_axes := {axis.axis for axis in manifest.positions.axes} - {*names, None}:
         raise ValueError(f"the positions turn with {min(map(str, odd_axes))}, which the latent has not")
 
 
@@ -96,21 +106,28 @@ def _check_names(manifest: "Manifest") -> None:
     """Graphs and files that are named are there."""
     named = [level.graph for level in manifest.levels] + [one.graph for one in manifest.encoders]
     named += [manifest.gate.graph] if manifest.gate else []
-    for graph in (*named, manifest.decoder.graph, UPDATE, PREDICT, GROW):
+    named += [*manifest.decoder.graphs, UPDATE, PREDICT, GROW]
+    named += [GUIDE] if manifest.guidance.two_passes else []
+    for graph in named:
         if graph not in manifest.graphs:
             raise ValueError(f"there is no graph {graph!r}")
-    check_unique("graph", [*named, manifest.decoder.graph, UPDATE, PREDICT, GROW])
-    files = [file for graph in manifest.graphs.values() for file in (graph.file, *graph.weights)]
+    check_unique("graph", named)
+    files = [file for graph in manifest.graphs.values() for file in (graph.file, *graph.weights, *graph.twins.values())]
     for file in (*files, *(one.tokenizer.file for one in manifest.encoders)):
         if file not in manifest.files:
             raise ValueError(f"file {file!r} has no entry in files")
-    sides = {shapes.SYMBOLS[axis.name] for axis in manifest.latent.axes}
+    check_unique(
+        "the graph's file",
+        (file for graph in manifest.graphs.values() for file in (graph.file, *graph.twins.values())),
+    )
+    sides = {shapes.SYMBOLS[axis.name] for axis in manifest.latent.sides}
+    others = {"B", "L", *(shapes.SYMBOLS[axis.name] for axis in manifest.latent.axes)}
     unit = math.lcm(*manifest.patches)
     for name, info in manifest.graphs.items():
         specs = (*info.inputs, *info.outputs)
         check_unique(f"{name}: tensor", (spec.name for spec in specs))
         for symbol, number in shapes.divisors(spec.shape for spec in specs).items():
-            if symbol not in sides | {"B", "L"}:
+            if symbol not in others:
                 raise ValueError(f"{name}: nobody knows the dimension {symbol!r}")
             if (unit if symbol in sides else 1) % number:
                 raise ValueError(f"{name}: {symbol} is not always a multiple of {number}")
@@ -136,8 +153,7 @@ def _check_encoders(manifest: "Manifest") -> None:
 def _check_level(manifest: "Manifest", patch: int) -> None:
     graph = manifest.level(patch).graph
     info = manifest.graphs[graph]
-    grid = [f"{shapes.SYMBOLS[axis.name]}/{patch}" for axis in manifest.latent.axes]
-    table: Shape = (*grid, sum(axis.dimensions for axis in manifest.positions.axes))
+    table: Shape = (*manifest.latent.patch_grid(patch), sum(axis.dimensions for axis in manifest.positions.axes))
     inputs = {**_model_inputs(manifest), **dict.fromkeys(TABLES, table)}
     _check_tensors(graph, info.inputs, inputs, {LATENT, TIMESTEP})
     _check_rows(graph, info.outputs)
@@ -160,11 +176,11 @@ def _check_gate(manifest: "Manifest") -> None:
         return
     graph, info = manifest.gate.graph, manifest.graphs[manifest.gate.graph]
     state = _shapes(info.inputs).get(GATE_INPUT, ())
-    sides = tuple(f"{shapes.SYMBOLS[axis.name]}/{manifest.native}" for axis in manifest.latent.axes)
-    if len(state) != len(sides) + 2 or state[:-1] != _plain(("B", *sides)) or not isinstance(state[-1], int):
-        raise ValueError(f"{graph}: {GATE_INPUT} has to have the shape {_text(('B', *sides, 'width'))}")
+    grid = _plain(("B", *manifest.latent.patch_grid(manifest.native)))
+    if state[:-1] not in (grid, ("B",)) or not isinstance(state[-1], int):
+        raise ValueError(f"{graph}: {GATE_INPUT} has to have the shape {_text((*grid, 'width'))} or (B, width)")
     inputs = {**_model_inputs(manifest), GATE_INPUT: state}
-    _check_tensors(graph, info.inputs, inputs, {LATENT, TIMESTEP, GATE_INPUT})
+    _check_tensors(graph, info.inputs, inputs, {TIMESTEP, GATE_INPUT})
     outputs: dict[str, Shape] = {NEXT + GATE_INPUT: state, **dict.fromkeys(GATE_CHANGES, ("B",))}
     _check_tensors(graph, info.outputs, outputs, outputs)
     own = {GATE_INPUT, *outputs}
@@ -180,7 +196,8 @@ def _check_update(manifest: "Manifest") -> None:
     outputs = _shapes(info.outputs)
     kept = _kept_velocities(manifest)
     known: dict[str, Shape] = {
-        **dict.fromkeys((TIMESTEP, DT, CORRECTION, KEEP_ESTIMATE, KEEP_VELOCITY), ("B",)),
+        **dict.fromkeys((TIMESTEP, CORRECTION, KEEP_ESTIMATE, KEEP_VELOCITY), ("B",)),
+        **({SOLVER: ("B", manifest.sampler.order + 1)} if manifest.sampler.kind == "flow_unipc" else {DT: ("B",)}),
         LATENT: manifest.latent.shape,
         VELOCITIES: ("B", kept, *manifest.latent.shape[1:]),
         PREDICTION: ("B", kept),
@@ -198,11 +215,10 @@ def _check_update(manifest: "Manifest") -> None:
     _check_tensors(UPDATE, info.inputs, known, {LATENT, VELOCITIES, PREDICTION})
     _check_rows(UPDATE, info.inputs)
     state = {NEXT + name: shape for name, shape in _shapes(info.inputs).items() if NEXT + name in outputs}
-    sides = [shapes.SYMBOLS[axis.name] for axis in manifest.latent.axes]
     deviations: dict[str, Shape] = {
-        f"{DEVIATION}{patch}": ("B", *(f"{side}/{patch}" for side in sides)) for patch in manifest.coarse
+        f"{DEVIATION}{patch}": ("B", *manifest.latent.patch_grid(patch)) for patch in manifest.coarse
     }
-    error: Shape = ("B", *(f"{side}/{manifest.native}" for side in sides))
+    error: Shape = ("B", *manifest.latent.patch_grid(manifest.native))
     results = {
         NEXT + LATENT: manifest.latent.shape,
         NEXT + VELOCITIES: known[VELOCITIES],
@@ -220,10 +236,22 @@ def _check_update(manifest: "Manifest") -> None:
         _check_apart(graph, info)
 
 
+def _check_guide(manifest: "Manifest") -> None:
+    """The guide graph takes what a level gives, twice, and gives the same once."""
+    if not manifest.guidance.two_passes:
+        return
+    info, latent = manifest.graphs[GUIDE], manifest.latent.shape
+    given: dict[str, Shape] = {CONDITIONAL: latent, UNCONDITIONAL: latent, GUIDANCE: ("B",)}
+    _check_tensors(GUIDE, info.inputs, given, given)
+    _check_tensors(GUIDE, info.outputs, {VELOCITY: latent}, {VELOCITY})
+    for level in manifest.levels:
+        _check_tensors(level.graph, manifest.graphs[level.graph].outputs, {VELOCITY: latent}, {VELOCITY})
+
+
 def _check_grow(manifest: "Manifest") -> None:
     """The grow graph takes two latents, two numbers a sample, and tables that are squares along the latent's sides."""
     latent = manifest.latent.shape
-    height, width = latent[2:]
+    height, width = latent[-2:]
     tables: tuple[Shape, ...] = ((height, height), (width, width), (height, height), (width, width), (height, width))
     known: dict[str, Shape] = {
         **dict.fromkeys((LATENT, NOISE), latent),
@@ -252,20 +280,38 @@ def _check_apart(level: "GraphInfo", update: "GraphInfo") -> None:
 
 
 def _check_decoder(manifest: "Manifest") -> None:
-    info = manifest.graphs[manifest.decoder.graph]
-    sides = [f"{shapes.SYMBOLS[axis.name]}*{axis.downscale}" for axis in manifest.latent.axes]
-    _check_tensors(manifest.decoder.graph, info.inputs, {LATENT: manifest.latent.shape}, {LATENT})
-    _check_tensors(manifest.decoder.graph, info.outputs, {IMAGE: ("B", 3, *sides)}, {IMAGE})
+    decoder, latent = manifest.decoder, manifest.latent
+    if (decoder.kind == "video") != latent.has_frames:
+        raise ValueError("clips have a decoder of the kind video, and pictures one of the kind image")
+    sides = [f"{shapes.SYMBOLS[axis.name]}*{axis.downscale}" for axis in latent.sides]
+    if decoder.kind == "image":
+        info = manifest.graphs[decoder.graph]
+        _check_tensors(decoder.graph, info.inputs, {LATENT: latent.shape}, {LATENT})
+        _check_tensors(decoder.graph, info.outputs, {IMAGE: ("B", 3, *sides)}, {IMAGE})
+        return
+    frame: Shape = ("B", latent.channels, 1, *(shapes.SYMBOLS[axis.name] for axis in latent.sides))
+    following = manifest.graphs[decoder.following]
+    state = {name: shape for name, shape in _shapes(following.inputs).items() if name != LATENT_FRAME}
+    _check_rows(decoder.following, following.inputs)
+    _check_tensors(decoder.first, manifest.graphs[decoder.first].inputs, {LATENT_FRAME: frame}, {LATENT_FRAME})
+    _check_tensors(decoder.following, following.inputs, {**state, LATENT_FRAME: frame}, {LATENT_FRAME})
+    for graph, count in ((decoder.first, 1), (decoder.following, latent.axes[0].downscale)):
+        given: dict[str, Shape] = {FRAMES: ("B", 3, count, *sides)}
+        given |= {NEXT + name: shape for name, shape in state.items()}
+        _check_tensors(graph, manifest.graphs[graph].outputs, given, given)
 
 
 def _check_sampler(manifest: "Manifest") -> None:
     from ddit.runtime.samplers.sigmas import flow_shift  # which imports the manifest
 
+    sampler = manifest.sampler
+    if sampler.kind != "flow_match_euler" or not sampler.use_dynamic_shifting:
+        return
     for entry in manifest.profile.entry:
         for bound in ("minimum", "maximum"):
             symbols = shapes.to_symbols(manifest.latent, entry.at(bound))
             tokens = shapes.image_tokens(manifest.latent, manifest.native, symbols)
-            if manifest.sampler.use_dynamic_shifting and abs(flow_shift(manifest.sampler, tokens)) > STEEPEST:
+            if abs(flow_shift(sampler, tokens)) > STEEPEST:
                 raise ValueError("the sampler's shift leaves no noise levels between 0 and 1 at the profile's sizes")
 
 

@@ -45,6 +45,7 @@ Dimension = Annotated[int | str, AfterValidator(_readable)]
 Patch = Annotated[int, Field(ge=1, le=MAX_PATCH)]
 StepCount = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 Pixels = Annotated[int, Field(ge=1, le=LARGEST)]
+AxisName = Literal["frames", "height", "width"]
 
 
 class _Model(BaseModel):
@@ -71,6 +72,13 @@ class GraphInfo(_Model):
     outputs: tuple[TensorSpec, ...]
     weights: tuple[FileName, ...] = ()
     dtype: Dtype
+    twins: dict[Name, FileName] = Field(
+        default={}, description="by backend: an ONNX file that computes the same from the same weights, faster there"
+    )
+
+    def on(self, backend: str) -> "GraphInfo":
+        """The graph as a backend opens it: with the file of its twin, where it has one for this backend."""
+        return self.model_copy(update={"file": self.twins.get(backend, self.file)})
 
 
 class LevelInfo(_Model):
@@ -92,12 +100,25 @@ class ModelInfo(_Model):
 class AxisInfo(_Model):
     """One axis of the latent beside batch and channels."""
 
-    name: Literal["height", "width"]
-    downscale: int = Field(ge=1, le=256, description="pixels of the picture along one latent pixel")
+    name: AxisName
+    downscale: int = Field(
+        ge=1,
+        le=256,
+        description="pixels of the picture along one latent pixel; frames of the clip for every latent frame but the "
+        "first, which is one frame",
+    )
+
+    def to_latent(self, size: int) -> int:
+        """Latent pixels of so many pixels, latent frames of so many frames; rounded down."""
+        return (size - 1) // self.downscale + 1 if self.name == "frames" else size // self.downscale
+
+    def from_latent(self, size: int) -> int:
+        """Pixels, or frames, of so many latent ones."""
+        return (size - 1) * self.downscale + 1 if self.name == "frames" else size * self.downscale
 
 
 class LatentInfo(_Model):
-    """The latent: (B, channels, then its axes in order)."""
+    """The latent: (B, channels, then its axes in order). A clip's has frames before height and width."""
 
     channels: int = Field(ge=1, le=4096)
     axes: tuple[AxisInfo, ...] = Field(min_length=1)
@@ -105,7 +126,23 @@ class LatentInfo(_Model):
     @property
     def shape(self) -> tuple[int | str, ...]:
         """Its symbolic shape, as in ``("B", 16, "H", "W")``."""
-        return ("B", self.channels, *(shapes.SYMBOLS[axis.name] for axis in self.axes))
+        return ("B", self.channels, *self.patch_grid(1))
+
+    @property
+    def sides(self) -> tuple[AxisInfo, ...]:
+        """The axes that levels cut into patches; frames stay whole."""
+        return tuple(axis for axis in self.axes if axis.name != "frames")
+
+    @property
+    def has_frames(self) -> bool:
+        """Whether it is a clip's."""
+        return self.sides != self.axes
+
+    def patch_grid(self, patch: int) -> tuple[str, ...]:
+        """A level's patches along each axis, in symbols: ``("F", "H/4", "W/4")``."""
+        return tuple(
+            shapes.SYMBOLS[axis.name] + (f"/{patch}" if axis in self.sides and patch > 1 else "") for axis in self.axes
+        )
 
 
 class TokenizerInfo(_Model):
@@ -135,6 +172,9 @@ class FlowMatchEulerInfo(_Model):
     max_shift: float = Field(ge=-1e6, le=1e6)
     base_image_seq_len: int = Field(ge=1)
     max_image_seq_len: int = Field(ge=1)
+    smallest: float | None = Field(
+        default=None, gt=0, le=1, description="the last noise level before the shift; null: 1 / steps"
+    )
     steps: StepCount = Field(description="default number of steps")
 
     @model_validator(mode="after")
@@ -144,10 +184,23 @@ class FlowMatchEulerInfo(_Model):
         return self
 
 
+class UniPCInfo(_Model):
+    """UniPC of a low order along a flow: the fields of diffusers' `UniPCMultistepScheduler` that Wan 2.1 sets."""
+
+    kind: Literal["flow_unipc"] = "flow_unipc"
+    shift: float = Field(gt=0, le=1e6)
+    order: int = Field(ge=1, le=2)
+    train_steps: int = Field(ge=1, le=1_000_000, description="the model knows noise levels in whole parts of so many")
+    steps: StepCount = Field(description="default number of steps")
+
+
+SamplerInfo = Annotated[FlowMatchEulerInfo | UniPCInfo, Field(discriminator="kind")]
+
+
 class RotaryAxis(_Model):
     """One rotated axis of the rotary embedding."""
 
-    axis: Literal["height", "width"] | None = Field(description="null: a coordinate that is always 0")
+    axis: AxisName | None = Field(description="null: a coordinate that is always 0")
     dimensions: int = Field(ge=2, le=4096, multiple_of=2, description="of a head, that this axis rotates")
 
 
@@ -160,9 +213,13 @@ class RotaryInfo(_Model):
 
 
 class GuidanceInfo(_Model):
-    """How guidance comes in: ``embedded`` as an input of the levels (distilled models), or not at all."""
+    """How guidance comes in.
 
-    kind: Literal["embedded", "none"]
+    ``embedded`` as an input of the levels (distilled models); as ``two_passes`` of a level, with the prompt and with
+    another one, which the guide graph puts together (classifier-free guidance); or not at all.
+    """
+
+    kind: Literal["embedded", "two_passes", "none"]
     default: float = Field(ge=-MAX_GUIDANCE, le=MAX_GUIDANCE)
 
     @property
@@ -170,12 +227,43 @@ class GuidanceInfo(_Model):
         """Whether the levels take the scale as an input."""
         return self.kind == "embedded"
 
+    @property
+    def two_passes(self) -> bool:
+        """Whether a step may run its level twice."""
+        return self.kind == "two_passes"
+
 
 class DecoderInfo(_Model):
     """The graph that turns a latent into a picture."""
 
     kind: Literal["image"] = "image"
     graph: Name
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """All of them."""
+        return (self.graph,)
+
+
+class VideoDecoderInfo(_Model):
+    """The graphs that turn a clip's latent into frames, one latent frame a call.
+
+    The first call gives the clip's first frame, every further one as many as the latent's frames are apart. What they
+    must know of the frames before, they hand on as state: tensors that have a ``next_`` twin.
+    """
+
+    kind: Literal["video"] = "video"
+    first: Name
+    following: Name
+    frames_per_second: float = Field(gt=0, le=1000, description="at which the model was trained, for players")
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """All of them."""
+        return (self.first, self.following)
+
+
+Decoder = Annotated[DecoderInfo | VideoDecoderInfo, Field(discriminator="kind")]
 
 
 class GateInfo(_Model):
@@ -239,6 +327,20 @@ class AdaptiveInfo(_Model):
     order: int = Field(default=1, ge=0, le=2, description="of the polynomial")
 
 
+class _Found(_Model):
+    """What was found for one number of steps and one size."""
+
+    steps: StepCount
+    height: Pixels
+    width: Pixels
+    frames: Pixels | None = None
+
+    @property
+    def size(self) -> shapes.Size:
+        """The picture's or clip's."""
+        return shapes.Size(self.height, self.width, self.frames)
+
+
 class CurvePoint(_Model):
     """What one value of the number that trades quality for speed does."""
 
@@ -248,23 +350,15 @@ class CurvePoint(_Model):
     )
 
 
-class Calibrated(_Model):
+class Calibrated(_Found):
     """How and for what `ddit-run calibrate` found settings: one number of steps, size and backend."""
 
-    steps: StepCount
-    height: Pixels
-    width: Pixels
     speedup: float = Field(gt=0, description="over the native schedule, on prompts that nothing was chosen on")
     similarity: float = Field(description="mean SSIM to the native pictures, on the same prompts")
     prompts: int = Field(ge=2, description="how many were used in all")
     backend: Text = Field(description="where it was found: the speed-up counts in its milliseconds")
     costs: Costs
     curve: tuple[CurvePoint, ...] = Field(description="everything that was tried, by value")
-
-    @property
-    def size(self) -> tuple[int, int, int]:
-        """Steps, height and width."""
-        return self.steps, self.height, self.width
 
 
 class DynamicCalibration(Calibrated, ScheduleInfo):
@@ -282,12 +376,9 @@ class AdaptiveCalibration(Calibrated, AdaptiveInfo):
 Calibration = Annotated[DynamicCalibration | AdaptiveCalibration, Field(discriminator="kind")]
 
 
-class StepPath(_Model):
+class StepPath(_Found):
     """The steps that are computed of a number of them at a size (`ddit.runtime.policies.dpcache`)."""
 
-    steps: StepCount
-    height: Pixels
-    width: Pixels
     computed: tuple[Annotated[int, Field(ge=0, lt=MAX_STEPS)], ...] = Field(
         min_length=1, description="their numbers, from 0"
     )
@@ -300,11 +391,6 @@ class StepPath(_Model):
             raise ValueError("the computed steps have to rise from 0 and to stay below their number")
         return self
 
-    @property
-    def size(self) -> tuple[int, int, int]:
-        """Steps, height and width."""
-        return self.steps, self.height, self.width
-
 
 class ParityResult(_Model):
     """One comparison of a graph's output with the original model's."""
@@ -316,6 +402,8 @@ class ParityResult(_Model):
     error: float = Field(ge=0, description="relative L2 error against torch")
     tolerance: float = Field(gt=0)
     checked: Text = Field(description="'full', or in words what was checked instead")
+    twin: Name | None = Field(default=None, description="the backend whose twin was compared; null: the graph itself")
+    note: Text = Field(default="", description="what else is to be said, as why a level has no twin")
 
 
 class FileInfo(_Model):
@@ -339,10 +427,10 @@ class Manifest(_Model):
     profile: Profile
     latent: LatentInfo
     encoders: tuple[TextEncoderInfo, ...]
-    sampler: FlowMatchEulerInfo
+    sampler: SamplerInfo
     positions: RotaryInfo
     guidance: GuidanceInfo
-    decoder: DecoderInfo
+    decoder: Decoder
     gate: GateInfo | None = None
     carry: float = Field(ge=0, le=1, description="share of the last native step's detail that coarse steps take over")
     schedule: ScheduleInfo
@@ -371,26 +459,26 @@ class Manifest(_Model):
                 return level
         raise UsageError(f"the bundle has no level {patch}; it has {', '.join(map(str, self.patches))}")
 
-    def dynamic(self, *, steps: int, height: int, width: int, backend: str) -> ScheduleInfo:
+    def dynamic(self, *, steps: int, size: shapes.Size, backend: str) -> ScheduleInfo:
         """The dynamic schedule's settings for a run: its calibration, or the bundle's defaults where there is none."""
-        found = self.calibration("dynamic", steps=steps, height=height, width=width, backend=backend)
+        found = self.calibration("dynamic", steps=steps, size=size, backend=backend)
         return found if isinstance(found, ScheduleInfo) else self.schedule
 
-    def prediction(self, *, steps: int, height: int, width: int, backend: str) -> AdaptiveInfo:
+    def prediction(self, *, steps: int, size: shapes.Size, backend: str) -> AdaptiveInfo:
         """The adaptive policy's settings for a run: its calibration, or the bundle's defaults where there is none."""
-        found = self.calibration("adaptive", steps=steps, height=height, width=width, backend=backend)
+        found = self.calibration("adaptive", steps=steps, size=size, backend=backend)
         return found if isinstance(found, AdaptiveInfo) else self.adaptive
 
     def calibration(
-        self, kind: str, *, steps: int, height: int, width: int, backend: str
+        self, kind: str, *, steps: int, size: shapes.Size, backend: str
     ) -> DynamicCalibration | AdaptiveCalibration | None:
         """What was found for a policy, steps and size on this backend, or else on the last one that was tried."""
-        found = [one for one in self.calibrations if one.kind == kind and one.size == (steps, height, width)]
+        found = [one for one in self.calibrations if (one.kind, one.steps, one.size) == (kind, steps, size)]
         return next((one for one in found if one.backend == backend), found[-1] if found else None)
 
-    def path(self, *, steps: int, height: int, width: int) -> StepPath | None:
+    def path(self, *, steps: int, size: shapes.Size) -> StepPath | None:
         """The path that was found for a number of steps and a size."""
-        return next((one for one in self.paths if one.size == (steps, height, width)), None)
+        return next((one for one in self.paths if (one.steps, one.size) == (steps, size)), None)
 
     @property
     def coarse(self) -> tuple[int, ...]:
@@ -402,22 +490,36 @@ class Manifest(_Model):
         """Tokens of a prompt unless a run chooses otherwise."""
         return max((one.tokenizer.length for one in self.encoders if one.free_length), default=1)
 
-    def picture_size(self, *, height: int | None = None, width: int | None = None) -> tuple[int, int]:
-        """A picture's height and width in pixels; the profile's optimum where one is not given."""
-        usual = self.profile.entry[0]
-        return usual.height.optimum if height is None else height, usual.width.optimum if width is None else width
+    def size(self, *, height: int | None = None, width: int | None = None, frames: int | None = None) -> shapes.Size:
+        """The size of a picture or clip; the profile's optimum where something is not given.
 
-    def sizes(self, *, height: int, width: int, text: int, batch: int = 1) -> dict[str, int]:
-        """Symbols of the tensors' shapes for a picture of ``height``×``width`` pixels.
-
-        ``B`` pictures, latent ``H`` and ``W``, ``L`` text tokens. Raises `UsageError` when a level does not divide the
-        size, or when the profile does not hold it.
+        Raises `UsageError` for frames where the model makes pictures.
         """
-        asked = {"batch": batch, "height": height, "width": width, "text": text}
+        usual = self.profile.entry[0]
+        if frames is not None and not self.latent.has_frames:
+            raise UsageError("this model makes pictures, which have no frames; leave them out")
+        if frames is None and usual.frames:
+            frames = usual.frames.optimum
+        return shapes.Size(
+            height=usual.height.optimum if height is None else height,
+            width=usual.width.optimum if width is None else width,
+            frames=frames,
+        )
+
+    def sizes(self, size: shapes.Size, *, text: int, batch: int = 1) -> dict[str, int]:
+        """Symbols of the tensors' shapes for so many pictures or clips of a size.
+
+        ``B`` samples, latent ``H`` and ``W``, of a clip ``F``, and ``L`` text tokens. Raises `UsageError` when a level
+        does not divide the size, or when the profile does not hold it.
+        """
+        asked = {"batch": batch, **size.by_name(), "text": text}
         shapes.check(self.latent, self.patches, asked)
         if not self.profile.contains(**asked):
+            what = ", ".join(
+                f"{name} {number}" for name, number in ({**size.by_name(), "text": text, "batch": batch}).items()
+            )
             raise UsageError(
-                f"height {height}, width {width}, text {text}, batch {batch} is outside the bundle's profile "
-                f"{self.profile.name!r} ({self.profile}); export again with --profile"
+                f"{what} is outside the bundle's profile {self.profile.name!r} ({self.profile}); "
+                "export again with --profile"
             )
         return shapes.to_symbols(self.latent, asked)

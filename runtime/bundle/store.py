@@ -115,7 +115,7 @@ class Bundle:
         """
 
         def key(one: DynamicCalibration | AdaptiveCalibration) -> tuple[object, ...]:
-            return one.kind, one.size, one.backend
+            return one.kind, one.steps, one.size, one.backend
 
         def kept(current: Manifest) -> dict[str, Any]:
             others = (one for one in current.calibrations if key(one) != key(calibration))
@@ -125,7 +125,11 @@ class Bundle:
 
     def keep_path(self, path: StepPath) -> None:
         """Keep a path in the place of an older one for the same steps and size."""
-        self.keep(lambda current: {"paths": (*(one for one in current.paths if one.size != path.size), path)})
+
+        def key(one: StepPath) -> tuple[object, ...]:
+            return one.steps, one.size
+
+        self.keep(lambda current: {"paths": (*(one for one in current.paths if key(one) != key(path)), path)})
 
     def keep(self, change: Callable[[Manifest], dict[str, Any]]) -> None:
         """Change fields of ``bundle.json``: ``change`` gives their new values.

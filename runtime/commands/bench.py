@@ -9,7 +9,7 @@ from rich.table import Table
 from ddit.runtime import strict_json
 from ddit.runtime.backends.registry import open_backend
 from ddit.runtime.bundle import Bundle
-from ddit.runtime.commands.options import BACKEND, BUNDLE, HEIGHT, JSON, THREADS, WIDTH
+from ddit.runtime.commands.options import BACKEND, BUNDLE, FRAMES, HEIGHT, JSON, THREADS, WIDTH
 from ddit.runtime.console import DditCommand, say, terminal
 
 
@@ -17,6 +17,7 @@ from ddit.runtime.console import DditCommand, say, terminal
 @BUNDLE
 @HEIGHT
 @WIDTH
+@FRAMES
 @click.option(
     "--repeat", type=click.IntRange(1, 5000), default=30, show_default=True, help="Steps to time at each level."
 )
@@ -27,6 +28,7 @@ def bench(
     bundle: Path,
     height: int | None,
     width: int | None,
+    frames: int | None,
     repeat: int,
     backend: str | None,
     threads: int | None,
@@ -42,10 +44,10 @@ def bench(
     opened = Bundle.open(bundle)
     manifest = opened.manifest
     chosen = open_backend(backend, opened, threads).name
-    height, width = manifest.picture_size(height=height, width=width)
-    manifest.sizes(height=height, width=width, text=manifest.text_length)
+    size = manifest.size(height=height, width=width, frames=frames)
+    manifest.sizes(size, text=manifest.text_length)
     with opened.unchanged():  # every level is measured in a process that opens the bundle anew
-        measured = measure(Job(bundle, chosen, threads, height, width), manifest, repeat)
+        measured = measure(Job(bundle, chosen, threads, size), manifest, repeat)
     if as_json:
         click.echo(strict_json.dump([dataclasses.asdict(one) for one in measured], indent=2))
         return

@@ -2,13 +2,24 @@
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.table import Table
 
 from ddit.runtime import strict_json
 from ddit.runtime.bundle import MANIFEST
-from ddit.runtime.commands.options import BACKEND, BUNDLE, HEIGHT, JSON, THREADS, WIDTH, check_type, read_prompts
+from ddit.runtime.commands.options import (
+    BACKEND,
+    BUNDLE,
+    FRAMES,
+    HEIGHT,
+    JSON,
+    THREADS,
+    WIDTH,
+    check_type,
+    read_prompts,
+)
 from ddit.runtime.console import DditCommand, say, terminal
 from ddit.runtime.errors import UsageError
 from ddit.runtime.files import check_outputs, whole
@@ -16,6 +27,9 @@ from ddit.runtime.pipeline import Pipeline
 from ddit.runtime.policies import Reuse, TeaCache
 from ddit.runtime.request import Request
 from ddit.runtime.tools.plots import plot_types
+
+if TYPE_CHECKING:
+    from ddit.runtime.tools.calibrate_reuse import Setting
 
 
 @click.command(cls=DditCommand)
@@ -35,6 +49,7 @@ from ddit.runtime.tools.plots import plot_types
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps.  [default: the bundle's]")
 @HEIGHT
 @WIDTH
+@FRAMES
 @click.option(
     "--schedule",
     default="adaptive",
@@ -61,6 +76,7 @@ def calibrate(
     steps: int | None,
     height: int | None,
     width: int | None,
+    frames: int | None,
     schedule: str,
     absolute: bool,
     plot_file: Path | None,
@@ -78,6 +94,7 @@ def calibrate(
     --speedup 2 unless --quality is given.
     """
     from ddit.runtime.tools import calibrate as calibration
+    from ddit.runtime.tools.calibrate_reuse import Setting
 
     if speedup is not None and quality is not None:
         raise UsageError("give --speedup or --quality, not both: one number cannot be chosen by two measures")
@@ -94,16 +111,16 @@ def calibrate(
     if not dry_run:
         check_outputs([bundle / MANIFEST])  # now, not after hours
     manifest = pipeline.bundle.manifest
-    height, width = manifest.picture_size(height=height, width=width)
-    size = {"steps": steps or manifest.sampler.steps, "height": height, "width": width}
+    size, steps = manifest.size(height=height, width=width, frames=frames), steps or manifest.sampler.steps
+    options = {"steps": steps, **size.by_name()}
     for text in texts:
-        pipeline.resolve([Request(text, schedule="native", **size)])  # type: ignore[arg-type]
+        pipeline.resolve([Request(text, schedule="native", **options)])  # type: ignore[arg-type]
     if reuse:
-        _calibrate_reuse(pipeline, reuse, texts, size, computed, dry_run, as_json)
+        _calibrate_reuse(pipeline, reuse, texts, Setting(steps, size), computed, dry_run, as_json)
         return
     calibration.halves(texts)
-    wanted = pipeline.policy(schedule, **size)
-    calibrator = calibration.Calibrator(pipeline, wanted, **size)
+    wanted = pipeline.policy(schedule, **options)
+    calibrator = calibration.Calibrator(pipeline, wanted, steps=steps, size=size)
     found = calibration.search(calibrator, texts, target, say, relative=not absolute)
     best = found.best(target)
     kept = calibration.calibration(calibrator, found, best)
@@ -123,15 +140,15 @@ def calibrate(
         table.add_row(name, str(len(point.samples)), f"{point.speedup:.2f}×", *calibration.spread(point))
     terminal().print(table)
     where = f"kept in {bundle / MANIFEST}" if kept and not dry_run else "not kept"
-    size_words = f"{size['steps']} steps at {height}×{width}"
-    say(f"{calibrator.policy.turned(best.value)} for {size_words}, {where}{'' if kept else '; give it as --schedule'}")
+    how = "" if kept else "; give it as --schedule"
+    say(f"{calibrator.policy.turned(best.value)} for {steps} steps at {size}, {where}{how}")
 
 
 def _calibrate_reuse(
     pipeline: Pipeline,
     reuse: str,
     texts: list[str],
-    size: dict[str, int],
+    setting: "Setting",
     computed: int | None,
     dry_run: bool,
     as_json: bool,
@@ -139,17 +156,16 @@ def _calibrate_reuse(
     """Find what a method of reuse keeps in the bundle, try it on the held-out prompts, and keep it."""
     from ddit.runtime.tools import calibrate_reuse as calibration
 
-    found = calibration.Size(**size)
     method: Reuse
     if reuse == "dpcache":
-        path = calibration.find_path(pipeline, texts, found, computed or -(-found.steps // 3), say)
+        path = calibration.find_path(pipeline, texts, setting, computed or -(-setting.steps // 3), say)
         method, figures = calibration.path_reuse(path), path.model_dump()
         line = f"dpcache computes steps {', '.join(map(str, path.computed))} of {path.steps}"
     else:
-        gate, error = calibration.fit_gate(pipeline, texts, found, say)
+        gate, error = calibration.fit_gate(pipeline, texts, setting, say)
         method, figures = TeaCache(gate.coefficients), {**gate.model_dump(), "error": error}
         line = f"teacache's polynomial misses the change of the velocity by {error:.2g}"
-    held_out = calibration.try_reuse(pipeline, texts, found, method, say)
+    held_out = calibration.try_reuse(pipeline, texts, setting, method, say)
     if not dry_run and reuse == "dpcache":
         pipeline.bundle.keep_path(path)
     elif not dry_run:
@@ -157,6 +173,6 @@ def _calibrate_reuse(
     if as_json:
         click.echo(strict_json.dump({**figures, "held_out": dataclasses.asdict(held_out)}, indent=2))
         return
-    say(f"{method} on {held_out.prompts} other prompts: {held_out.computed:g} of {found.steps} steps computed, "
+    say(f"{method} on {held_out.prompts} other prompts: {held_out.computed:g} of {setting.steps} steps computed, "
         f"SSIM to native {held_out.similarity:.3f}")  # fmt: skip
     say(f"{line}, {'not kept (--dry-run)' if dry_run else f'kept in {pipeline.bundle.path / MANIFEST}'}")

@@ -1,4 +1,4 @@
-"""Make one picture."""
+"""Make one picture or clip."""
 
 import math
 from collections import Counter
@@ -10,7 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as ProgressBar
 
 from ddit.runtime import strict_json
-from ddit.runtime.commands.options import BACKEND, BUNDLE, HEIGHT, JSON, THREADS, WIDTH, Seconds, check_type
+from ddit.runtime.bundle import Bundle
+from ddit.runtime.bundle.manifest import VideoDecoderInfo
+from ddit.runtime.commands.options import BACKEND, BUNDLE, FRAMES, HEIGHT, JSON, THREADS, WIDTH, Seconds, check_type
 from ddit.runtime.console import DditCommand, say, terminal
 from ddit.runtime.denoise import Progress
 from ddit.runtime.errors import UsageError
@@ -18,6 +20,7 @@ from ddit.runtime.files import check_outputs, whole
 from ddit.runtime.pipeline import Pipeline
 from ddit.runtime.tools.plots import plot_complexity, plot_schedule, plot_types
 from ddit.runtime.trace import StepRecord, Trace
+from ddit.runtime.video import check_clip_type, frame_files, save_clip
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}  # which every Pillow writes as they are
 
@@ -40,16 +43,26 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}  
     "adaptive[:tolerance]; a number alone is the first setting, as in teacache:0.4.",
 )
 @click.option(
-    "--budget", type=Seconds(), help="Seconds for the picture, as in 1.5s or 800ms; chooses the schedule itself."
+    "--budget", type=Seconds(), help="Seconds for all of it, as in 1.5s or 800ms; chooses the schedule itself."
 )
 @HEIGHT
 @WIDTH
+@FRAMES
 @click.option("--guidance", type=float, help="Guidance scale.  [default: the bundle's]")
+@click.option("--negative-prompt", help="What it shall not show, for models that are guided by two passes.")
 @click.option(
     "--carry", type=float, help="Share of native detail that coarse steps take over.  [default: the bundle's]"
 )
 @click.option("--text-length", type=click.IntRange(1), help="Tokens of the prompt.  [default: the bundle's]")
-@click.option("--out", type=click.Path(path_type=Path), default="out.png", show_default=True, help="Picture to write.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Picture to write; or a clip (.mp4, .webp, .gif), or with %d its frames, as in frames/%03d.png.  "
+    "[default: out.png, out.mp4]",
+)
+@click.option(
+    "--fps", type=click.FloatRange(0, 1000, min_open=True), help="Frames per second.  [default: the bundle's]"
+)
 @click.option("--trace", "trace_file", type=click.Path(path_type=Path), help="Write what every step did as JSON.")
 @click.option(
     "--plot", "plot_file", type=click.Path(path_type=Path), help="Draw levels and statistics (.png, .svg, .pdf)."
@@ -68,10 +81,13 @@ def generate(
     budget: float | None,
     height: int | None,
     width: int | None,
+    frames: int | None,
     guidance: float | None,
+    negative_prompt: str | None,
     carry: float | None,
     text_length: int | None,
-    out: Path,
+    out: Path | None,
+    fps: float | None,
     trace_file: Path | None,
     plot_file: Path | None,
     map_file: Path | None,
@@ -79,12 +95,22 @@ def generate(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Make one picture."""
+    """Make one picture, or one clip."""
     # before the work, not after it: whatever would keep the results from being written
-    check_outputs([path for path in (out, trace_file, plot_file, map_file) if path])
-    check_type(out, PICTURES)
     for path in filter(None, (plot_file, map_file)):
         check_type(path, plot_types())
+    decoder = Bundle.open(bundle).manifest.decoder
+    clip = decoder.kind == "video"
+    if fps and not clip:
+        raise UsageError("this model makes pictures; --fps is for clips")
+    out = out or Path("out.mp4" if clip else "out.png")
+    numbered = clip and "%" in out.name
+    if numbered or not clip:
+        check_type(out, PICTURES)
+    else:
+        check_clip_type(out)
+    first = frame_files(out, 1) if numbered else [out]
+    check_outputs([path for path in (*first, trace_file, plot_file, map_file) if path])
     pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
     if map_file and len(pipeline.bundle.manifest.levels) < 2:
         raise UsageError("a map shows what coarse levels would miss, and the bundle has none")
@@ -93,6 +119,9 @@ def generate(
 
         def on_step(done: Progress) -> None:
             bar.update(task, completed=done.step + 1, total=done.steps, description=_doing(done.records[0]))
+
+        def on_frame(done: int, frames: int) -> None:
+            bar.update(task, completed=done, total=frames, description="decoding")
 
         result = pipeline(
             prompt,
@@ -103,12 +132,21 @@ def generate(
             height=height,
             width=width,
             guidance=guidance,
+            negative_prompt=negative_prompt,
             carry=carry,
             text_length=text_length,
+            frames=frames,
             on_step=on_step,
+            on_frame=on_frame,
         )
-    with whole(out) as part:
-        _save(result.image, part)
+    if isinstance(decoder, VideoDecoderInfo) and not numbered:
+        with whole(out) as part:
+            save_clip(result.frames, part, fps or decoder.frames_per_second)
+    else:
+        files = frame_files(out, len(result.frames)) if numbered else [out]
+        for file, picture in zip(files, result.frames, strict=True):
+            with whole(file) as part:
+                _save(picture, part)
     if trace_file:
         with whole(trace_file) as part:
             part.write_text(result.trace.to_json() + "\n", encoding="utf-8")
@@ -119,7 +157,7 @@ def generate(
         complexity = result.trace.complexity
         assert complexity is not None
         with whole(map_file) as part:
-            plot_complexity(result.image, complexity, part)
+            plot_complexity(result.frames, complexity, part)
     if as_json:
         click.echo(strict_json.dump({"out": str(out), "seed": seed, **result.trace.summary()}))
     else:

@@ -12,6 +12,7 @@ from ddit.runtime.errors import UsageError
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 HEIGHT = click.option("--height", type=int, help="Pixels.  [default: the profile's optimum]")
 WIDTH = click.option("--width", type=int, help="Pixels.  [default: the profile's optimum]")
+FRAMES = click.option("--frames", type=int, help="Frames of the clip.  [default: the profile's optimum]")
 LONGEST_LIST = 16_000_000  # characters of a file of prompts
 JSON = click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
 

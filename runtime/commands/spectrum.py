@@ -7,7 +7,7 @@ import click
 
 from ddit.runtime import strict_json
 from ddit.runtime.bundle import MANIFEST
-from ddit.runtime.commands.options import BACKEND, BUNDLE, HEIGHT, JSON, THREADS, WIDTH, read_prompts
+from ddit.runtime.commands.options import BACKEND, BUNDLE, FRAMES, HEIGHT, JSON, THREADS, WIDTH, read_prompts
 from ddit.runtime.console import DditCommand, say
 from ddit.runtime.errors import UsageError
 from ddit.runtime.files import check_outputs
@@ -21,6 +21,7 @@ from ddit.runtime.request import Request
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps.  [default: the bundle's]")
 @HEIGHT
 @WIDTH
+@FRAMES
 @click.option("--dry-run", is_flag=True, help="Leave the bundle as it is.")
 @BACKEND
 @THREADS
@@ -31,6 +32,7 @@ def spectrum(
     steps: int | None,
     height: int | None,
     width: int | None,
+    frames: int | None,
     dry_run: bool,
     backend: str | None,
     threads: int | None,
@@ -47,7 +49,10 @@ def spectrum(
     pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
     if not dry_run:
         check_outputs([bundle / MANIFEST])  # now, not after hours
-    requests = [Request(text, seed, steps, "native", height=height, width=width) for seed, text in enumerate(texts)]
+    requests = [
+        Request(text, seed, steps, "native", height=height, width=width, frames=frames)
+        for seed, text in enumerate(texts)
+    ]
     runs = [pipeline.resolve([request]) for request in requests]
     if not runs:
         raise UsageError(f"{prompts} has no prompts; give a text file with a prompt a line")

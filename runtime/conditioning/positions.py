@@ -30,9 +30,12 @@ def rotary_tables(positions: RotaryInfo, grid: Mapping[str, int], ratio: float) 
     Args:
         positions: the rotated axes, in the order in which they share a head's dimensions.
         grid: patches along each axis of the latent, in the latent's order.
-        ratio: the level's patch over the native patch (1 at the native level).
+        ratio: the level's patch over the native patch (1 at the native level). Frames are not cut: theirs is 1.
     """
-    centres = np.meshgrid(*(patch_centres(count, ratio) for count in grid.values()), indexing="ij")
+    ratios = {"frames": 1.0}
+    centres = np.meshgrid(
+        *(patch_centres(count, ratios.get(name, ratio)) for name, count in grid.items()), indexing="ij"
+    )
     coordinates: dict[str | None, NDArray[np.float64]] = dict(zip(grid, centres, strict=True))
     coordinates[None] = np.zeros(tuple(grid.values()))
     angles = [

@@ -126,9 +126,9 @@ def gain(ratio: float, sigma: float) -> float:
 
 
 def edge_power(latent: FloatArray) -> float:
-    """The mean power of a latent (C, H, W) in orthonormal DCT-II coefficients at the edge of its band."""
-    height, width = latent.shape[1:]
+    """The mean power of a latent (C, …, H, W) in orthonormal DCT-II coefficients at the edge of its band."""
+    height, width = latent.shape[-2:]
     spectrum = dct_matrix(height) @ latent @ dct_matrix(width).T
     edge = [(i, j) for i in range(height) for j in range(width) if EDGE <= hypot(i / height, j / width) < 1]
     rows, columns = np.array(edge).T
-    return float(np.mean(np.square(spectrum[:, rows, columns])))
+    return float(np.mean(np.square(spectrum[..., rows, columns])))

@@ -19,22 +19,21 @@ from ddit.runtime.policies.dynamic import Dynamic
 from ddit.runtime.policies.parse import Choices, parse_schedule
 from ddit.runtime.policies.progressive import Stage
 from ddit.runtime.policies.smooth import smooth_at
+from ddit.runtime.shapes import Size
 
 
-def bundle_policy(
-    text: str, manifest: Manifest, sigmas: NDArray[np.float32], *, height: int, width: int, backend: str
-) -> Policy:
+def bundle_policy(text: str, manifest: Manifest, sigmas: NDArray[np.float32], *, size: Size, backend: str) -> Policy:
     """A policy from its written form; the bundle gives what it leaves unsaid. Raises `UsageError`.
 
-    ``sigmas`` are the run's noise levels, one more than there are steps; ``height`` and ``width`` count pixels.
+    ``sigmas`` are the run's noise levels, one more than there are steps.
     """
-    run: dict[str, Any] = {"steps": len(sigmas) - 1, "height": height, "width": width, "backend": backend}
+    run: dict[str, Any] = {"steps": len(sigmas) - 1, "size": size, "backend": backend}
     info, known = manifest.dynamic(**run), manifest.prediction(**run)
     coarse = tuple(patch for patch in manifest.coarse if patch <= (info.coarsest or patch))
     smooth = smooth_at(info.smooth, sigmas) if info.smooth else None
     adaptive = Adaptive(known.tolerance, known.order)
     default = Dynamic(manifest.native, coarse, info.tau, info.rho, info.warmup, info.hold, smooth)
-    symbols = shapes.to_symbols(manifest.latent, {"height": height, "width": width})
+    symbols = shapes.to_symbols(manifest.latent, size.by_name())
     stages = partial(growing_stages, manifest, symbols)
     choices = Choices(
         manifest.patches,
@@ -42,7 +41,7 @@ def bundle_policy(
         default,
         adaptive,
         gate=manifest.gate.coefficients if manifest.gate else (),
-        path=manifest.path(steps=len(sigmas) - 1, height=height, width=width),
+        path=manifest.path(steps=len(sigmas) - 1, size=size),
         spectrum=manifest.spectrum,
         stages=stages,
     )
@@ -55,9 +54,10 @@ def growing_stages(manifest: Manifest, symbols: Mapping[str, int], scales: Seque
     Raises `UsageError` for scales at which the levels have no size of their own.
     """
     rising = (*scales, Fraction(1))
+    sides = {shapes.SYMBOLS[axis.name]: axis.name for axis in manifest.latent.sides}
     sizes = [
-        shapes.grid(manifest.latent, 1, shapes.scaled(manifest.latent, manifest.patches, symbols, scale))
-        for scale in rising
+        {name: scaled[symbol] for symbol, name in sides.items()}
+        for scaled in (shapes.scaled(manifest.latent, manifest.patches, symbols, scale) for scale in rising)
     ]
     for number, (small, large) in enumerate(pairwise(sizes)):
         if same := [name for name in small if small[name] >= large[name]]:
@@ -72,8 +72,8 @@ def growing_stages(manifest: Manifest, symbols: Mapping[str, int], scales: Seque
 
 
 def smooth_curves(
-    manifest: Manifest, sigmas: NDArray[np.float32], *, height: int, width: int, backend: str
+    manifest: Manifest, sigmas: NDArray[np.float32], *, size: Size, backend: str
 ) -> Mapping[int, Sequence[float]]:
     """By coarse patch the statistic of smooth pictures after every step; nothing where the bundle does not know it."""
-    info = manifest.dynamic(steps=len(sigmas) - 1, height=height, width=width, backend=backend)
+    info = manifest.dynamic(steps=len(sigmas) - 1, size=size, backend=backend)
     return smooth_at(info.smooth, sigmas) if info.smooth else {}

@@ -45,7 +45,7 @@ def growing_tables(small: tuple[int, int], full: tuple[int, int]) -> Mapping[str
 
 
 def noise_coefficients(seed: int, shape: tuple[int, ...]) -> FloatArray:
-    """The orthonormal DCT-II of a seed's starting noise (C, H, W), standard normal too.
+    """The orthonormal DCT-II of a seed's starting noise (C, H, W), standard normal too; of a clip, frame by frame.
 
     All sizes of a run take theirs from these of the full size, so that a seed shows the picture that it shows without
     growing: a small latent starts as the lowest ones, and what it gets when it grows are the next ones.
@@ -58,7 +58,7 @@ def noise_coefficients(seed: int, shape: tuple[int, ...]) -> FloatArray:
 def small_noise(coefficients: FloatArray, shape: tuple[int, ...]) -> FloatArray:
     """The noise of a smaller shape (C, h, w) that has the lowest of the coefficients."""
     height, width = shape[-2:]
-    small: NDArray[np.float64] = dct_matrix(height).T @ coefficients[:, :height, :width] @ dct_matrix(width)
+    small: NDArray[np.float64] = dct_matrix(height).T @ coefficients[..., :height, :width] @ dct_matrix(width)
     return small.astype(np.float32)
 
 

@@ -19,12 +19,14 @@ from ddit.runtime import shapes
 from ddit.runtime.backends.base import Backend
 from ddit.runtime.backends.registry import open_backend
 from ddit.runtime.bundle import Bundle, Manifest
-from ddit.runtime.conditioning.guidance import guidance_inputs
+from ddit.runtime.bundle.names import NEGATIVE
+from ddit.runtime.conditioning.guidance import guidance_inputs, is_guided
 from ddit.runtime.pipeline import Pipeline
 from ddit.runtime.policies import Fixed
 from ddit.runtime.request import Request
 from ddit.runtime.session import Session
-from ddit.runtime.step import sample_buffers
+from ddit.runtime.shapes import Size
+from ddit.runtime.step import sample_buffers, text_inputs
 
 ROUNDS = 5
 WARM_UP = 2  # steps of every pattern before those that count
@@ -51,21 +53,26 @@ class Job:
     path: Path
     backend: str
     threads: int | None
-    height: int
-    width: int
+    size: Size
 
     def times(self, patches: tuple[int, ...], repeat: int) -> dict[int, list[float]]:
         """Milliseconds of ``repeat`` steps or a few more, by level."""
         backend = open_backend(self.backend, Bundle.open(self.path), self.threads)
         patterns = [(patch,) for patch in patches]
         each = -(-repeat // ROUNDS)
-        times = time_steps(backend, patterns, height=self.height, width=self.width, repeat=each)
+        times = time_steps(backend, patterns, size=self.size, repeat=each)
         return {patch: times[(patch,)] for patch in patches}
 
     def memory(self, patch: int) -> tuple[float, float | None]:
         """A level's memory on the host and on the GPU in MB (10⁶ bytes), with the text encoders and the decoder."""
         pipeline = Pipeline.open(self.path, backend=self.backend, threads=self.threads)
-        pipeline("bench", schedule=Fixed((patch,) * 3), height=self.height, width=self.width)
+        pipeline(
+            "bench",
+            schedule=Fixed((patch,) * 3),
+            height=self.size.height,
+            width=self.size.width,
+            frames=self.size.frames,
+        )
         on_gpu = pipeline.backend.memory_used()
         return peak_memory_mb(), None if on_gpu is None else on_gpu / 1e6
 
@@ -74,7 +81,7 @@ def bench(job: Job, manifest: Manifest, repeat: int) -> list[Measurement]:
     """Time ``repeat`` steps of every level, or a few more, in one process, and take each level's memory in another."""
     with _process() as pool:
         times = pool.apply(job.times, (manifest.patches, repeat))
-    symbols = shapes.to_symbols(manifest.latent, {"height": job.height, "width": job.width})
+    symbols = shapes.to_symbols(manifest.latent, job.size.by_name())
     measurements = []
     for patch in manifest.patches:
         with _process() as pool:
@@ -99,8 +106,7 @@ def time_steps(
     backend: Backend,
     patterns: Sequence[tuple[int, ...]],
     *,
-    height: int,
-    width: int,
+    size: Size,
     repeat: int,
     rounds: int = ROUNDS,
 ) -> dict[tuple[int, ...], list[float]]:
@@ -112,16 +118,18 @@ def time_steps(
     for _ in range(rounds):
         for pattern in patterns:
             whole = -(-repeat // len(pattern)) * len(pattern)  # every round begins with the pattern's first level
-            times[pattern] += _time_steps(backend, pattern, height, width, whole)
+            times[pattern] += _time_steps(backend, pattern, size, whole)
     return times
 
 
-def _time_steps(backend: Backend, pattern: tuple[int, ...], height: int, width: int, repeat: int) -> list[float]:
+def _time_steps(backend: Backend, pattern: tuple[int, ...], size: Size, repeat: int) -> list[float]:
     """Steps of one run with random conditions: what the numbers are does not change how long they take."""
     manifest = backend.bundle.manifest
     warm_up = WARM_UP * len(pattern)
     levels = tuple(islice(cycle(pattern), warm_up + repeat))
-    run = Request("bench", schedule=Fixed(levels), height=height, width=width).resolve(manifest, str(backend))
+    run = Request("bench", schedule=Fixed(levels), height=size.height, width=size.width, frames=size.frames).resolve(
+        manifest, str(backend)
+    )
     session = Session(backend)
     sample = session.admit(run, random_conditions(manifest, run.sizes))
     while not sample.done:
@@ -133,7 +141,9 @@ def _time_steps(backend: Backend, pattern: tuple[int, ...], height: int, width: 
 def random_conditions(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, NDArray[np.float32]]:
     """Seeded values for the levels' inputs that stay the same in a run, for one sample."""
     rng = np.random.default_rng(0)
-    names = [name for encoder in manifest.encoders for name in encoder.feeds.values()]
+    names = list(text_inputs(manifest))
+    if is_guided(manifest.guidance, manifest.guidance.default):
+        names += [NEGATIVE + name for name in names]
     specs = sample_buffers(manifest)
     drawn = {name: rng.standard_normal(specs[name].resolve({**sizes, "B": 1})[1:], np.float32) for name in names}
     return {**drawn, **guidance_inputs(manifest.guidance, manifest.guidance.default)}

@@ -27,6 +27,7 @@ from ddit.runtime.errors import UsageError
 from ddit.runtime.pipeline import Pipeline, Result
 from ddit.runtime.policies import Adaptive, Dynamic, Native, Policy, Reusing
 from ddit.runtime.policies.smooth import measure_smooth, smooth_at
+from ddit.runtime.shapes import Size
 from ddit.runtime.tools.plots import figure, save
 from ddit.runtime.trace import Trace
 
@@ -116,7 +117,7 @@ class Search:
 class Calibrator:
     """Runs prompts at one step count and size, natively once and then under a policy at any value of its knob."""
 
-    def __init__(self, pipeline: Pipeline, policy: Policy, *, steps: int, height: int, width: int):
+    def __init__(self, pipeline: Pipeline, policy: Policy, *, steps: int, size: Size):
         if policy.knob() is None:
             raise UsageError(f"{policy} has no number to calibrate")
         if isinstance(policy, Dynamic):
@@ -129,7 +130,8 @@ class Calibrator:
                     "native in any case"
                 )
         self.pipeline = pipeline
-        self.options = {"steps": steps, "height": height, "width": width}
+        self.steps, self.size = steps, size
+        self.options = {"steps": steps, **size.by_name()}
         self.policy = policy
         self.smooth: tuple[SmoothPoint, ...] = ()
         self._native: dict[str, Result] = {}
@@ -143,7 +145,7 @@ class Calibrator:
     @cached_property
     def costs(self) -> Costs:
         """What steps cost here, measured when it is first asked for."""
-        return measure_costs(self.pipeline, self.options["height"], self.options["width"])
+        return measure_costs(self.pipeline, self.size)
 
     def native(self, prompt: str, seed: int) -> Result:
         """The prompt's native picture, made once."""
@@ -156,8 +158,7 @@ class Calibrator:
 
     def find_smooth(self, prompts: Sequence[tuple[int, str]]) -> None:
         """Make the dynamic schedule's τ relative to the smooth ones of these prompts."""
-        steps, height, width = (self.options[name] for name in ("steps", "height", "width"))
-        sigmas = self.pipeline.sigmas(steps, height, width)
+        sigmas = self.pipeline.sigmas(**self.options)
         runs = [[record.statistic for record in self.native(text, seed).trace.steps] for seed, text in prompts]
         self.smooth = measure_smooth(runs, sigmas)
         self.policy = replace(self.policy, smooth=smooth_at(self.smooth, sigmas))  # type: ignore[type-var]
@@ -190,7 +191,7 @@ class Calibrator:
         return Sample(
             prompt,
             self._cost(native.trace) / self._cost(result.trace),
-            ssim(np.asarray(result.image), np.asarray(native.image)),
+            similarity(result, native),
             {patch: levels.count(patch) / len(levels) for patch in self.costs.levels},
         )
 
@@ -315,6 +316,12 @@ def plot(found: Search, best: Point, letter: str, path: Path) -> None:
     upper.set_xscale("log")
     lower.set_xlabel(f"{letter} (chosen: {best.value:.4g})")
     save(drawing, path)
+
+
+def similarity(result: Result, other: Result) -> float:
+    """`ssim` of two pictures; of two clips the mean over their frames."""
+    pairs = zip(result.frames, other.frames, strict=True)
+    return float(np.mean([ssim(np.asarray(one), np.asarray(two)) for one, two in pairs]))
 
 
 def ssim(picture: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:

@@ -22,7 +22,7 @@ def show(bundle: Path, manifest: Manifest, engines: Sequence[StoredEngine]) -> N
     console.print(title, f": {manifest.family}, {manifest.model.id}{revision}, {manifest.dtype}, opset "
                   f"{manifest.opset}, {total / 1e6:,.0f} MB", sep="")  # fmt: skip
     console.print(f"profile {manifest.profile.name}: {manifest.profile}")
-    guidance = f"default {manifest.guidance.default:g}" if manifest.guidance.embedded else "none"
+    guidance = "none" if manifest.guidance.kind == "none" else f"default {manifest.guidance.default:g}"
     dynamic = manifest.schedule
     console.print(
         f"sampling: {manifest.sampler.steps} steps, guidance {guidance}, carry {manifest.carry:g}; "
@@ -32,14 +32,14 @@ def show(bundle: Path, manifest: Manifest, engines: Sequence[StoredEngine]) -> N
     for one in manifest.calibrations:
         settings = _dynamic(one) if isinstance(one, ScheduleInfo) else _adaptive(one)
         console.print(
-            f"{one.kind} calibrated for {one.steps} steps at {one.height}×{one.width}: {settings}; "
+            f"{one.kind} calibrated for {one.steps} steps at {one.size}: {settings}; "
             f"{one.speedup:.2f}× on {one.backend}, SSIM {one.similarity:.3f} ({one.prompts} prompts)"
         )
     if manifest.gate:
         console.print(f"teacache's polynomial: {manifest.gate.source}")
     for path in manifest.paths:
         console.print(
-            f"dpcache computes {len(path.computed)} of {path.steps} steps at {path.height}×{path.width}: "
+            f"dpcache computes {len(path.computed)} of {path.steps} steps at {path.size}: "
             f"{', '.join(map(str, path.computed))} ({path.prompts} prompts)"
         )
     console.print(_levels_table(manifest))
@@ -82,7 +82,10 @@ def _graphs_table(manifest: Manifest) -> Table:
             graph.dtype,
             "\n".join(_signature(spec.name, spec.shape) for spec in graph.inputs),
             "\n".join(_signature(spec.name, spec.shape) for spec in graph.outputs),
-            f"{manifest.files[graph.file].size / 1e3:.0f} kB",
+            "\n".join(
+                [_kilobytes(manifest, graph.file)]
+                + [f"{backend}: {_kilobytes(manifest, file)}" for backend, file in graph.twins.items()]
+            ),
             f"{worst:.1e}{note}",
         )
     return table
@@ -97,6 +100,10 @@ def _engines_table(backend: str, built_for: str, engines: Sequence[StoredEngine]
         size = f"{info.size / 1e6:,.0f} MB"
         table.add_row(printable(info.graph), info.profile.name, size, _minute(info.built), info.key)
     return table
+
+
+def _kilobytes(manifest: Manifest, file: str) -> str:
+    return f"{manifest.files[file].size / 1e3:.0f} kB"
 
 
 def _minute(time: str) -> str:

@@ -1,11 +1,13 @@
 """Plots of runs. They need matplotlib, which the runtime does without otherwise: ``pip install 'ddit[plot]'``."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from ddit.runtime.complexity import Complexity
@@ -14,6 +16,9 @@ from ddit.runtime.errors import UsageError
 from ddit.runtime.trace import Trace
 
 LONGEST_TITLE = 100  # characters
+MOST_ROWS = 4  # of a clip's map
+
+FloatArray = NDArray[np.float32]
 
 
 def figure() -> Any:
@@ -103,25 +108,42 @@ def _plot_statistics(axis: Any, trace: Trace) -> None:
             axis.axhline(tau, color="grey", linestyle="--", label="τ")
 
 
-def plot_complexity(image: Image.Image, complexity: Complexity, path: Path) -> None:
-    """Lay where and when over the picture, side by side."""
-    drawing = figure()
-    drawing.set_size_inches(12, 12 / 3 * image.height / image.width + 0.9)
-    panels = drawing.subplots(1, 3)
-    grey = np.asarray(image.convert("L"))
-    extent = (0, image.width, image.height, 0)
-    panels[0].imshow(image)
-    panels[0].set_title("picture")
-    maps = (
-        (panels[1], complexity.where(), "inferno", "where: detail, as a share of the mean"),
-        (panels[2], complexity.when(), "viridis", "when: mean step of the detail"),
-    )
-    for panel, values, colours, title in maps:
-        panel.imshow(grey, cmap="gray", extent=extent)
-        if values.size:
-            layer = panel.imshow(values, cmap=colours, alpha=0.65, extent=extent, interpolation="nearest")
-            drawing.colorbar(layer, ax=panel, fraction=0.046)
-        panel.set_title(title)
-    for panel in panels:
-        panel.set_axis_off()
+def plot_complexity(frames: Sequence[Image.Image], complexity: Complexity, path: Path) -> None:
+    """Lay where and when over the picture, side by side; of a clip over some of its frames, one below the other."""
+    where, when = complexity.where(), complexity.when()
+    rows = _map_rows(frames, where, when)
+    drawing, (width, height) = figure(), frames[0].size
+    drawing.set_size_inches(12, (12 / 3 * height / width) * len(rows) + 0.9)
+    grid = drawing.subplots(len(rows), 3, squeeze=False)
+    extent = (0, width, height, 0)
+    titles = ("where: detail, as a share of the mean", "when: mean step of the detail")
+    colours = ("inferno", "viridis")
+    for panels, (name, image, *maps) in zip(grid, rows, strict=True):
+        grey = np.asarray(image.convert("L"))
+        panels[0].imshow(image)
+        panels[0].set_title(name)
+        for panel, values, whole, colour, title in zip(panels[1:], maps, (where, when), colours, titles, strict=True):
+            panel.imshow(grey, cmap="gray", extent=extent)
+            if values.size:
+                scale = {"vmin": float(whole.min()), "vmax": float(whole.max())}  # one for all rows
+                layer = panel.imshow(values, cmap=colour, alpha=0.65, extent=extent, interpolation="nearest", **scale)
+                drawing.colorbar(layer, ax=panel, fraction=0.046)
+            panel.set_title(title)
+        for panel in panels:
+            panel.set_axis_off()
     save(drawing, path)
+
+
+def _map_rows(
+    frames: Sequence[Image.Image], where: FloatArray, when: FloatArray
+) -> list[tuple[str, Image.Image, FloatArray, FloatArray]]:
+    """What every row of a map shows: its name, the frame, and the values over it."""
+    if where.ndim == 2:
+        return [("picture", frames[0], where, when)]
+    chosen = sorted(set(np.linspace(0, len(where) - 1, MOST_ROWS).round().astype(int).tolist()))
+    apart = (len(frames) - 1) / max(len(where) - 1, 1)  # frames from one of the latent to the next
+    places = [round(number * apart) for number in chosen]
+    return [
+        (f"frame {place}", frames[place], where[number], when[number])
+        for number, place in zip(chosen, places, strict=True)
+    ]

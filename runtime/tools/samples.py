@@ -18,6 +18,7 @@ RANGES = {
     "prediction": (-1.0, 2.0),
     "correction": (-0.1, 0.1),
     "gain": (1.0, 2.0),
+    "solver": (-0.2, 0.4),
 }
 VOCABULARY = 4  # token ids that every vocabulary has
 

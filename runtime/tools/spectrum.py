@@ -23,15 +23,16 @@ class Measured:
 
 
 def measure(latents: Sequence[FloatArray]) -> Measured:
-    """The spectrum of clean latents (C, H, W) of one size.
+    """The spectrum of clean latents (C, H, W) of one size, or of clips' (C, F, H, W), frame by frame.
 
     A DCT-II coefficient (i, j) has i/2 periods along the height and j/2 along the width; ω is √((i/H)² + (j/W)²)·s/2
     for the shorter side s. Bands are one period wide, from ω = ½ to (s − 1)/2. The power law is the line through
     the logarithms that has the least squares, every band counted by its coefficients: few lie in the lowest ones.
     """
-    height, width = latents[0].shape[1:]
+    height, width = latents[0].shape[-2:]
     rows, columns = dct_matrix(height), dct_matrix(width)
-    power = np.mean([np.square(rows @ latent @ columns.T).mean(axis=0) for latent in latents], axis=0)
+    planes = np.concatenate([latent.reshape(-1, height, width) for latent in latents])
+    power = np.square(rows @ planes @ columns.T).mean(axis=0)
     shorter = min(height, width)
     radius = np.hypot(np.arange(height)[:, None] / height, np.arange(width) / width) * shorter / 2
     bands = np.rint(radius).astype(int)

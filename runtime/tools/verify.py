@@ -72,7 +72,7 @@ def check_names(bundle: Bundle) -> list[str]:
     Raises `BundleError` where the manifest uses a file that it does not list: nothing could tell whether it is damaged.
     """
     manifest = bundle.manifest
-    used = {name for graph in manifest.graphs.values() for name in (graph.file, *graph.weights)}
+    used = {name for graph in manifest.graphs.values() for name in (graph.file, *graph.weights, *graph.twins.values())}
     used |= {encoder.tokenizer.file for encoder in manifest.encoders} | {REFERENCE_FILE}
     if missing := sorted(used - manifest.files.keys()):
         raise BundleError(f"{bundle.path} is damaged: its manifest gives no hash of {missing[0]}; export it again")

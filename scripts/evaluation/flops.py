@@ -8,36 +8,45 @@ usual. A transformer step on N tokens is then about 2·N·(weights of the linear
 A level with a quarter of the image's tokens costs more than a quarter: the text's tokens stay, and the adapter adds.
 """
 
+from collections.abc import Mapping, Sequence
 from math import prod
+from pathlib import Path
 
 import onnx_ir as ir
 from onnxscript import optimizer
 
 from ddit.runtime import Bundle
 from ddit.runtime.errors import BundleError
+from ddit.runtime.shapes import Size
 
 COUNTED = {"MatMul", "Gemm", "Conv", "Attention"}
 
 
-def level_flops(bundle: Bundle, *, height: int, width: int) -> dict[int, float]:
-    """Operations of one denoising step of one picture of ``height``×``width`` pixels, by level.
+def level_flops(bundle: Bundle, *, size: Size, text: int | None = None) -> dict[int, float]:
+    """Operations of one denoising step of one picture or clip, by level.
 
-    Raises `UsageError` for a size that the bundle cannot make, `BundleError` where a graph's shapes cannot be found.
+    ``text`` is the number of text tokens, the bundle's own when None. Raises `UsageError` for a size that the bundle
+    cannot make, `BundleError` where a graph's shapes cannot be found.
     """
     manifest = bundle.manifest
-    sizes = manifest.sizes(height=height, width=width, text=manifest.text_length)
+    sizes = manifest.sizes(size, text=manifest.text_length if text is None else text)
     flops = {}
     for patch in manifest.patches:
         info = bundle.graph(manifest.level(patch).graph)
-        model = ir.load(bundle.file(info.file))
-        for value, spec in zip(model.graph.inputs, info.inputs, strict=True):
-            value.shape = ir.Shape(spec.resolve(sizes))
-        for node in model.graph:  # the symbolic shapes that the exporter left would hide the numbers
-            for output in node.outputs:
-                output.shape = None
-        optimizer.optimize(model)  # folds the arithmetic on shapes, so that every shape becomes numbers
-        flops[patch] = float(sum(_node_flops(node, info.file) for node in model.graph if node.op_type in COUNTED))
+        flops[patch] = graph_flops(bundle.file(info.file), {spec.name: spec.resolve(sizes) for spec in info.inputs})
     return flops
+
+
+def graph_flops(path: Path, shapes: Mapping[str, Sequence[int]]) -> float:
+    """Operations of a level's graph on inputs of these shapes; its weights are not read."""
+    model = ir.load(path)
+    for value in model.graph.inputs:
+        value.shape = ir.Shape(shapes[value.name or ""])
+    for node in model.graph:  # the symbolic shapes that the exporter left would hide the numbers
+        for output in node.outputs:
+            output.shape = None
+    optimizer.optimize(model)  # folds the arithmetic on shapes, so that every shape becomes numbers
+    return float(sum(_node_flops(node, path.name) for node in model.graph if node.op_type in COUNTED))
 
 
 def _node_flops(node: ir.Node, file: str) -> int:

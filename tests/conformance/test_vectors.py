@@ -10,7 +10,20 @@ import pytest
 import conformance as command
 from conformance_bundle import SIZE, STEPS
 from ddit.runtime import Pipeline, Request
-from transcription import Host, dct, growing_tables, noise_levels, picture, position_tables, quantile
+from ddit.runtime.bundle.manifest import UniPCInfo
+from ddit.runtime.samplers.sigmas import sigmas
+from ddit.runtime.samplers.unipc import coefficients
+from transcription import (
+    Host,
+    dct,
+    growing_tables,
+    noise_levels,
+    picture,
+    position_tables,
+    quantile,
+    unipc_levels,
+    unipc_solver,
+)
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("native", "fixed", "dynamic", "adaptive", "adams", "taylorseer", "teacache", "spectralcache", "dpcache",
@@ -57,6 +70,17 @@ def test_noise_levels_and_tables(content, host, load):
 def test_noise_levels_of_other_numbers_of_steps(host, rich_bundle, steps):
     pipeline = Pipeline.open(rich_bundle, backend="cpu")
     np.testing.assert_array_equal(pipeline.sigmas(steps, *SIZE), noise_levels(host.manifest, steps, host.size))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("first", [0, 3])
+def test_unipc(order, first):
+    sampler = UniPCInfo(shift=3.0, order=order, train_steps=1000, steps=12)
+    wanted = unipc_levels(3.0, 1000, 12)
+    np.testing.assert_allclose(sigmas(sampler, 12, 0), wanted.astype(np.float32), rtol=1e-6)
+    for i in range(first, 12):
+        found = coefficients(wanted.tolist(), i, first, order)
+        assert found == pytest.approx(unipc_solver(wanted, i, first, order), rel=1e-6, abs=1e-9)
 
 
 def test_noise_and_growing(content, host, load):

@@ -143,3 +143,9 @@ def test_a_kind_that_it_does_not_know_is_refused(bundle, host, tmp_path, place, 
     assert done.returncode == 1
     assert "this host knows the " in done.stderr
     assert f"not '{kind}'" in done.stderr
+
+
+def test_a_bundle_of_clips_is_refused_by_what_it_is(wan_bundle, bundle, host, tmp_path):
+    done = host(wan_bundle, *write_inputs(bundle, tmp_path, 64, 64), "--out", tmp_path / "o.png")
+    assert done.returncode == 1
+    assert "this host knows the sampler 'flow_match_euler', not 'flow_unipc'" in done.stderr

@@ -29,7 +29,7 @@ FAST = ("--levels", "2", "--dtype", "fp32", "--profile", "256")
 @pytest.fixture
 def only_the_step_graph(monkeypatch) -> None:
     """Leave the slow graphs out where a test is not about them."""
-    monkeypatch.setattr(Flux, "jobs", lambda flux: [step_job(flux.latent.channels, 2, ())])
+    monkeypatch.setattr(Flux, "jobs", lambda flux: [step_job(flux.latent, 2, (), flux.sampler)])
     monkeypatch.setattr("ddit.exporter.build.check_pipeline", lambda *_: [])
     monkeypatch.setattr("ddit.runtime.bundle.manifest.check_manifest", lambda _: None)  # the others are missing
 

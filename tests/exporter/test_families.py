@@ -203,7 +203,12 @@ class Toy(Family):
             trace_sizes={"B": 2, "H": 3, "W": 5},
         )
         coarse = tuple(patch for patch in self.levels if patch > 1)
-        return [words, *map(self.level_job, self.levels), *sampling_jobs(CHANNELS, 1, coarse), pixels]
+        return [
+            words,
+            *map(self.level_job, self.levels),
+            *sampling_jobs(self.latent, 1, coarse, self.sampler, self.guidance),
+            pixels,
+        ]
 
     @torch.no_grad()
     def original_step(self, prompts, latent, *, steps, guidance, text_length, device):
@@ -292,4 +297,4 @@ def test_another_family_s_adapter_is_refused(tiny_pipeline, tmp_path):
 
 def test_families_are_found_by_name():
     assert families.find_family("flux") is Flux
-    assert [info.name for info in families.families()] == ["flux"]
+    assert [info.name for info in families.families()] == ["flux", "wan"]

@@ -14,7 +14,7 @@ from ddit.runtime.bundle import Bundle
 from ddit.runtime.bundle.manifest import TensorSpec
 from ddit.runtime.cli import main
 from ddit.runtime.errors import BundleError, UsageError
-from ddit.runtime.shapes import resolve
+from ddit.runtime.shapes import Size, resolve
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_a_graph_that_cannot_be_loaded(copy, tmp_path):
 @given(units=st.tuples(st.integers(1, 8), st.integers(1, 8)), text=st.integers(16, 512))
 def test_sizes_inside_the_profile_are_taken(tiny_bundle, units, text):
     manifest = Bundle.open(tiny_bundle).manifest
-    sizes = manifest.sizes(height=units[0] * 64, width=units[1] * 64, text=text)
+    sizes = manifest.sizes(Size(units[0] * 64, units[1] * 64), text=text)
     assert sizes == {"B": 1, "H": units[0] * 8, "W": units[1] * 8, "L": text}
     for graph in manifest.graphs.values():
         for spec in (*graph.inputs, *graph.outputs):
@@ -127,7 +127,7 @@ def test_other_sizes_are_refused_with_the_nearest(tiny_bundle, height):
     if height % 64 == 0 and 64 <= height <= 512:
         return
     with pytest.raises(UsageError) as caught:
-        manifest.sizes(height=height, width=64, text=16)
+        manifest.sizes(Size(height, 64), text=16)
     if height % 64:
         named = [int(word) for word in str(caught.value).split("nearest: ")[1].split(" or ")]
         assert all(value % 64 == 0 and value > 0 for value in named)
@@ -181,9 +181,12 @@ def add_a_state_of_the_gate_s_name(manifest) -> None:
         (lambda m: m["files"].pop("clip.tokenizer.json"), "'clip.tokenizer.json' has no entry in files"),
         (lambda m: m["files"].pop("t5.safetensors"), "'t5.safetensors' has no entry in files"),
         (lambda m: m.update(native=16), "native level 16 is not among the levels"),
+        (lambda m: m["files"].pop("level-4.cuda.onnx"), "'level-4.cuda.onnx' has no entry in files"),
+        (lambda m: m["graphs"]["level-4"]["twins"].update(cuda="level-4.onnx"), "file level-4.onnx stands twice"),
+        (lambda m: m["graphs"]["level-4"]["twins"].update(cuda="../level-4.onnx"), "leaves the bundle"),
         (swap_levels, "level 2 stands twice"),
         (lambda m: m["sampler"].update(base_image_seq_len=4096), "are the same"),
-        (lambda m: m["sampler"].update(steps=10**12), "sampler.steps"),
+        (lambda m: m["sampler"].update(steps=10**12), "sampler.flow_match_euler.steps"),
         (lambda m: m["sampler"].update(max_shift=1e5), "no noise levels between 0 and 1"),
         (lambda m: m["latent"].update(channels=10**12), "latent.channels"),
         (lambda m: m["profile"]["entry"][0].update(batch=[1, 1, 10**12]), "maximum"),
@@ -205,14 +208,14 @@ def add_a_state_of_the_gate_s_name(manifest) -> None:
         (lambda m: m["gate"].update(coefficients=[]), "gate.coefficients"),
         (lambda m: m["gate"].update(coefficients=[float("inf")]), "Infinity is no number"),
         (lambda m: m["graphs"]["gate"]["inputs"].pop(3), "gate_input has to have the shape (B, H/2, W/2, width)"),
-        (lambda m: m["graphs"]["gate"]["inputs"].pop(0), "gate has no tensor 'latent'"),
+        (lambda m: m["graphs"]["gate"]["inputs"].pop(1), "gate has no tensor 'timestep'"),
         (lambda m: m["graphs"]["gate"]["inputs"][2].update(name="rope_cos"), "nobody knows the tensor 'rope_cos'"),
         (lambda m: m["graphs"]["gate"]["outputs"][0].update(shape=["B", "H/2", "W/2", 7]), "it has to be float32"),
         (lambda m: last(m, "gate", "outputs").update(name="velocity"), "gate has no tensor 'gate_change_high'"),
         (lambda m: add_path(m, computed=[0, 2, 1]), "have to rise from 0"),
         (lambda m: add_path(m, computed=[1, 2]), "have to rise from 0"),
         (lambda m: add_path(m, computed=[0, 12]), "stay below their number"),
-        (lambda m: (add_path(m), add_path(m)), "the path for steps, height and width (12, 64, 64) stands twice"),
+        (lambda m: (add_path(m), add_path(m)), "the path for 12 steps at 64×64 stands twice"),
         (add_a_state_of_the_gate_s_name, "step: gate_input is a tensor of gate only"),
     ],
 )

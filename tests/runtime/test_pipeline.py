@@ -210,8 +210,8 @@ def test_encode_denoise_and_decode_are_what_a_call_does(pipeline):
     assert conditions["context"].shape == (2, 16, 24)
     assert conditions["pooled"].shape == (2, 20)
     latents, traces = pipeline.denoise(pipeline.resolve(requests), conditions)
-    images = pipeline.decode(latents)
-    for request, latent, trace, image in zip(requests, latents, traces, images, strict=True):
+    pictures = pipeline.decode(latents)
+    for request, latent, trace, (image,) in zip(requests, latents, traces, pictures, strict=True):
         assert trace.levels == [2, 2, 2]
         alone = pipeline(request.prompt, seed=request.seed, steps=3, schedule="native", **SIZE)
         np.testing.assert_allclose(latent, alone.latent, atol=1e-5 * np.abs(latent).max())

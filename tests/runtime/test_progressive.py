@@ -123,7 +123,7 @@ def test_a_scale_outside_the_profile_is_refused_before_anything_is_loaded(pipeli
     entry = manifest.profile.entry[0]
     narrow = entry.model_copy(update={"height": entry.height.model_copy(update={"minimum": 192})})
     profile = manifest.profile.model_copy(update={"entry": (narrow,)})
-    with pytest.raises(UsageError, match=r"scale 1/2 is a picture of 128×128, outside .* --profile that has both"):
+    with pytest.raises(UsageError, match=r"scale 1/2 is 128×128, outside .* --profile that has both"):
         Request(PROMPT, schedule="progressive", height=256, width=256).resolve(
             manifest.model_copy(update={"profile": profile}), "cpu"
         )

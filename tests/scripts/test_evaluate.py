@@ -211,7 +211,7 @@ def test_a_longer_list_of_scenes_goes_on_from_a_shorter_one():
 def test_pictures_that_ran_together_share_the_time():
     def result(*levels: int) -> Result:
         steps = [StepRecord(i, 1.0, level, 10.0 * level, {}) for i, level in enumerate(levels)]
-        return Result(Image.new("RGB", (1, 1)), Trace("", 0, 1, 1, 0.0, 0.0, "cpu", {}, steps), None)
+        return Result((Image.new("RGB", (1, 1)),), Trace("", 0, 1, 1, 0.0, 0.0, "cpu", {}, steps), None)
 
     assert store.shares([result(2, 2), result(2, 4), result(2, 4)]) == pytest.approx(
         [20 / 3 + 20, 20 / 3 + 20, 20 / 3 + 20]
@@ -222,7 +222,7 @@ def test_pictures_that_ran_together_share_the_time():
 def test_a_step_at_a_smaller_size_counts_as_what_it_is():
     def result(*scales: float) -> Result:
         steps = [StepRecord(i, 1.0, 2, 12.0, {}, scale=one, size=(64, 64)) for i, one in enumerate(scales)]
-        return Result(Image.new("RGB", (1, 1)), Trace("", 0, 128, 128, 0.0, 0.0, "cpu", {}, steps), None)
+        return Result((Image.new("RGB", (1, 1)),), Trace("", 0, 128, 128, 0.0, 0.0, "cpu", {}, steps), None)
 
     assert store.shares([result(0.5, 1.0), result(1.0, 1.0)]) == [18.0, 18.0]
     record = store.Record("", 0, "progressive", [2, None, 2, 4], 1.0, {"0": [64, 64], "1": [64, 64]})

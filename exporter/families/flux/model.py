@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from ddit.exporter.components import TORCH_DTYPES, load_component, shortened
+from ddit.exporter.components import TORCH_DTYPES, load_component, load_rounded, shortened
 from ddit.exporter.families import FLUX
 from ddit.exporter.families.base import Family
 from ddit.exporter.families.flux import original
@@ -32,6 +32,7 @@ from ddit.exporter.families.flux.modules import (
 from ddit.exporter.graphs.job import GraphJob, Original, Tables, floats, ids, level_name, loaded_job
 from ddit.exporter.graphs.weights import SafetensorsFolder
 from ddit.exporter.levels import AdapterConfig
+from ddit.exporter.schedulers import EULER, EULER_FIXED, check_scheduler
 from ddit.exporter.steps.gate import GATE, gate_outputs, gate_state
 from ddit.exporter.steps.jobs import sampling_jobs
 from ddit.profiles import why_invalid
@@ -58,18 +59,6 @@ TRUNK_FILE = "transformer.safetensors"
 TEACACHE = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
 ROPE_THETA = 10000.0  # fixed in diffusers' FluxTransformer2DModel
 SPECTRUM = SpectrumInfo(amplitude=203.615097, exponent=1.915461)  # of FLUX.1's latents (arXiv 2605.18736)
-
-# What the runtime's sampler computes. A scheduler that asks for anything else is refused, never approximated.
-SCHEDULER = "FlowMatchEulerDiscreteScheduler"
-SCHEDULER_FIXED = {
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "invert_sigmas": False,
-    "stochastic_sampling": False,
-    "shift_terminal": None,
-    "time_shift_type": "exponential",
-}
 
 
 @dataclass(frozen=True)
@@ -122,10 +111,7 @@ class Flux(Family):
     def sampler(self) -> FlowMatchEulerInfo:
         """The scheduler's settings. Raises `ModelError` for one that the runtime does not compute."""
         config = self.source.config("scheduler", "scheduler_config.json")
-        odd = {name for name, value in SCHEDULER_FIXED.items() if config.get(name, value) != value}
-        if config.get("_class_name") != SCHEDULER or odd:
-            what = f"with {min(odd)} = {config[min(odd)]!r}" if odd else str(config.get("_class_name"))
-            raise ModelError(f"scheduler {what} is not supported; ddit samples with {SCHEDULER} as FLUX.1 uses it")
+        check_scheduler(config, {EULER: EULER_FIXED}, self.info.title)
         names = ("use_dynamic_shifting", "shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
         usual = dict(zip(names, (False, 1.0, 0.5, 1.15, 256, 4096), strict=True))
         steps = self.source.defaults.steps or (50 if self.guidance.embedded else 4)
@@ -180,7 +166,7 @@ class Flux(Family):
             self._clip_job(),
             self._t5_job(),
             *(self.level_job(patch) for patch in self.levels),
-            *sampling_jobs(self.latent.channels, NATIVE_PATCH, coarse),
+            *sampling_jobs(self.latent, NATIVE_PATCH, coarse, self.sampler, self.guidance),
             self._gate_job(),
             self._vae_job(),
         ]
@@ -307,10 +293,10 @@ class Flux(Family):
                 floats("latent", *self.latent.shape),
                 floats("timestep", "B"),
                 floats("pooled", "B", config["pooled_projection_dim"]),
-                gate_state("gate_input", patch, width),
+                gate_state("gate_input", *self.latent.patch_grid(patch), width),
                 *([floats("guidance", "B")] if self.guidance.embedded else []),
             ),
-            outputs=gate_outputs(patch, width),
+            outputs=gate_outputs(*self.latent.patch_grid(patch), width),
             dtype=self.dtype,
             values=lambda name: self._transformer_weights[stored_name(name)],
             place=lambda name: (TRUNK_FILE, stored_name(name)),
@@ -348,9 +334,7 @@ class Flux(Family):
             inputs=(ids("input_ids", "B", config.max_position_embeddings),),
             outputs=(floats("pooled", "B", config.hidden_size),),
             dtype=self.dtype,
-            original=lambda device: original.pooled_text(
-                original.load_rounded(CLIPTextModel, folder, self.dtype, device)
-            ),
+            original=lambda device: original.pooled_text(load_rounded(CLIPTextModel, folder, self.dtype, device)),
             trace_sizes={"B": 2},
             vocabulary=config.vocab_size,
         )
@@ -374,7 +358,7 @@ class Flux(Family):
 
         def load_original(device: torch.device) -> Original:
             if self.depth is None:
-                return original.text_states(original.load_rounded(T5EncoderModel, folder, self.dtype, device))
+                return original.text_states(load_rounded(T5EncoderModel, folder, self.dtype, device))
             return original.text_states(shortened(partial(T5EncoderModel, config), stored).to(device))
 
         return GraphJob(
@@ -404,7 +388,7 @@ class Flux(Family):
             inputs=(floats("latent", *self.latent.shape),),
             outputs=(floats("image", "B", self.vae_config["out_channels"], f"H*{scale}", f"W*{scale}"),),
             dtype=dtype,
-            original=lambda device: original.decoded(original.load_rounded(AutoencoderKL, folder, dtype, device)),
+            original=lambda device: original.decoded(load_rounded(AutoencoderKL, folder, dtype, device)),
             trace_sizes={"B": 2, "H": 4, "W": 6},
         )
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModel, T5EncoderModel
 
-from ddit.exporter.components import load_component
+from ddit.exporter.components import load_rounded
 from ddit.exporter.graphs.job import Original
 from ddit.runtime.bundle.manifest import Dtype
 
@@ -87,12 +87,6 @@ def decoded(vae: Any) -> Original:
     """The VAE as the pipeline calls it at the end."""
     scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
     return lambda latent: vae.decode(latent / scale + shift, return_dict=False)[0]
-
-
-def load_rounded(cls: Any, folder: Path, dtype: Dtype, device: torch.device) -> Any:
-    """A component in float32, from weights rounded to a graph's type. Takes four bytes a weight."""
-    module: nn.Module = load_component(cls, folder, dtype).float()
-    return module.to(device)
 
 
 def first_step(

@@ -40,6 +40,14 @@ def why_no_gpu() -> str | None:
     return None
 
 
+def driver_version() -> str:
+    """The newest CUDA that the driver knows, as in ``"13.0"``. Call it where `why_no_gpu` gives None."""
+    from cuda.bindings import driver
+
+    _, number = driver.cuDriverGetVersion()
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
 def call(function: Any, *args: Any) -> Any:
     """Call a function of the CUDA runtime and unpack its result. Raises `BackendError` for what it reports."""
     from cuda.bindings import runtime

@@ -114,7 +114,7 @@ class DeviceBackend(Backend):
         """A workspace of a size that nobody uses; one that was given back has bound engines already."""
         with self.busy:
             for workspace in self._workspaces:
-                if workspace.sizes == sizes:
+                if workspace.sizes == sizes and workspace.names == buffers.keys():
                     self._workspaces.remove(workspace)
                     return workspace
             return DeviceWorkspace(self, buffers, sizes)
@@ -137,6 +137,7 @@ class DeviceWorkspace(Workspace):
         super().__init__(sizes)
         self.backend = backend
         self.arrays: dict[str, DeviceArray] = {}
+        self.names = buffers.keys()
         self._shapes = {name: spec.resolve(sizes) for name, spec in buffers.items()}
         self._bound: dict[str, BoundProgram] = {}
         # a gate's is as large as several of the others together, and is made when a sample needs it

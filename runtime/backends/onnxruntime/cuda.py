@@ -3,8 +3,10 @@
 The weights of the levels lie on the GPU once: every session is given the same buffers as its initializers.
 """
 
+import ctypes
 import json
 import logging
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -27,7 +29,7 @@ from ddit.runtime.backends.onnxruntime.host import (
     session_options,
 )
 from ddit.runtime.bundle import Bundle
-from ddit.runtime.bundle.manifest import GraphInfo, TensorSpec
+from ddit.runtime.bundle.manifest import Dtype, GraphInfo, TensorSpec
 from ddit.runtime.errors import BackendError, BundleError
 
 log = logging.getLogger(__name__)
@@ -37,6 +39,13 @@ NUMPY_TYPES = {"float32": np.float32, "int64": np.int64}
 STORED_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64}  # by safetensors' names
 ALIGNMENT = 256  # of every weight, as cudaMalloc aligns: kernels read several numbers at once
 NO_GRAPH = "-1"
+CUDNN = "cudnn64_9.dll" if sys.platform == "win32" else "libcudnn.so.9"
+CUDNN_ATTENTION = (9, 3)  # the first cuDNN whose attention ONNX Runtime takes
+# What computes sizes runs on the host by right, so that these say nothing; a level has thousands of others.
+SIZE_OPERATORS = frozenset(
+    ("Shape", "Squeeze", "Unsqueeze", "Reshape", "Concat", "Slice", "Gather", "Add", "Sub", "Mul", "Div", "Cast")
+)
+NAMED = 3  # nodes of a level that a message names
 _graph_ids = count(1)
 _numbers = count()
 
@@ -120,6 +129,8 @@ class CudaBackend(DeviceBackend):
             ort.preload_dlls()  # CUDA and cuDNN from NVIDIA's packages, where those are installed
         check_provider(CUDA)
         super().__init__(bundle)
+        if find_cudnn() is None:
+            log.warning("cuDNN 9 is not found, and attention may take twice as long; run: pip install 'ddit[cuda]'")
         manifest = bundle.manifest
         self._levels = {level.graph for level in manifest.levels}
         self._sessions = Sessions(self.gpu.stream_owner)
@@ -133,7 +144,7 @@ class CudaBackend(DeviceBackend):
             )
 
     def _open(self, graph: str) -> DeviceEngine:
-        info, opened = self.bundle.graph(graph), self._sessions.opened
+        info, opened = self.bundle.graph(graph).on(self.name), self._sessions.opened
         log.info("opening %s with %s", info.file, CUDA)
         replays = graph in self._levels
         weights = (
@@ -144,14 +155,31 @@ class CudaBackend(DeviceBackend):
         except BackendError as error:
             if not replays:
                 raise
-            log.info("%s runs without CUDA graphs: %s", info.file, error)  # a part of the graph has to run on the host
+            log.info("%s cannot be captured: %s", info.file, error)  # a part of the graph has to run on the host
             replays = False
             opened[graph] = self._session(info, weights, replays=replays)
+            log.warning("%s runs partly on the CPU, and slower for it: %s", info.file, self._on_cpu_line(graph))
         return CudaEngine(self, info, self._sessions, graph, replays=replays)
+
+    def on_cpu(self, graph: str) -> list[str]:
+        """The nodes of an opened graph that run on the CPU, by operator and name, without those that compute sizes."""
+        return [
+            f"{node.op_type} {node.name}"
+            for part in self._sessions.opened[graph].get_provider_graph_assignment_info()
+            if part.ep_name != CUDA
+            for node in part.get_nodes()
+            if node.op_type not in SIZE_OPERATORS
+        ]
+
+    def _on_cpu_line(self, graph: str) -> str:
+        nodes = self.on_cpu(graph)
+        rest = f" and {len(nodes) - NAMED} more" if len(nodes) > NAMED else ""
+        return ", ".join(nodes[:NAMED]) + rest if nodes else "ONNX Runtime does not say what"
 
     def _session(self, info: GraphInfo, weights: Mapping[str, Any], *, replays: bool) -> Any:
         """A session on our stream that uses ``weights``, on the GPU already, instead of loading its own."""
         options = session_options()
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")  # for `on_cpu`
         for name, value in weights.items():
             options.add_initializer(name, value)
         provider = {"device_id": "0", "user_compute_stream": str(self.gpu.stream)}
@@ -188,6 +216,28 @@ class CudaBackend(DeviceBackend):
                 values[name] = import_onnxruntime().OrtValue.from_dlpack(BFloat16(view) if dtype == "BF16" else view)
         self.gpu.synchronize()  # the mapping may go
         return values
+
+
+def find_cudnn() -> tuple[int, ...] | None:
+    """The version of the cuDNN that ONNX Runtime finds, as in (9, 13, 0); None where it finds none of version 9."""
+    try:
+        number = int(ctypes.CDLL(CUDNN).cudnnGetVersion())  # 91300
+    except (OSError, AttributeError):
+        return None
+    return number // 10_000, number // 100 % 100, number % 100
+
+
+def attention_kernel(dtype: Dtype, capability: str, cudnn: tuple[int, ...] | None, *, twin: bool) -> str:
+    """The kernel that a level's attention is expected to take, by ONNX Runtime 1.31's rules (docs/tensorrt.md).
+
+    ``capability`` is the GPU's, as in ``"9.0"``.
+    """
+    generation = int(capability.partition(".")[0])
+    if dtype == "fp32" or generation < 8:
+        return "memory-efficient"
+    if twin and generation >= 9 and cudnn is not None and cudnn >= CUDNN_ATTENTION:
+        return "cuDNN"
+    return "Flash-2"
 
 
 def safetensors_entries(content: NDArray[np.uint8]) -> Iterator[tuple[str, str, tuple[int, ...], int, int]]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from ddit.runtime import shapes
-from ddit.runtime.backends.artifacts import EngineStore, StoredEngine
+from ddit.runtime.backends.artifacts import EngineStore, StoredEngine, Target
 from ddit.runtime.backends.device.cuda import DeviceArray, DeviceMemory
 from ddit.runtime.backends.device.workspace import Bound, DeviceBackend, DeviceEngine
 from ddit.runtime.backends.tensorrt import compat
@@ -61,7 +61,7 @@ class TensorRTEngine(DeviceEngine):
         stored, index = choose(self._stored, shapes.to_names(latent, sizes))
         backend, engine, graph = self._trt_backend, self._load(stored), stored.info.graph
         context = compat.create_context(backend.trt, engine)
-        scratch = backend.scratch(stored.info.scratch)
+        scratch = backend.scratch(compat.scratch_bytes(engine))
         compat.set_scratch(context, scratch.address, scratch.nbytes)
         if not context.set_optimization_profile_async(index, backend.gpu.stream):
             raise BackendError(f"TensorRT could not choose profile {index} of {graph}")
@@ -88,9 +88,9 @@ class TensorRTBackend(DeviceBackend):
     captures = True
 
     def __init__(self, bundle: Bundle):
-        self.trt = compat.import_tensorrt()
+        self.trt = self._library()
         super().__init__(bundle)  # asks the driver first: TensorRT's runtime crashes without a GPU
-        self.target = this_target(self.trt, self.gpu)
+        self.target = self._target()
         store = EngineStore(bundle)
         self.stored = {graph: store.find(graph, self.target) for graph in bundle.manifest.graphs}
         self._logger = compat.make_logger(self.trt)
@@ -98,16 +98,22 @@ class TensorRTBackend(DeviceBackend):
         self._loaded: set[str] = set()
         self._scratch: list[DeviceMemory] = []
 
+    def _library(self) -> Any:
+        return compat.import_tensorrt()
+
+    def _target(self) -> Target:
+        """What engines must have been built for to run here."""
+        return this_target(self.trt, self.gpu)
+
     def _open(self, graph: str) -> DeviceEngine:
         return TensorRTEngine(self, self.bundle.graph(graph), self.stored[graph])
 
-    def check(self, *, height: int, width: int, text: int, batch: int) -> None:
+    def check(self, sizes: Mapping[str, int]) -> None:
         """See that every graph has a whole engine for the sizes, and that those not yet loaded fit into GPU memory.
 
         Raises `UsageError` and `BackendError`.
         """
-        asked = {"height": height, "width": width, "text": text, "batch": batch}
-        chosen = [choose(stored, asked)[0] for stored in self.stored.values()]
+        chosen = [choose(stored, sizes)[0] for stored in self.stored.values()]
         missing = [one for one in chosen if one.info.key not in self._loaded]
         for one in missing:
             one.check()

@@ -6,7 +6,7 @@ calls a serialized engine.
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,25 +59,12 @@ class TensorRTBuilder(EngineBuilder):
 
     def _build(self, bundle: Bundle, profile: Profile, graph: str, temporary: str) -> tuple[memoryview, int]:
         """A plan, and the scratch memory that its contexts need; merged weights lie in the temporary file."""
-        import onnx_ir as ir
         from polygraphy.backend.trt import engine_bytes_from_network
         from polygraphy.exception import PolygraphyException
         from polygraphy.logger import G_LOGGER
 
-        from ddit.runtime.backends.tensorrt.merge import merge_lora
-
         trt, info = self.trt, bundle.graph(graph)
-        logger = compat.make_logger(trt)
-        builder = trt.Builder(logger)
-        network = builder.create_network(compat.network_flags(trt))
-        parser = trt.OnnxParser(network, logger)
-        file = bundle.file(info.file)
-        model = ir.load(file)
-        merge_lora(model, bundle.path, temporary)
-        # the path is only for the weights' files, which lie beside it
-        if not parser.parse(ir.to_proto(model).SerializeToString(), str(file)):
-            raise BackendError(f"TensorRT {trt.__version__} cannot read {graph}: {parser_error(parser)}; {OPSETS}")
-        compat.let_attention_decompose(trt, network)
+        logger, builder, network, parser = parse(trt, bundle, graph, temporary)
         with self.progress(graph) as report, G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
             monitor = compat.progress_monitor(trt, report)
             config = self._config(builder, network, bundle.manifest, info, profile, monitor)
@@ -167,16 +154,46 @@ class TensorRTBuilder(EngineBuilder):
             self.report(f"warning: the timing cache {path} cannot be written: {error.strerror or error}")
 
 
+def parse(trt: Any, bundle: Bundle, graph: str, temporary: str) -> tuple[Any, Any, Any, Any]:
+    """A graph as a network, ready to be built: logger, builder, network and parser, which has to outlive the building.
+
+    Merged weights are written to the file ``temporary`` of the bundle. Raises `BackendError` where TensorRT cannot read
+    the graph.
+    """
+    import onnx_ir as ir
+
+    from ddit.runtime.backends.tensorrt.merge import merge_lora
+
+    logger = compat.make_logger(trt)
+    builder = trt.Builder(logger)
+    network = builder.create_network(compat.network_flags(trt))
+    parser = trt.OnnxParser(network, logger)
+    file = bundle.file(bundle.graph(graph).file)
+    model = ir.load(file)
+    merge_lora(model, bundle.path, temporary)
+    # the path is only for the weights' files, which lie beside it
+    if not parser.parse(ir.to_proto(model).SerializeToString(), str(file)):
+        raise BackendError(f"TensorRT {trt.__version__} cannot read {graph}: {parser_error(parser)}; {OPSETS}")
+    compat.let_attention_decompose(trt, network)
+    return logger, builder, network, parser
+
+
+def profile_sizes(manifest: Manifest, info: GraphInfo, profile: Profile) -> Iterator[dict[str, list[tuple[int, ...]]]]:
+    """Minimum, optimum and maximum shape of every input by its name, for every entry of a shape profile."""
+    for entry in profile.entry:
+        sizes = [shapes.to_symbols(manifest.latent, entry.at(bound)) for bound in BOUNDS]
+        yield {spec.name: [spec.resolve(size) for size in sizes] for spec in info.inputs}
+
+
 def optimization_profiles(manifest: Manifest, info: GraphInfo, profile: Profile) -> list[Any]:
-    """Polygraphy's profiles: minimum, optimum and maximum of every input, for every entry of a shape profile."""
+    """Polygraphy's profiles, one for every entry of a shape profile."""
     from polygraphy.backend.trt import Profile as Shapes
 
     profiles = []
-    for entry in profile.entry:
+    for sizes in profile_sizes(manifest, info, profile):
         one = Shapes()
-        sizes = [shapes.to_symbols(manifest.latent, entry.at(bound)) for bound in BOUNDS]
-        for spec in info.inputs:
-            one.add(spec.name, *(spec.resolve(size) for size in sizes))
+        for name, bounds in sizes.items():
+            one.add(name, *bounds)
         profiles.append(one)
     return profiles
 

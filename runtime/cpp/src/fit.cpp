@@ -95,7 +95,8 @@ void check_levels(const Manifest& manifest) {
   if (!native) throw Misfit("the native level is not among the levels");
   for (const Axis& axis : manifest.axes) axes.push_back(axis.name);
   check_unique("axis", axes);
-  if (axes.size() != 2) throw Misfit("the latent of a picture has a height and a width");
+  if (axes != std::vector<std::string>{"height", "width"})
+    throw Misfit("a picture's latent has a height and a width");
 }
 
 void check_names(const Manifest& manifest) {
@@ -107,11 +108,14 @@ void check_names(const Manifest& manifest) {
   for (const std::string& graph : named)
     if (manifest.graphs.count(graph) == 0) throw Misfit("there is no graph '" + graph + "'");
   check_unique("graph", named);
-  std::vector<std::string> files;
+  std::vector<std::string> own, files;
   for (const auto& [name, graph] : manifest.graphs) {
-    files.push_back(graph.file);
+    own.push_back(graph.file);
+    for (const auto& [backend, file] : graph.twins) own.push_back(file);
     files.insert(files.end(), graph.weights.begin(), graph.weights.end());
   }
+  check_unique("the graph's file", own);
+  files.insert(files.end(), own.begin(), own.end());
   for (const EncoderInfo& encoder : manifest.encoders) files.push_back(encoder.tokenizer.file);
   for (const std::string& file : files)
     if (manifest.files.count(file) == 0) throw Misfit("file '" + file + "' has no entry in files");
@@ -241,13 +245,14 @@ void check_gate(const Manifest& manifest) {
   const std::string& graph = manifest.gate->graph;
   const GraphInfo& info = manifest.graphs.at(graph);
   const TensorSpec* state = find(info.inputs, names::kGateInput);
-  SymbolicShape shape = row_of_sides(manifest, manifest.native);
-  if (state == nullptr || state->shape.size() != shape.size() + 1 || !state->shape.back().symbol.empty() ||
-      !std::equal(shape.begin(), shape.end(), state->shape.begin()))
-    throw Misfit(graph + ": gate_input has to have a row for every sample, the native patches and a width");
+  const SymbolicShape grid = row_of_sides(manifest, manifest.native);
+  SymbolicShape front;
+  if (state != nullptr) front.assign(state->shape.begin(), state->shape.end() - 1);
+  if (state == nullptr || !state->shape.back().symbol.empty() || (front != grid && front != kRow))
+    throw Misfit(graph + ": gate_input has to have a row for every sample, the native patches or none, and a width");
   Known inputs = model_inputs(manifest);
   inputs[names::kGateInput] = state->shape;
-  check_tensors(graph, info.inputs, inputs, {names::kLatent, names::kTimestep, names::kGateInput});
+  check_tensors(graph, info.inputs, inputs, {names::kTimestep, names::kGateInput});
   Known outputs = {{std::string(names::kNext) + names::kGateInput, state->shape}};
   for (const char* name : names::kGateChanges) outputs[name] = kRow;
   check_all(graph, info.outputs, outputs);

@@ -186,6 +186,11 @@ GraphInfo graph(const json& value, const std::string& where) {
   info.outputs = list(fields.at("outputs"), fields.path("outputs"), tensor);
   if (const json* weights = fields.find("weights")) info.weights = list(*weights, fields.path("weights"), file_name);
   info.dtype = graph_dtype(fields.at("dtype"), fields.path("dtype"));
+  if (const json* twins = fields.find("twins")) {
+    if (!twins->is_object()) fail(fields.path("twins"), "it has to be an object");
+    for (const auto& item : twins->items())
+      info.twins[checked_name(item.key(), fields.path("twins"))] = file_name(item.value(), fields.path("twins"));
+  }
   fields.done();
   return info;
 }
@@ -237,7 +242,7 @@ EncoderInfo encoder(const json& value, const std::string& where) {
 }
 
 /// The tag of a part that comes in kinds; a host refuses one that it does not know.
-void check_kind(Fields& fields, const std::string& what, const std::string& known, bool needed = false) {
+void check_kind(Fields& fields, const std::string& what, const std::string& known, bool needed = true) {
   const json* found = needed ? &fields.at("kind") : fields.find("kind");
   if (found == nullptr) return;
   const std::string kind = plain_text(*found, fields.path("kind"));
@@ -256,6 +261,8 @@ SamplerInfo sampler(const json& value, const std::string& where) {
   info.max_image_seq_len = integer(fields.at("max_image_seq_len"), fields.path("max_image_seq_len"), 1);
   if (info.base_image_seq_len == info.max_image_seq_len)
     fail(where, "base_image_seq_len and max_image_seq_len are the same: the shift has no slope");
+  if (const json* smallest = fields.find("smallest"); smallest != nullptr && !smallest->is_null())
+    info.smallest = above_zero(*smallest, fields.path("smallest"), 1);
   info.steps = small_integer(fields.at("steps"), fields.path("steps"), 1, kMaxSteps);
   fields.done();
   return info;
@@ -263,7 +270,7 @@ SamplerInfo sampler(const json& value, const std::string& where) {
 
 RotaryInfo positions(const json& value, const std::string& where) {
   Fields fields(value, where);
-  check_kind(fields, "positions", "rotary");
+  check_kind(fields, "positions", "rotary", false);
   RotaryInfo info;
   const auto axis_of = [](const json& one, const std::string& path) {
     Fields inner(one, path);
@@ -348,7 +355,15 @@ AdaptiveInfo adaptive(Fields& fields) {
   return info;
 }
 
+/// A part that only clips have; this host makes pictures.
+void no_frames(Fields& fields) {
+  const json* frames = fields.find("frames");
+  if (frames != nullptr && !frames->is_null())
+    fail(fields.path("frames"), "this host makes pictures, and knows no frames");
+}
+
 RunSize run_size(Fields& fields) {
+  no_frames(fields);
   return {small_integer(fields.at("steps"), fields.path("steps"), 1, kMaxSteps),
           integer(fields.at("height"), fields.path("height"), 1, kLargest),
           integer(fields.at("width"), fields.path("width"), 1, kLargest)};
@@ -429,6 +444,7 @@ Range range(const json& value, const std::string& where) {
 
 ProfileEntry profile_entry(const json& value, const std::string& where) {
   Fields fields(value, where);
+  no_frames(fields);
   ProfileEntry entry{range(fields.at("height"), fields.path("height")), range(fields.at("width"), fields.path("width")),
                      range(fields.at("text"), fields.path("text")), range(fields.at("batch"), fields.path("batch"))};
   fields.done();
@@ -448,6 +464,8 @@ int parity_result(const json& value, const std::string& where) {
   number(fields.at("error"), fields.path("error"), 0);
   above_zero(fields.at("tolerance"), fields.path("tolerance"));
   plain_text(fields.at("checked"), fields.path("checked"));
+  if (const json* twin = fields.find("twin"); twin != nullptr && !twin->is_null()) name(*twin, fields.path("twin"));
+  if (const json* note = fields.find("note")) plain_text(*note, fields.path("note"));
   fields.done();
   return 0;
 }
@@ -461,9 +479,20 @@ void check_version(const json& content) {
     throw Misfit("it has format " + std::to_string(version) + ", this host reads format " + std::to_string(kFormat));
 }
 
+/// First of all: a bundle of another kind is refused by what it is, and not by the first shape that is unlike a picture's.
+void check_kinds(Fields& fields) {
+  for (const auto& [part, known] :
+       {std::pair<const char*, const char*>{"sampler", "flow_match_euler"}, {"decoder", "image"}}) {
+    Fields tagged(fields.at(part), part);
+    check_kind(tagged, part, known);
+  }
+  guidance(fields.at("guidance"), "guidance");
+}
+
 Manifest read(const json& content) {
   check_version(content);
   Fields fields(content, "");
+  check_kinds(fields);
   Manifest manifest;
   if (const json* version = fields.find("format_version")) integer(*version, "format_version", kFormat, kFormat);
   plain_text(fields.at("family"), "family");

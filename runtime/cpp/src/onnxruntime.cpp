@@ -129,9 +129,11 @@ OnnxRuntime::~OnnxRuntime() { close(); }
 std::string OnnxRuntime::name() const { return options_.cuda ? "cuda" : "cpu"; }
 
 std::unique_ptr<Engine> OnnxRuntime::open(const GraphInfo& info) {
-  bundle().verify(info.file);
-  return checked("load " + info.file, [&] {
-    Ort::Session session(library_->env, bundle().file(info.file).c_str(), library_->options);
+  const auto twin = info.twins.find(name());
+  const std::string& file = twin == info.twins.end() ? info.file : twin->second;
+  bundle().verify(file);
+  return checked("load " + file, [&] {
+    Ort::Session session(library_->env, bundle().file(file).c_str(), library_->options);
     return std::make_unique<OnnxRuntimeEngine>(std::move(session), info);
   });
 }

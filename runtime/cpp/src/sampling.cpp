@@ -62,7 +62,7 @@ std::vector<float> noise_levels(const Manifest& manifest, int steps, const Sizes
   for (const Axis& axis : manifest.axes) tokens *= static_cast<double>(sizes.at(axis.symbol) / manifest.native);
   const SamplerInfo& sampler = manifest.sampler;
   const double shift = sampler.use_dynamic_shifting ? std::exp(flow_shift(sampler, tokens)) : sampler.shift;
-  const double last = 1.0 / steps, spacing = steps > 1 ? (last - 1.0) / (steps - 1) : 0.0;
+  const double last = sampler.smallest.value_or(1.0 / steps), spacing = steps > 1 ? (last - 1.0) / (steps - 1) : 0.0;
   std::vector<float> levels;
   for (int i = 0; i < steps; ++i) {
     const double even = steps > 1 && i == steps - 1 ? last : i * spacing + 1.0;

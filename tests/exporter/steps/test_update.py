@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddit.exporter.steps.update import StepGraph, patch_detail, patch_deviation
+from ddit.exporter.steps.patches import patch_detail, patch_deviation
+from ddit.exporter.steps.update import StepGraph
 
 KEPT = 3
 

@@ -1,7 +1,10 @@
 """ONNX Runtime's CUDA backend without a GPU: its sessions run on the CPU, in the order of the fake GPU's stream."""
 
 import gc
+import json
+import shutil
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,10 +13,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from conftest import run
 from ddit.runtime import Bundle, Pipeline, Request
 from ddit.runtime.backends.onnxruntime import cuda as onnxruntime_cuda
 from ddit.runtime.backends.onnxruntime import host
 from ddit.runtime.backends.onnxruntime.cuda import CudaBackend
+from ddit.runtime.cli import main as ddit_run
 from ddit.runtime.errors import BackendError, UsageError
 from ddit.runtime.policies import Fixed
 from fake_cuda import FakeCuda
@@ -31,6 +36,7 @@ class Session:
         if ort.refuses_graphs and "enable_cuda_graph" in settings:
             raise RuntimeError("a node of this graph runs on the CPU")
         self.ort = ort
+        ort.opened.append(path.name)
         weakref.finalize(self, ort.cuda.events.append, "a session ended")
         self.session = onnxruntime.InferenceSession(path, options)
         self.replays = "enable_cuda_graph" in settings
@@ -48,6 +54,16 @@ class Session:
 
         return SimpleNamespace(real=binding, bind_input=bind(binding.bind_input), bind_output=bind(binding.bind_output))
 
+    def get_provider_graph_assignment_info(self):
+        """As if the provider had no kernel for a norm where it refuses to capture the graph."""
+
+        def part(name: str, *nodes: str) -> SimpleNamespace:
+            listed = [SimpleNamespace(op_type=node, name=f"node_{node}") for node in nodes]
+            return SimpleNamespace(ep_name=name, get_nodes=lambda: listed)
+
+        odd = ("RMSNormalization",) if self.ort.refuses_graphs else ()
+        return [part("CUDAExecutionProvider", "MatMul", "Add"), part("CPUExecutionProvider", "Shape", "Concat", *odd)]
+
     def run_with_iobinding(self, binding, options):
         assert options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
         if self.replays:
@@ -63,7 +79,9 @@ class FakeOnnxRuntime:
     def __init__(self, cuda: FakeCuda):
         self.cuda = cuda
         self.refuses_graphs = False
+        self.cudnn: tuple[int, ...] | None = (9, 13, 0)
         self.graph_ids: list[str] = []
+        self.opened: list[str] = []  # files
         self.OrtValue = onnxruntime.OrtValue
 
     def InferenceSession(self, path, options, providers):  # noqa: N802
@@ -77,6 +95,7 @@ def machine(monkeypatch) -> FakeOnnxRuntime:
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
+    monkeypatch.setattr(onnxruntime_cuda, "find_cudnn", lambda: fake.cudnn)
     backend_init = CudaBackend.__init__
 
     def init(self, bundle):
@@ -87,24 +106,53 @@ def machine(monkeypatch) -> FakeOnnxRuntime:
     return fake
 
 
-@pytest.mark.parametrize("refuses_graphs", [False, True])
-def test_the_picture_is_the_cpu_s(machine, tiny_bundle, refuses_graphs):
-    machine.refuses_graphs = refuses_graphs
+@pytest.fixture
+def plain_bundle(tiny_bundle, tmp_path) -> Path:
+    """The bundle without twins, as exporters wrote it before there were any: the backend runs what the CPU runs."""
+    path = shutil.copytree(tiny_bundle, tmp_path / "plain.bundle")
+    manifest = json.loads((path / "bundle.json").read_text())
+    for graph in manifest["graphs"].values():
+        for file in graph.pop("twins").values():
+            (path / file).unlink()
+            del manifest["files"][file]
+    manifest["parity"] = [
+        {name: value for name, value in result.items() if name not in ("twin", "note")}
+        for result in manifest["parity"]
+        if result["twin"] is None
+    ]
+    (path / "bundle.json").write_text(json.dumps(manifest))
+    return path
+
+
+def test_levels_run_as_their_twins(machine, tiny_bundle):
+    """And only here: the CPU runs the graphs themselves."""
     levels = Fixed((2, 4, 8) * 3)
     expected = Pipeline.open(tiny_bundle, backend="cpu")("a red circle", seed=3, schedule=levels, **SIZE)
+    assert not machine.opened
     actual = Pipeline.open(tiny_bundle, backend="cuda")("a red circle", seed=3, schedule=levels, **SIZE)
+    assert {name for name in machine.opened if name.startswith("level-")} == {f"level-{p}.cuda.onnx" for p in (2, 4, 8)}
+    assert not np.array_equal(actual.latent, expected.latent)
+    np.testing.assert_allclose(actual.latent, expected.latent, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("refuses_graphs", [False, True])
+def test_the_picture_is_the_cpu_s(machine, plain_bundle, refuses_graphs):
+    machine.refuses_graphs = refuses_graphs
+    levels = Fixed((2, 4, 8) * 3)
+    expected = Pipeline.open(plain_bundle, backend="cpu")("a red circle", seed=3, schedule=levels, **SIZE)
+    actual = Pipeline.open(plain_bundle, backend="cuda")("a red circle", seed=3, schedule=levels, **SIZE)
     np.testing.assert_array_equal(actual.latent, expected.latent)
     np.testing.assert_array_equal(np.asarray(actual.image), np.asarray(expected.image))
     # a level and a size have one graph, whatever comes between their steps
     assert len(set(machine.graph_ids)) == (0 if refuses_graphs else 3)
 
 
-def test_a_gate_s_state_stays_on_the_device(machine, tiny_bundle):
+def test_a_gate_s_state_stays_on_the_device(machine, plain_bundle):
     """Samples that look at it and one that does not regroup as they decide, and are as on the CPU."""
     schedules = ["teacache:0.4", "dynamic:tau=2+teacache:0.9", "native", "spectralcache:1"]
     requests = [Request("a red circle", seed, 8, text, 64, 64) for seed, text in enumerate(schedules)]
-    expected = Pipeline.open(tiny_bundle, backend="cpu").run(requests)
-    actual = Pipeline.open(tiny_bundle, backend="cuda").run(requests)
+    expected = Pipeline.open(plain_bundle, backend="cpu").run(requests)
+    actual = Pipeline.open(plain_bundle, backend="cuda").run(requests)
     assert [result.trace.predicted > 0 for result in actual] == [True, True, False, True]
     for one, other in zip(actual, expected, strict=True):
         assert one.trace.levels == other.trace.levels
@@ -112,10 +160,10 @@ def test_a_gate_s_state_stays_on_the_device(machine, tiny_bundle):
         np.testing.assert_array_equal(one.latent, other.latent)
 
 
-def test_a_latent_grows_as_on_the_host(machine, tiny_bundle):
+def test_a_latent_grows_as_on_the_host(machine, plain_bundle):
     run = {"seed": 3, "steps": 6, "schedule": "progressive:delta=0.5", "height": 256, "width": 128}
-    expected = Pipeline.open(tiny_bundle, backend="cpu")("a red circle", **run)
-    actual = Pipeline.open(tiny_bundle, backend="cuda")("a red circle", **run)
+    expected = Pipeline.open(plain_bundle, backend="cpu")("a red circle", **run)
+    actual = Pipeline.open(plain_bundle, backend="cuda")("a red circle", **run)
     assert {record.scale for record in actual.trace.steps} == {0.5, 1.0}
     np.testing.assert_array_equal(actual.latent, expected.latent)
 
@@ -161,3 +209,77 @@ def test_without_the_provider_the_available_ones_are_named(tiny_bundle):
     words = r"ONNX Runtime has no provider 'CUDAExecutionProvider' here; it has: .*CPU.*; run: .*'ddit\[cuda\]'"
     with pytest.raises(UsageError, match=words):
         Pipeline.open(tiny_bundle, backend="cuda")
+
+
+def test_a_node_without_a_kernel_is_not_silent(machine, tiny_bundle, caplog):
+    machine.refuses_graphs = True
+    backend = CudaBackend(Bundle.open(tiny_bundle))
+    backend.engine("level-4")
+    backend.engine("step")
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == [
+        "level-4.cuda.onnx runs partly on the CPU, and slower for it: RMSNormalization node_RMSNormalization"
+    ]
+
+
+@pytest.mark.parametrize(("cudnn", "warns"), [((9, 13, 0), False), (None, True)])
+def test_a_missing_cudnn_is_not_silent(machine, tiny_bundle, tmp_path, caplog, cudnn, warns):
+    machine.cudnn = cudnn
+    picture = ("--out", tmp_path / "a.png", "--steps", 4, "--height", 64, "--width", 64)
+    result = run(ddit_run, "generate", tiny_bundle, "red", "--backend", "cuda", *picture)
+    assert result.exit_code == 0, result.stderr
+    assert any("cuDNN 9 is not found" in record.getMessage() for record in caplog.records) == warns
+
+
+def test_cudnn_s_version(monkeypatch):
+    library = SimpleNamespace(cudnnGetVersion=lambda: 91301)
+    monkeypatch.setattr(onnxruntime_cuda.ctypes, "CDLL", lambda name: library)
+    assert onnxruntime_cuda.find_cudnn() == (9, 13, 1)
+    monkeypatch.setattr(onnxruntime_cuda.ctypes, "CDLL", lambda name: SimpleNamespace())
+    assert onnxruntime_cuda.find_cudnn() is None
+    monkeypatch.undo()
+    monkeypatch.setattr(onnxruntime_cuda, "CUDNN", "libnothing.so.9")
+    assert onnxruntime_cuda.find_cudnn() is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "cudnn", "twin", "kernel"),
+    [
+        ("fp16", "9.0", (9, 13, 0), True, "cuDNN"),
+        ("bf16", "12.0", (9, 3, 0), True, "cuDNN"),
+        ("fp16", "9.0", (9, 13, 0), False, "Flash-2"),
+        ("fp16", "9.0", (9, 2, 1), True, "Flash-2"),
+        ("fp16", "9.0", None, True, "Flash-2"),
+        ("fp16", "8.9", (9, 13, 0), True, "Flash-2"),
+        ("fp32", "9.0", (9, 13, 0), True, "memory-efficient"),
+        ("fp16", "7.5", (9, 13, 0), True, "memory-efficient"),
+    ],
+)
+def test_the_attention_kernel_to_expect(dtype, capability, cudnn, twin, kernel):
+    assert onnxruntime_cuda.attention_kernel(dtype, capability, cudnn, twin=twin) == kernel
+
+
+@pytest.mark.parametrize("refuses_graphs", [False, True])
+def test_doctor_on_a_machine_with_a_gpu(machine, tiny_bundle, refuses_graphs):
+    machine.refuses_graphs = refuses_graphs
+    result = run(ddit_run, "doctor", tiny_bundle, "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    gpu = report["machine"]["gpu"]
+    assert (gpu["name"], gpu["capability"], gpu["driver"]) == ("Fake GPU", "9.0", "13.0")
+    assert report["machine"]["cudnn"] == "9.13.0"
+    ready = {one["name"]: one["ready"] for one in report["backends"]}
+    assert (ready["cuda"], ready["cpu"], ready["tensorrt"]) == (True, True, False)
+    odd = ["RMSNormalization node_RMSNormalization"] if refuses_graphs else []
+    assert report["levels"] == [
+        {
+            "graph": f"level-{patch}",
+            "file": f"level-{patch}.cuda.onnx",
+            "attention": {"Fake GPU": "memory-efficient"},  # the bundle is in float32
+            "on_cpu": odd,
+        }
+        for patch in (2, 4, 8)
+    ]
+    shown = run(ddit_run, "doctor", tiny_bundle)
+    assert "Fake GPU, compute capability 9.0" in shown.stdout
+    assert ("RMSNormalization" in shown.stdout) == refuses_graphs

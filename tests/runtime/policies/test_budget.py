@@ -13,6 +13,7 @@ from ddit.runtime.errors import UsageError
 from ddit.runtime.policies import Adaptive, Budgeted, Dynamic, Native, Reusing, RunHistory, parse_schedule
 from ddit.runtime.policies.budget import plan
 from ddit.runtime.policies.parse import Choices
+from ddit.runtime.shapes import Size
 
 COSTS = Costs(levels={2: 40.0, 4: 15.0, 8: 10.0}, predicted=0.5, encode=50.0, decode=150.0)
 DEFAULT = Dynamic(native=2, coarse=(4, 8), tau=0.5, rho=0.4, warmup=3)
@@ -100,7 +101,7 @@ def test_a_picture_in_time(tiny_bundle):
     size = {"steps": 20, "height": 64, "width": 64}
     result = pipeline("a red circle", budget=60.0, **size)
     assert result.trace.schedule["text"] == "native"
-    costs = pipeline._costs(64, 64)  # measured once, by the call before
+    costs = pipeline._costs(Size(64, 64))  # measured once, by the call before
     assert 0 < costs.predicted < costs.levels[2]
     shortest = (costs.encode + costs.decode + 3 * costs.levels[2]) / 1000
     with pytest.raises(UsageError, match="20 steps need at least"):

@@ -13,7 +13,8 @@ from ddit.runtime.cli import main
 from ddit.runtime.conditioning.positions import level_tables
 from ddit.runtime.errors import UsageError
 from ddit.runtime.policies import DPCache, Fixed, Native, Reusing, RunHistory
-from ddit.runtime.tools.calibrate_reuse import Size, velocities
+from ddit.runtime.shapes import Size
+from ddit.runtime.tools.calibrate_reuse import Setting, velocities
 from ddit.runtime.tools.step_path import best_path, inner_products
 
 SIZE = ("--steps", 12, "--height", 64, "--width", 64)
@@ -136,7 +137,7 @@ def test_what_cannot_be_found_is_refused(bundle, options, words):
 
 def test_velocities_are_those_of_the_level(tiny_bundle):
     pipeline = Pipeline.open(tiny_bundle, backend="cpu")
-    found, _ = velocities(pipeline, (3, "a red circle"), Size(6, 64, 64), Native(2))
+    found, _ = velocities(pipeline, (3, "a red circle"), Setting(6, Size(64, 64)), Native(2))
     (resolved,) = pipeline.resolve([Request("a red circle", 3, 6, "native", 64, 64)])
     assert found.shape == (6, 4, 8, 8)
     engine = pipeline.backend.engine("level-2")

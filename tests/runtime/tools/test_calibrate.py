@@ -12,6 +12,7 @@ from conftest import run
 from ddit.runtime import Bundle, Pipeline
 from ddit.runtime.bundle.manifest import Costs
 from ddit.runtime.cli import main as ddit_run
+from ddit.runtime.shapes import Size
 from ddit.runtime.tools import calibrate as calibrate_module
 from ddit.runtime.tools.calibrate import ssim
 from ddit.runtime.tools.plots import plot_schedule
@@ -24,7 +25,7 @@ SIZE = ("--steps", 12, "--height", 128, "--width", 64)
 def bundle(tiny_bundle, tmp_path, monkeypatch) -> Path:
     """A bundle to write to, whose levels cost what they would at a real size."""
     costs = Costs(levels={2: 4.0, 4: 1.5, 8: 1.0}, predicted=0.0, encode=1.0, decode=2.0)
-    monkeypatch.setattr(calibrate_module, "measure_costs", lambda pipeline, height, width: costs)
+    monkeypatch.setattr(calibrate_module, "measure_costs", lambda pipeline, size: costs)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     return Path(shutil.copytree(tiny_bundle, tmp_path / "a.bundle"))
 
@@ -113,8 +114,9 @@ def test_every_backend_has_a_calibration_of_its_own(bundle):
     for name, tau in (("cpu", first.tau), ("CPUExecutionProvider", second.tau)):
         assert Pipeline.open(bundle, backend=name).policy("dynamic", **size).tau == tau
     manifest = Bundle.open(bundle).manifest
-    assert manifest.calibration("dynamic", **size, backend="tensorrt on another GPU") == second
-    assert manifest.calibration("dynamic", **size | {"steps": 11}, backend="cpu") is None
+    run = {"steps": 12, "size": Size(128, 64)}
+    assert manifest.calibration("dynamic", **run, backend="tensorrt on another GPU") == second
+    assert manifest.calibration("dynamic", **run | {"steps": 11}, backend="cpu") is None
 
 
 def test_an_absolute_tau_is_of_no_smooth_pictures(bundle):

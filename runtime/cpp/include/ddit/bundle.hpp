@@ -46,6 +46,7 @@ struct GraphInfo {
   std::vector<TensorSpec> inputs, outputs;
   std::vector<std::string> weights;
   std::string dtype;
+  std::map<std::string, std::string> twins;  // by backend: a file that computes the same, faster there
 };
 
 struct LevelInfo {
@@ -78,6 +79,7 @@ struct SamplerInfo {
   bool use_dynamic_shifting = false;
   double shift = 1, base_shift = 0, max_shift = 0;
   std::int64_t base_image_seq_len = 0, max_image_seq_len = 0;
+  std::optional<double> smallest;  // the last noise level before the shift; none: 1 / steps
   int steps = 0;
 };
 
