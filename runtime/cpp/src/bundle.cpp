@@ -166,7 +166,8 @@ fs::path Bundle::file(const std::string& name) const { return path_ / fs::u8path
 void Bundle::verify(const std::string& name) const {
   const FileInfo& info = manifest_.files.at(name);
   if (info.size <= kSmall && sha256_of(file(name)) != info.sha256)
-    throw BundleError(path_.string() + " is damaged: could not load " + name + ", it has a wrong hash; export it again");
+    throw BundleError(path_.string() + " is damaged: could not load " + name +
+                      ", it has a wrong hash; export it again");
 }
 
 }  // namespace ddit

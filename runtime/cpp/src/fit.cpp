@@ -17,9 +17,7 @@ constexpr double kSteepest = 30;  // |μ| of the sampler's shift e^μ: noise lev
 
 Dimension fixed(std::int64_t number) { return {"", 0, number}; }
 Dimension free(const std::string& symbol) { return {symbol, 0, 1}; }
-Dimension over(const std::string& symbol, std::int64_t number) {
-  return {symbol, number == 1 ? char{0} : '/', number};
-}
+Dimension over(const std::string& symbol, std::int64_t number) { return {symbol, number == 1 ? char{0} : '/', number}; }
 Dimension times(const std::string& symbol, std::int64_t number) {
   return {symbol, number == 1 ? char{0} : '*', number};
 }
@@ -95,8 +93,7 @@ void check_levels(const Manifest& manifest) {
   if (!native) throw Misfit("the native level is not among the levels");
   for (const Axis& axis : manifest.axes) axes.push_back(axis.name);
   check_unique("axis", axes);
-  if (axes != std::vector<std::string>{"height", "width"})
-    throw Misfit("a picture's latent has a height and a width");
+  if (axes != std::vector<std::string>{"height", "width"}) throw Misfit("a picture's latent has a height and a width");
 }
 
 void check_names(const Manifest& manifest) {
@@ -198,10 +195,10 @@ void check_update(const Manifest& manifest) {
   const std::int64_t kept = kept_velocities(manifest);
   SymbolicShape velocities = manifest.latent();
   velocities.insert(velocities.begin() + 1, fixed(kept));
-  Known known = {{names::kTimestep, kRow},          {names::kDt, kRow},
-                 {names::kCorrection, kRow},        {names::kKeepEstimate, kRow},
-                 {names::kKeepVelocity, kRow},      {names::kLatent, manifest.latent()},
-                 {names::kVelocities, velocities},  {names::kPrediction, {free("B"), fixed(kept)}}};
+  Known known = {{names::kTimestep, kRow},         {names::kDt, kRow},
+                 {names::kCorrection, kRow},       {names::kKeepEstimate, kRow},
+                 {names::kKeepVelocity, kRow},     {names::kLatent, manifest.latent()},
+                 {names::kVelocities, velocities}, {names::kPrediction, {free("B"), fixed(kept)}}};
   const auto coarse = manifest.coarse();
   if (!coarse.empty()) known[names::kCarry] = {free("B"), fixed(static_cast<std::int64_t>(coarse.size()))};
   Known state;

@@ -46,8 +46,7 @@ double number(const json& value, const std::string& where, double least = -kInfi
   if (!value.is_number()) fail(where, "it has to be a number");
   const auto found = value.get<double>();
   if (!std::isfinite(found)) fail(where, "it has to be finite");
-  if (found < least || found > most)
-    fail(where, "it has to lie between " + shortest(least) + " and " + shortest(most));
+  if (found < least || found > most) fail(where, "it has to lie between " + shortest(least) + " and " + shortest(most));
   return found;
 }
 
@@ -479,7 +478,8 @@ void check_version(const json& content) {
     throw Misfit("it has format " + std::to_string(version) + ", this host reads format " + std::to_string(kFormat));
 }
 
-/// First of all: a bundle of another kind is refused by what it is, and not by the first shape that is unlike a picture's.
+/// First of all: a bundle of another kind is refused by what it is, and not by the first shape that is unlike a
+/// picture's.
 void check_kinds(Fields& fields) {
   for (const auto& [part, known] :
        {std::pair<const char*, const char*>{"sampler", "flow_match_euler"}, {"decoder", "image"}}) {

@@ -27,7 +27,9 @@ auto checked(const std::string& what, Call call) {
 class OnnxRuntimeEngine : public Engine {
  public:
   OnnxRuntimeEngine(Ort::Session session, const GraphInfo& info)
-      : session_(std::move(session)), info_(info), memory_(Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault)) {
+      : session_(std::move(session)),
+        info_(info),
+        memory_(Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault)) {
     for (const TensorSpec& spec : info.inputs) inputs_.push_back(spec.name.c_str());
     for (const TensorSpec& spec : info.outputs) outputs_.push_back(spec.name.c_str());
     Ort::AllocatorWithDefaultOptions allocator;
@@ -49,7 +51,11 @@ class OnnxRuntimeEngine : public Engine {
     checked("run " + info_.file, [&] {
       std::vector<Ort::Value> given, taken;
       for (const Input& input : inputs)
-        std::visit([&](const auto* tensor) { given.push_back(view(const_cast<std::remove_const_t<std::remove_pointer_t<decltype(tensor)>>&>(*tensor))); }, input);
+        std::visit(
+            [&](const auto* tensor) {
+              given.push_back(view(const_cast<std::remove_const_t<std::remove_pointer_t<decltype(tensor)>>&>(*tensor)));
+            },
+            input);
       for (Tensor* output : outputs) taken.push_back(view(*output));
       session_.Run(Ort::RunOptions{nullptr}, inputs_.data(), given.data(), given.size(), outputs_.data(), taken.data(),
                    taken.size());
@@ -67,15 +73,18 @@ class OnnxRuntimeEngine : public Engine {
   void check(const std::string& name, const std::vector<TensorSpec>& specs, const Ort::TypeInfo& type) const {
     for (const TensorSpec& spec : specs) {
       if (spec.name != name) continue;
-      const auto wanted = spec.dtype == Dtype::float32 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
+      const auto wanted =
+          spec.dtype == Dtype::float32 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
       const bool same = type.GetONNXType() == ONNX_TYPE_TENSOR &&
                         type.GetTensorTypeAndShapeInfo().GetElementType() == wanted &&
                         type.GetTensorTypeAndShapeInfo().GetDimensionsCount() == spec.shape.size();
-      if (!same) throw BackendError(info_.file + " has another type of " + name + " than the manifest says; export it again");
+      if (!same)
+        throw BackendError(info_.file + " has another type of " + name + " than the manifest says; export it again");
     }
   }
 
-  void check_names(std::vector<std::string> found, const std::vector<TensorSpec>& specs, const std::string& what) const {
+  void check_names(std::vector<std::string> found, const std::vector<TensorSpec>& specs,
+                   const std::string& what) const {
     std::vector<std::string> wanted;
     for (const TensorSpec& spec : specs) wanted.push_back(spec.name);
     std::sort(found.begin(), found.end());

@@ -98,12 +98,14 @@ std::unique_ptr<const Policy> fixed(const std::string& text, const Choices& choi
   for (const std::string& part : split(text, ',')) {
     const auto cross = part.find('x');
     const auto patch = whole_number(part.substr(0, cross));
-    const auto number = cross == std::string::npos ? std::optional<std::int64_t>(1) : whole_number(part.substr(cross + 1));
+    const auto number =
+        cross == std::string::npos ? std::optional<std::int64_t>(1) : whole_number(part.substr(cross + 1));
     if (!patch || !number || part.size() > 20)
       throw UsageError("cannot read '" + part + "' in the schedule; write LEVELxSTEPS, as in fixed:4x20,2x30");
     const std::vector<int> known = choices.manifest.patches();
     if (std::find(known.begin(), known.end(), *patch) == known.end())
-      throw UsageError("the schedule asks for level " + std::to_string(*patch) + "; the bundle has " + join(known, ", "));
+      throw UsageError("the schedule asks for level " + std::to_string(*patch) + "; the bundle has " +
+                       join(known, ", "));
     if (*number > kMaxSteps - static_cast<std::int64_t>(levels.size()))
       throw UsageError("the schedule has more than " + std::to_string(kMaxSteps) + " steps");
     levels.insert(levels.end(), static_cast<std::size_t>(*number), static_cast<int>(*patch));
@@ -173,7 +175,8 @@ std::unique_ptr<const Reuse> taylorseer(const std::string& text) {
 
 const std::vector<double>& polynomial(const std::string& reuse, const Choices& choices) {
   if (!choices.manifest.gate)
-    throw UsageError(reuse + " needs a gate graph, which the bundle lacks; export it again, or choose adaptive or taylorseer");
+    throw UsageError(reuse +
+                     " needs a gate graph, which the bundle lacks; export it again, or choose adaptive or taylorseer");
   return choices.manifest.gate->coefficients;
 }
 
@@ -273,8 +276,7 @@ std::unique_ptr<const Policy> parse_schedule(const std::string& text, const Mani
   std::unique_ptr<const Reuse> reuse;
   std::optional<std::string> growing;
   const auto once = [&](bool taken) {
-    if (taken)
-      throw UsageError("'" + text + "' decides twice on the same thing; join at most one policy of each kind");
+    if (taken) throw UsageError("'" + text + "' decides twice on the same thing; join at most one policy of each kind");
   };
   for (const std::string& part : joined_parts(stripped(text))) {
     const auto colon = part.find(':');

@@ -20,7 +20,8 @@ constexpr double kLeast = 1e-30;  // a picture without any third difference has 
 /// The estimated relative changes of the model's output since the last computed step, added up.
 double accumulated_change(const RunHistory& history, const std::vector<double>& coefficients) {
   double sum = 0;
-  for (auto i = static_cast<std::size_t>(history.computed.back() + 1 - history.first); i < history.changes.size(); ++i) {
+  for (auto i = static_cast<std::size_t>(history.computed.back() + 1 - history.first); i < history.changes.size();
+       ++i) {
     double value = 0;
     for (const double coefficient : coefficients) value = value * history.changes[i].whole + coefficient;
     sum += value;
@@ -67,8 +68,8 @@ double edge_power(const Tensor& latent) {
   for (std::int64_t channel = 0; channel < latent.shape[0]; ++channel)
     for (std::int64_t i = 0; i < height; ++i)
       for (std::int64_t j = 0; j < width; ++j, ++at) {
-        const double frequency =
-            std::hypot(static_cast<double>(i) / static_cast<double>(height), static_cast<double>(j) / static_cast<double>(width));
+        const double frequency = std::hypot(static_cast<double>(i) / static_cast<double>(height),
+                                            static_cast<double>(j) / static_cast<double>(width));
         if (frequency < kEdge || frequency >= 1) continue;
         sum += static_cast<double>(spectrum.values[at]) * static_cast<double>(spectrum.values[at]);
         ++number;
@@ -238,7 +239,8 @@ std::string Dynamic::text() const {
 
 std::map<int, std::vector<double>> smooth_at(const std::vector<SmoothPoint>& points, const std::vector<float>& sigmas) {
   std::vector<SmoothPoint> rising = points;
-  std::stable_sort(rising.begin(), rising.end(), [](const auto& one, const auto& other) { return one.sigma < other.sigma; });
+  std::stable_sort(rising.begin(), rising.end(),
+                   [](const auto& one, const auto& other) { return one.sigma < other.sigma; });
   std::vector<double> known;
   for (const SmoothPoint& point : rising) known.push_back(point.sigma);
   const std::vector<double> lengths = step_lengths(sigmas);
@@ -300,8 +302,8 @@ std::optional<Prediction> TaylorSeer::predict(const RunHistory& history) const {
   if (computed.empty()) return std::nullopt;
   Prediction prediction;
   prediction.weights = taylor_weights(computed, history.step(), settings_.order);
-  prediction.enough = history.step() - computed[0] < settings_.interval &&
-                      static_cast<int>(history.computed.size()) >= settings_.first;
+  prediction.enough =
+      history.step() - computed[0] < settings_.interval && static_cast<int>(history.computed.size()) >= settings_.first;
   return prediction;
 }
 
@@ -396,8 +398,9 @@ Sizes scaled(const Manifest& manifest, const Sizes& sizes, Fraction scale) {
     small[axis.symbol] = std::max<std::int64_t>(chosen, 1) * unit;
     if (small[axis.symbol] >= whole)
       throw UsageError("a " + axis.name + " of " + std::to_string(whole * axis.downscale) +
-                       " has no smaller size at the scale " + written(scale) + ": the levels' patches ask for multiples of " +
-                       std::to_string(unit * axis.downscale) + " pixels; choose a larger picture or another schedule");
+                       " has no smaller size at the scale " + written(scale) +
+                       ": the levels' patches ask for multiples of " + std::to_string(unit * axis.downscale) +
+                       " pixels; choose a larger picture or another schedule");
   }
   return small;
 }

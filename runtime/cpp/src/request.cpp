@@ -65,7 +65,8 @@ void check_array(const std::string& what, const Tensor& tensor, const Shape& wan
 /// An encoder's row of ids, filled up with its padding.
 Ids padded(const EncoderInfo& encoder, const Request& request, std::int64_t length) {
   const auto found = request.ids.find(encoder.graph);
-  if (found == request.ids.end()) throw UsageError("there are no token ids for the text encoder '" + encoder.graph + "'");
+  if (found == request.ids.end())
+    throw UsageError("there are no token ids for the text encoder '" + encoder.graph + "'");
   std::vector<std::int64_t> row = found->second;
   if (static_cast<std::int64_t>(row.size()) > length)
     throw UsageError("'" + encoder.graph + "' takes " + std::to_string(length) + " tokens, not " +

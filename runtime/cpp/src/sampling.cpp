@@ -24,7 +24,8 @@ Tensor both_sides(const Tensor& values, bool transposed) {
     for (std::size_t i = 0; i < rows; ++i)
       for (std::size_t k = 0; k < rows; ++k) {
         const double factor = transposed ? left[k * rows + i] : left[i * rows + k];
-        for (std::size_t j = 0; j < columns; ++j) half[i * columns + j] += factor * static_cast<double>(in[k * columns + j]);
+        for (std::size_t j = 0; j < columns; ++j)
+          half[i * columns + j] += factor * static_cast<double>(in[k * columns + j]);
       }
     for (std::size_t i = 0; i < rows; ++i) {
       std::fill(whole.begin(), whole.end(), 0.0);

@@ -71,8 +71,7 @@ const StepRecord& Session::step() {
 
   // whatever is not finite in the latent or the velocity is not in these
   std::map<int, Tensor> deviations;
-  for (const int patch : manifest_.coarse())
-    deviations[patch] = buffers_.at(names::kDeviation + std::to_string(patch));
+  for (const int patch : manifest_.coarse()) deviations[patch] = buffers_.at(names::kDeviation + std::to_string(patch));
   const Tensor& missed = buffers_.at(names::kPredictionError);
   bool finite = missed.finite();
   for (const auto& [patch, values] : deviations) finite = finite && values.finite();

@@ -36,7 +36,8 @@ void add_block(Words& state, const unsigned char* block) {
   }
   auto [a, b, c, d, e, f, g, h] = state;
   for (std::size_t i = 0; i < 64; ++i) {
-    const std::uint32_t one = h + (turned(e, 6) ^ turned(e, 11) ^ turned(e, 25)) + ((e & f) ^ (~e & g)) + kRounds[i] + w[i];
+    const std::uint32_t one =
+        h + (turned(e, 6) ^ turned(e, 11) ^ turned(e, 25)) + ((e & f) ^ (~e & g)) + kRounds[i] + w[i];
     const std::uint32_t two = (turned(a, 2) ^ turned(a, 13) ^ turned(a, 22)) + ((a & b) ^ (a & c) ^ (b & c));
     h = g, g = f, f = e, e = d + one, d = c, c = b, b = a, a = one + two;
   }
@@ -71,7 +72,8 @@ std::string sha256_of(const std::filesystem::path& path) {
   } while (left == buffer.size());
   std::string text;
   for (const std::uint32_t word : state)
-    for (int shift = 28; shift >= 0; shift -= 4) text += "0123456789abcdef"[(word >> static_cast<unsigned>(shift)) & 15U];
+    for (int shift = 28; shift >= 0; shift -= 4)
+      text += "0123456789abcdef"[(word >> static_cast<unsigned>(shift)) & 15U];
   return text;
 }
 

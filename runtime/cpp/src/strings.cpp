@@ -31,10 +31,23 @@ void each_character(std::string_view text, Use use) {
 }
 
 bool visible(std::uint32_t code) {
-  constexpr std::uint32_t hidden[][2] = {
-      {0x00, 0x1F},     {0x7F, 0xA0},     {0xAD, 0xAD},     {0x600, 0x605},     {0x61C, 0x61C},       {0x1680, 0x1680},
-      {0x180E, 0x180E}, {0x2000, 0x200F}, {0x2028, 0x202F}, {0x205F, 0x206F},   {0x3000, 0x3000},     {0xD800, 0xF8FF},
-      {0xFEFF, 0xFEFF}, {0xFFF9, 0xFFFB}, {0xFFFE, 0xFFFF}, {0xE0000, 0x10FFFF}, {0xFFFFFFFF, 0xFFFFFFFF}};
+  constexpr std::uint32_t hidden[][2] = {{0x00, 0x1F},
+                                         {0x7F, 0xA0},
+                                         {0xAD, 0xAD},
+                                         {0x600, 0x605},
+                                         {0x61C, 0x61C},
+                                         {0x1680, 0x1680},
+                                         {0x180E, 0x180E},
+                                         {0x2000, 0x200F},
+                                         {0x2028, 0x202F},
+                                         {0x205F, 0x206F},
+                                         {0x3000, 0x3000},
+                                         {0xD800, 0xF8FF},
+                                         {0xFEFF, 0xFEFF},
+                                         {0xFFF9, 0xFFFB},
+                                         {0xFFFE, 0xFFFF},
+                                         {0xE0000, 0x10FFFF},
+                                         {0xFFFFFFFF, 0xFFFFFFFF}};
   for (const auto& [low, high] : hidden)
     if (code >= low && code <= high) return false;
   return true;

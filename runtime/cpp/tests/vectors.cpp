@@ -49,7 +49,9 @@ class Comparisons {
 class Check {
  public:
   Check(const fs::path& bundle, const fs::path& folder)
-      : bundle_(ddit::Bundle::open(bundle)), engines_(bundle_), folder_(folder),
+      : bundle_(ddit::Bundle::open(bundle)),
+        engines_(bundle_),
+        folder_(folder),
         content_(json::parse(ddit::read_text(folder / "vectors.json", 100'000'000))) {}
 
   int all() {
@@ -64,7 +66,8 @@ class Check {
 
   ddit::Request request() const {
     ddit::Request request;
-    for (const auto& [graph, ids] : content_.at("ids").items()) request.ids[graph] = ids.get<std::vector<std::int64_t>>();
+    for (const auto& [graph, ids] : content_.at("ids").items())
+      request.ids[graph] = ids.get<std::vector<std::int64_t>>();
     request.noise = load(content_.at("noise"));
     request.height = content_.at("height").get<std::int64_t>();
     request.width = content_.at("width").get<std::int64_t>();
@@ -84,8 +87,7 @@ class Check {
     compare_.near("coefficients", coefficients.values, load(content_.at("coefficients")).values, 1e-6, 1e-6);
     compare_.near("small noise", ddit::inverse_dct(ddit::lowest(coefficients, small.shape[1], small.shape[2])).values,
                   small.values, 1e-6, 1e-6);
-    tables("growing",
-           ddit::growing_tables(small.shape[1], small.shape[2], run.noise->shape[1], run.noise->shape[2]),
+    tables("growing", ddit::growing_tables(small.shape[1], small.shape[2], run.noise->shape[1], run.noise->shape[2]),
            content_.at("growing_tables"));
   }
 
@@ -148,7 +150,8 @@ class Check {
     if (found.error) compare_.near(what + ": error", *found.error, wanted.at("error").get<double>(), 1e-3, 1e-6);
     compare_.equal(what + ": statistics", found.statistic.size() == wanted.at("statistic").size());
     for (const auto& [patch, value] : found.statistic)
-      compare_.near(what + ": statistic", value, wanted.at("statistic").at(std::to_string(patch)).get<double>(), 1e-3, 1e-6);
+      compare_.near(what + ": statistic", value, wanted.at("statistic").at(std::to_string(patch)).get<double>(), 1e-3,
+                    1e-6);
     compare_.equal(what + ": figures", found.figures.size() == wanted.at("figures").size());
     for (const auto& [name, value] : found.figures)
       compare_.near(what + ": " + name, value, wanted.at("figures").at(name).get<double>(), 1e-3, 1e-6);

@@ -1,5 +1,5 @@
-// Files that a host reads and writes. Those that are read may come from anywhere; those that are written appear whole or
-// not at all.
+// Files that a host reads and writes. Those that are read may come from anywhere; those that are written appear whole
+// or not at all.
 #pragma once
 
 #include <filesystem>

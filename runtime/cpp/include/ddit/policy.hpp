@@ -46,14 +46,14 @@ struct Change {
 
 /// A run so far, as its policy sees it.
 struct RunHistory {
-  std::vector<float> sigmas;  // noise levels of all steps and 0 at the end
-  int first = 0;              // number of the first step that this tells of
-  std::vector<int> levels;    // of the steps that are done; a predicted one has that of the computed one before it
-  std::vector<int> computed;  // numbers of the steps that ran a level
-  std::optional<double> error;        // root mean square of v − v̂ at the last computed step, where one was predicted
-  std::vector<Change> changes;        // of every step up to the one to decide on; empty without a gate
-  std::map<int, Tensor> deviations;   // by coarse patch (H/p, W/p), after the last step; empty until three are done
-  Fraction scale;                     // of the latent
+  std::vector<float> sigmas;    // noise levels of all steps and 0 at the end
+  int first = 0;                // number of the first step that this tells of
+  std::vector<int> levels;      // of the steps that are done; a predicted one has that of the computed one before it
+  std::vector<int> computed;    // numbers of the steps that ran a level
+  std::optional<double> error;  // root mean square of v − v̂ at the last computed step, where one was predicted
+  std::vector<Change> changes;  // of every step up to the one to decide on; empty without a gate
+  std::map<int, Tensor> deviations;  // by coarse patch (H/p, W/p), after the last step; empty until three are done
+  Fraction scale;                    // of the latent
   std::function<std::optional<Tensor>()> estimate = [] { return std::nullopt; };  // x̂ (C, H, W)
 
   int step() const { return first + static_cast<int>(levels.size()); }  // the one to decide on, from 0

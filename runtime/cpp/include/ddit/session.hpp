@@ -18,7 +18,7 @@ namespace ddit {
 /// One picture, as a caller asks for it. What is left out is the bundle's choice.
 struct Request {
   std::map<std::string, std::vector<std::int64_t>> ids;  // by text encoder's graph; shorter rows are filled up
-  std::optional<Tensor> noise;   // the starting noise (C, H, W) of the picture's full size
+  std::optional<Tensor> noise;                           // the starting noise (C, H, W) of the picture's full size
   std::optional<Tensor> latent;  // what the run starts from instead, (C, H, W) of one of the schedule's sizes
   int first_step = 0;            // number of the step at which `latent` is
   std::string schedule = "adaptive";
@@ -126,7 +126,8 @@ std::map<std::string, Tensor> encode(Backend& backend, const Run& run);
 Image decode(Backend& backend, const Tensor& latent, const Sizes& sizes);
 
 /// All three. `on_step` is told of every step.
-Result generate(Backend& backend, const Request& request,
-                const std::function<void(const StepRecord&)>& on_step = [](const StepRecord&) {});
+Result generate(
+    Backend& backend, const Request& request,
+    const std::function<void(const StepRecord&)>& on_step = [](const StepRecord&) {});
 
 }  // namespace ddit
