@@ -99,6 +99,8 @@ def export_command(info: FamilyInfo) -> click.Command:
                      help=f"Patch sizes to export, as in 2,4,8.  [default: the model's, or {levels}]"),
         click.Option(["--adapter"], type=click.Path(path_type=Path),
                      help="Adapter file with the trained coarse levels.  [default: the model's, or none]"),
+        click.Option(["--lora", "loras"], multiple=True, metavar="FILE[:SCALE]",
+                     help="LoRA of the model to merge into it, as in style.safetensors:0.8; again for more."),
         click.Option(["--profile"],
                      help="Shape profile: 128-384, 256, 512, 1024, 2048 or a .toml file.  "
                           f"[default: the model's, or {info.profile}]"),
@@ -121,6 +123,7 @@ def export(
     revision: str | None,
     levels: tuple[int, ...] | None,
     adapter: Path | None,
+    loras: tuple[str, ...],
     profile: str | None,
     dtype: Dtype | None,
     opset: int,
@@ -136,8 +139,10 @@ def export(
     from ddit.exporter.adapter import load_adapter
     from ddit.exporter.build import export_bundle
     from ddit.exporter.graphs.opset17 import LOWERED
+    from ddit.exporter.loras import Lora, with_loras
     from ddit.exporter.models import find_model
 
+    chosen = [Lora.parse(text) for text in loras]
     source = find_model(model, revision)
     family_class = find_family(info.name)
     native, defaults = family_class.native, source.defaults
@@ -161,9 +166,10 @@ def export(
         say("warning: bfloat16's rounding outweighs what the dynamic schedule looks at (docs/method.md); "
             "--dtype fp16 is better for it")  # fmt: skip
     out = out or Path(f"{source.info.id.rpartition('/')[2]}.bundle")
-    family = family_class(source, levels, dtype, loaded)
-    fitted = shapes.fit(asked, family.latent, levels)
-    manifest = export_bundle(family, out, profile=fitted, opset=opset, report=say)
+    with with_loras(source, chosen, out.absolute().parent) as merged:
+        family = family_class(merged, levels, dtype, loaded)
+        fitted = shapes.fit(asked, family.latent, levels)
+        manifest = export_bundle(family, out, profile=fitted, opset=opset, report=say)
     if builder:
         builder.build(Bundle.open(out), fitted, list(manifest.graphs))
     worst = max(manifest.parity, key=lambda result: result.error / result.tolerance)

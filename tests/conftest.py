@@ -1,12 +1,15 @@
 """Fixtures: a tiny random pipeline, an adapter for it, and the bundle that the command line makes of them."""
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+
+from conformance_bundle import SIZE, STEPS, enrich
 
 
 def run(command, *arguments: object) -> Result:
@@ -115,6 +118,30 @@ def opset17_bundle(shared_folder, tiny_pipeline, tiny_adapter) -> Path:
         assert result.exit_code == 0, result.stderr
 
     return make_once(shared_folder / "opset17.bundle", export)
+
+
+@pytest.fixture(scope="session")
+def rich_bundle(shared_folder, tiny_bundle) -> Path:
+    """The tiny bundle with a curve of smooth pictures, paths and calibrations."""
+
+    def enriched(path: Path) -> None:
+        shutil.copytree(tiny_bundle, path)
+        enrich(path)
+
+    return make_once(shared_folder / "rich.bundle", enriched)
+
+
+@pytest.fixture(scope="session")
+def vectors(shared_folder, rich_bundle) -> Path:
+    """The conformance vectors of that bundle."""
+    from conformance import main
+
+    def write(path: Path) -> None:
+        size = ("--steps", STEPS, "--height", SIZE[0], "--width", SIZE[1])
+        result = run(main, rich_bundle, "--out", path, *size)
+        assert result.exit_code == 0, result.stderr
+
+    return make_once(shared_folder / "vectors", write)
 
 
 @pytest.fixture(scope="session")

@@ -141,6 +141,15 @@ class SafetensorsFolder(Mapping[str, Tensor]):
             tensor: Tensor = file.get_tensor(name)
             return tensor
 
+    def kind(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """A tensor's type and shape, without its values. Raises `ModelError` for a type that bundles do not have."""
+        known = {stored: dtype for dtype, stored in SAFETENSORS_NAMES.items()}
+        with safe_open(self._file_of[name], framework="pt") as file:
+            view = file.get_slice(name)
+            if view.get_dtype() not in known:
+                raise ModelError(f"{self.folder} has {name!r} as {view.get_dtype()}, which ddit does not read")
+            return known[view.get_dtype()], tuple(view.get_shape())
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
 

@@ -1,4 +1,4 @@
-"""``bundle.json``, as a type. docs/bundle.md describes it field by field."""
+"""``bundle.json``, as a type. docs/spec/bundle.md describes it field by field."""
 
 from collections.abc import Mapping
 from pathlib import PurePosixPath

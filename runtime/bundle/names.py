@@ -1,4 +1,4 @@
-"""Names of graphs and tensors that hosts know; every other name is the bundle's own (docs/bundle.md)."""
+"""Names of graphs and tensors that hosts know; every other name is the bundle's own (docs/spec/bundle.md)."""
 
 UPDATE = "step"  # the graph that moves the latent
 GUIDE = "guide"  # the graph that puts the two passes of guidance together

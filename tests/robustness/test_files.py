@@ -7,36 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hostile import damaged
 from outcomes import count
 
 FILES = ("level-2.onnx", "step.onnx", "t5.onnx", "vae_decoder.onnx", "clip.tokenizer.json", "t5.tokenizer.json",
          "transformer.safetensors", "t5.safetensors", "parity.safetensors", "bundle.json")  # fmt: skip
-
-
-def damaged(content: bytes, data) -> bytes:
-    """The same with a few bytes changed, a piece taken out or doubled, or the end cut off."""
-    changed = bytearray(content)
-    for _ in range(data.draw(st.integers(1, 4))):
-        # where formats keep their structure is at the beginning, more often than not
-        limit = data.draw(st.sampled_from([64, 512, len(changed)]))
-        place = data.draw(st.integers(0, max(0, min(limit, len(changed)) - 1)))
-        length = data.draw(st.integers(1, 40))
-        how = data.draw(st.sampled_from(["flip", "flip", "byte", "fill", "drop", "double", "cut"]))
-        if how == "flip":
-            changed[place] ^= 1 << data.draw(st.integers(0, 7))
-        elif how == "byte":
-            changed[place] = data.draw(st.sampled_from([0, 1, 0x22, 0x5B, 0x7B, 0x7F, 0x80, 0xFF]))
-        elif how == "fill":
-            changed[place : place + length] = b"\xff" * len(changed[place : place + length])
-        elif how == "drop":
-            del changed[place : place + length]
-        elif how == "double":
-            changed[place:place] = changed[place : place + length]
-        else:
-            del changed[place:]
-        if not changed:
-            break
-    return bytes(changed)
 
 
 @pytest.mark.parametrize("recorded", [True, False], ids=["as recorded", "with a hash that fits"])

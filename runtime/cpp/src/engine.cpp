@@ -1,0 +1,11 @@
+#include "ddit/engine.hpp"
+
+namespace ddit {
+
+Engine& Backend::engine(const std::string& graph) {
+  auto& engine = engines_[graph];
+  if (!engine) engine = open(bundle_.manifest().graphs.at(graph));
+  return *engine;
+}
+
+}  // namespace ddit

@@ -1,0 +1,130 @@
+"""The C++ host, built once a session: optimised, and with sanitizers. Skipped where its build lacks something."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import make_once
+from ddit.runtime.bundle import Bundle
+from ddit.runtime.conditioning.text import Tokenizer
+from ddit.runtime.errors import DditError
+from ddit.runtime.samplers.sigmas import noise
+
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "runtime" / "cpp"
+PROMPT = "a red circle on a striped background"
+SEED = 7
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # pip's cmake and ninja first
+PNG_HEADERS = (Path("/usr/include/png.h"), Path("/usr/include/libpng16/png.h"), Path("/usr/local/include/png.h"))
+
+
+def json_headers() -> Path | None:
+    """nlohmann-json's folder: the system's, or that of the Python package."""
+    if Path("/usr/include/nlohmann/json.hpp").is_file():
+        return Path("/usr/include")
+    found = importlib.util.find_spec("nlohmann_json")
+    return Path(found.submodule_search_locations[0]) / "include" if found else None
+
+
+@pytest.fixture(scope="session")
+def sdk(shared_folder) -> Path:
+    """ONNX Runtime's headers and library."""
+    from onnxruntime_sdk import make_sdk
+
+    for tool in ("g++", "cmake", "ninja"):
+        if shutil.which(tool, path=PATH) is None:
+            pytest.skip(f"the C++ host needs {tool}: apt-get install g++, pip install cmake ninja")
+    if json_headers() is None:
+        pytest.skip("the C++ host needs nlohmann-json's headers: pip install nlohmann-json")
+    if not any(path.is_file() for path in PNG_HEADERS):
+        pytest.skip("the C++ host needs libpng's headers: apt-get install libpng-dev")
+
+    def make(path: Path) -> None:
+        try:
+            make_sdk(path)
+        except DditError as error:
+            shutil.rmtree(path, ignore_errors=True)
+            pytest.skip(f"the C++ host cannot be built here: {error}")
+
+    return make_once(shared_folder / "onnxruntime", make)
+
+
+def tool(*arguments: object, cwd: Path = ROOT) -> None:
+    """Run a tool of the build; what it said is the failure."""
+    words = [str(argument) for argument in arguments]
+    done = subprocess.run(words, cwd=cwd, env={**os.environ, "PATH": PATH}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
+
+
+def build(preset: str, sdk: Path, folder: Path, *more: str) -> None:
+    """Configure and build a preset in a folder; half a build does not stay."""
+    settings = (f"-DONNXRUNTIME_ROOT={sdk}", f"-DNLOHMANN_JSON_INCLUDE_DIR={json_headers()}")
+    try:
+        tool("cmake", "--preset", preset, "-B", folder, *settings, *more, cwd=SOURCE)
+        tool("cmake", "--build", folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+@pytest.fixture(scope="session")
+def release(shared_folder, sdk) -> Path:
+    """The optimised build's folder."""
+    return make_once(shared_folder / "cpp-release", lambda path: build("release", sdk, path, "-DDDIT_TESTS=ON"))
+
+
+@pytest.fixture(scope="session")
+def sanitized(shared_folder, sdk) -> Path:
+    """The folder of the build with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    return make_once(shared_folder / "cpp-sanitized", lambda path: build("sanitize", sdk, path))
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def runner(program: Path) -> Run:
+    """Calls of a program."""
+    # a bundle may ask for more memory than there is: then the allocation fails, which is no error of the program.
+    # ONNX Runtime keeps objects until the end of the process
+    environment = {**os.environ, "ASAN_OPTIONS": "allocator_may_return_null=1:detect_leaks=0"}
+
+    def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+        words = [str(program), *map(str, arguments)]
+        return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def host(release) -> Run:
+    """Runs ddit_host."""
+    return runner(release / "ddit_host")
+
+
+@pytest.fixture(scope="session")
+def checked_host(sanitized) -> Run:
+    """Runs ddit_host with its sanitizers."""
+    return runner(sanitized / "ddit_host")
+
+
+def write_inputs(bundle: Path, folder: Path, height: int, width: int) -> Sequence[object]:
+    """The prompt's ids and the seed's noise as files, and the arguments that name them."""
+    opened = Bundle.open(bundle)
+    manifest = opened.manifest
+    ids = {
+        one.graph: Tokenizer(opened.file(one.tokenizer.file), one.tokenizer)(PROMPT)[0].tolist()
+        for one in manifest.encoders
+    }
+    sides = [size // axis.downscale for size, axis in zip((height, width), manifest.latent.axes, strict=True)]
+    (folder / "ids.json").write_text(json.dumps(ids))
+    np.save(folder / "noise.npy", noise(SEED, (manifest.latent.channels, *sides)))
+    size = ("--height", height, "--width", width)
+    return ("--ids", folder / "ids.json", "--noise", folder / "noise.npy", *size)

@@ -1,0 +1,24 @@
+"""The C++ library beside the conformance vectors of the Python runtime."""
+
+import json
+import shutil
+
+from cpp.conftest import runner
+
+
+def test_every_vector(release, rich_bundle, vectors):
+    done = runner(release / "ddit_vectors")(rich_bundle, vectors)
+    assert done.returncode == 0, done.stderr
+    number, _, failed = done.stdout.split(maxsplit=2)
+    assert int(number) > 1000
+    assert failed == "0 failed\n"
+
+
+def test_a_vector_that_differs_is_found(release, rich_bundle, vectors, tmp_path):
+    folder = shutil.copytree(vectors, tmp_path / "vectors")
+    content = json.loads((folder / "vectors.json").read_text())
+    content["runs"] = content["runs"][:1]
+    content["runs"][0]["steps"][4]["level"] = 8
+    (folder / "vectors.json").write_text(json.dumps(content))
+    done = runner(release / "ddit_vectors")(rich_bundle, folder)
+    assert (done.returncode, done.stderr) == (1, "native: step 4: level differs\n")
