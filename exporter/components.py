@@ -1,6 +1,6 @@
 """A diffusers pipeline's components, read from their folders."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,27 @@ def load_component(cls: Any, folder: Path, dtype: Dtype) -> Any:
         raise ModelError(f"{folder} cannot be read: {str(error).strip().splitlines()[0]}") from None
 
 
+def load_text_pipeline(cls: Any, folder: Path, dtype: Dtype, device: torch.device) -> Any:
+    """A pipeline of which only the tokenizers and text encoders are loaded. Raises `ModelError`."""
+    try:
+        pipeline = cls.from_pretrained(folder, transformer=None, vae=None, torch_dtype=TORCH_DTYPES[dtype])
+        return pipeline.to(device)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{folder} cannot be read: {str(error).strip().splitlines()[0]}") from None
+
+
 def load_rounded(cls: Any, folder: Path, dtype: Dtype, device: torch.device) -> Any:
     """A component in float32, from weights rounded to a graph's type. Takes four bytes a weight."""
     module: nn.Module = load_component(cls, folder, dtype).float()
     return module.to(device)
+
+
+def keep_float32(module: nn.Module, names: Collection[str], dtype: torch.dtype) -> nn.Module:
+    """The module in a type, but for parameters below layers of these names: what ``from_pretrained`` makes of it."""
+    for name, parameter in module.named_parameters():
+        kept = any(part in names for part in name.split("."))
+        parameter.data = parameter.data.to(torch.float32 if kept else dtype)
+    return module
 
 
 def shortened(make: Callable[[], nn.Module], stored: Mapping[str, Tensor]) -> nn.Module:

@@ -156,8 +156,14 @@ def add_lora(trunk: nn.Module, targets: Iterable[str], rank: int, alpha: float) 
 
 
 class Level(nn.Module):
-    """Base of every family's level: a trunk shared with the other levels and what this level adds to it."""
+    """Base of every family's level: a trunk shared with the other levels and what this level adds to it.
 
+    Called with the inputs of its graph by their names, it gives the velocity.
+    """
+
+    patch: int  # side of a patch in latent pixels
+    embed: nn.Linear  # what reads patches, and what writes them
+    head: nn.Linear
     dtype: torch.dtype  # of the arithmetic in the trunk
     trunk: Any  # torch types the attributes of a module as Tensor | Module, which fits no call
     config: AdapterConfig | None = None

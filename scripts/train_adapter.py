@@ -1,4 +1,4 @@
-"""Train the adapter of a FLUX.1 pipeline: coarse levels, distilled from the frozen native one. See docs/train.md.
+"""Train the adapter of a pipeline: coarse levels, distilled from the frozen native one. See docs/train.md.
 
     python scripts/train_adapter.py --model demo --levels 4,8 --prompts scenes:20000 --minutes 15 --out runs/adapter
     ddit-export flux --model demo --adapter runs/adapter/adapter.safetensors
@@ -8,12 +8,13 @@ A run that was interrupted, or that shall go on for longer, goes on from its las
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import click
 
 from command_line.options import options
+from ddit.exporter.families.base import Family
 from ddit.exporter.models import quiet_libraries
 from ddit.runtime.console import DditCommand, set_up_logging
 from ddit.runtime.errors import DditError
@@ -22,17 +23,15 @@ from ddit.runtime.tools.bench import peak_memory_mb
 try:
     import torch
     from accelerate import Accelerator
-    from diffusers import FluxTransformer2DModel
 
-    from ddit.exporter.components import TORCH_DTYPES, load_component
-    from ddit.exporter.families.flux.model import Flux
+    from ddit.exporter.components import load_component
     from training.config import Config
-    from training.distillation import Distillation
-    from training.encoding import encode_once, picture_encoder, text_encoder
+    from training.distillation import Distillation, level_tables
+    from training.encoding import encode_once, picture_encoder
     from training.loop import Ema, Training
     from training.plan import Plan, claim
     from training.random_weights import random_text, random_transformer
-    from training.states import Draws, Noised, StateSource, Trajectories
+    from training.states import Draws, Noised, StateSource, Text, Trajectories
     from training.trainee import Trainee, train
 except ModuleNotFoundError as error:
     raise SystemExit(f"error: {error.name} is not installed: pip install 'ddit[train]'") from None
@@ -66,6 +65,7 @@ def main(**given: Any) -> None:
         run=run,
         out=config.out,
         base_model=plan.base_model,
+        family=plan.family.info.name,
         distillation=distillation,
         optimizer=optimizer_class(distillation.groups, lr=plan.lr),
         ema=Ema(distillation.own, config.ema),
@@ -79,47 +79,55 @@ def main(**given: Any) -> None:
 
 def make_states(run: Training, plan: Plan) -> StateSource:
     """What the levels are trained on; encodes prompts and pictures where that was not done before."""
-    config, flux, folder = plan.config, plan.flux, plan.config.out / ENCODED
-    info, size = flux.source.info, (plan.height, plan.width)
-    if config.random_weights:
-        text = random_text(flux, len(plan.captions), plan.text_length, run.device)
-    else:
-        identity = f"{info} {config.precision} {plan.text_length}"
-        load_text = partial(text_encoder, flux.source, config.precision, plan.text_length, run.device)
-        text = encode_once(run, folder, "text", identity, plan.captions, load_text)
-    common: dict[str, Any] = {
-        "batch": config.batch,
-        "latent": plan.latent,
-        "steps": plan.steps,
-        "guidance": plan.guidance,
-        "draws": Draws(config.seed + 1000 * run.rank, run.device),
-    }
+    config, family, folder = plan.config, plan.family, plan.config.out / ENCODED
+    info, size = family.source.info, (plan.size.height, plan.size.width)
+    text, sampling = encode_text(run, plan), plan.sampling
+    draws = Draws(config.seed + 1000 * run.rank, run.device)
     if not plan.pictures:
-        return Trajectories(text, flux.sampler, **common, on_policy=config.latents == "student")
-    load_pictures = partial(picture_encoder, flux.source, *size, run.device)
+        on_policy = config.latents == "student"
+        return Trajectories(text, sampling, batch=config.batch, draws=draws, on_policy=on_policy)
+    load_pictures = partial(picture_encoder, family, *size, run.device)
     encoded = encode_once(run, folder, "pictures", f"{info} {size}", plan.pictures, load_pictures)
-    return Noised(text, encoded, flux.sampler, **common)
+    return Noised(text, encoded, sampling, batch=config.batch, draws=draws)
+
+
+def encode_text(run: Training, plan: Plan) -> Text:
+    """The prompts, and the negative one where the model is guided by two passes."""
+    config, family, folder, length = plan.config, plan.family, plan.config.out / ENCODED, plan.text_length
+    if config.random_weights:
+        prompts = random_text(family, len(plan.captions), length, run.device)
+        return Text(prompts, None if plan.negative is None else random_text(family, 1, length, run.device))
+    identity = f"{family.source.info} {config.precision} {length}"
+    load = cache(partial(family.text_encoder, length, run.device))
+    prompts = encode_once(run, folder, "text", identity, plan.captions, load)
+    if plan.negative is None:
+        return Text(prompts)
+    return Text(prompts, encode_once(run, folder, "text", identity, [plan.negative], load))
 
 
 def make_distillation(run: Training, plan: Plan) -> Distillation:
     """The levels in training and their teacher, on the device."""
-    config = plan.config
+    config, family = plan.config, plan.family
+    transformer = load_transformer(family, run.device, config.random_weights)
+    parts = config.parts(type(family))
     return Distillation(
         run,
-        load_transformer(plan.flux, run.device, config.random_weights),
-        plan.flux.levels,
-        config.parts,
+        family.build_level(transformer, family.native),
+        {patch: family.build_level(transformer, patch, parts) for patch in family.levels},
+        level_tables(family.positions, family.latent, family.native, run.device),
         checkpointing=config.gradient_checkpointing,
         resize=config.resize,
         start=plan.start,
     )
 
 
-def load_transformer(flux: Flux, device: torch.device, random_weights: bool) -> FluxTransformer2DModel:
+def load_transformer(family: Family, device: torch.device, random_weights: bool) -> torch.nn.Module:
     """The base model on the device."""
-    if not random_weights:
-        return load_component(FluxTransformer2DModel, flux.source.folder / "transformer", flux.dtype).to(device)
-    return random_transformer(flux.transformer_config, TORCH_DTYPES[flux.dtype], device)
+    if random_weights:
+        return random_transformer(family, device)
+    folder = family.source.folder / "transformer"
+    transformer: torch.nn.Module = load_component(family.transformer_class, folder, family.dtype)
+    return transformer.to(device)
 
 
 def find_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:

@@ -1,4 +1,4 @@
-"""FLUX.1-dev's real configuration, traced on meta tensors: what an export of 12 billion parameters costs."""
+"""Real configurations, traced on meta tensors: what an export of billions of parameters costs."""
 
 import json
 from pathlib import Path
@@ -6,15 +6,18 @@ from time import perf_counter
 
 from ddit.runtime.tools.bench import peak_memory_mb
 
-CONFIG = Path(__file__).parent / "data" / "flux1-dev"
+DATA = Path(__file__).parent / "data"
 
 
-def trace_flux(folder: Path) -> dict[str, float]:
-    """Trace levels 2 and 4 with an adapter's branches on level 4; runs in a process of its own, for its peak memory."""
+def trace(folder: Path, configuration: str) -> dict[str, float]:
+    """Trace levels 2 and 4 of the model in ``data``, in bfloat16, with an adapter's branches on level 4.
+
+    Runs in a process of its own, for its peak memory.
+    """
     import onnx_ir as ir
 
     from ddit.exporter.adapter import Adapter
-    from ddit.exporter.families.flux.model import Flux
+    from ddit.exporter.families import family_of
     from ddit.exporter.graphs.trace import export_graph
     from ddit.exporter.graphs.weights import WeightFiles
     from ddit.exporter.levels import AdapterConfig
@@ -25,23 +28,29 @@ def trace_flux(folder: Path) -> dict[str, float]:
         def apply(self, level, patch, *, shortened=False):
             pass
 
-    adapter = Untouched(folder, "FLUX.1-dev", "flux", {4: AdapterConfig(targets=Flux.feed_forward)}, {})
-    model = Flux(find_model(str(CONFIG)), (2, 4), "bf16", adapter)
+        def value(self, patch, parameter):
+            raise AssertionError("tracing reads no weights")
+
+    source = find_model(str(DATA / configuration))
+    family = family_of(source)
+    config = AdapterConfig(targets=family.feed_forward)
+    model = family(source, (2, 4), "bf16", Untouched(folder, configuration, family.info.name, {4: config}, {}))
     report: dict[str, float] = {}
     weights = WeightFiles(folder)
     start = perf_counter()
     for patch in model.levels:
         graph = export_graph(model.level_job(patch), 23, weights)
         for name in graph.places:  # save the graph alone: nobody has 24 GB of weights here
-            graph.model.graph.initializers[name].const_value = ir.ExternalTensor(
-                "weights", 0, 0, dtype=ir.DataType.BFLOAT16, shape=graph.model.graph.initializers[name].shape, name=name
+            initializer = graph.model.graph.initializers[name]
+            initializer.const_value = ir.ExternalTensor(
+                "weights", 0, 0, dtype=initializer.dtype, shape=initializer.shape, name=name
             )
         ir.save(graph.model, folder / f"level-{patch}.onnx")
         report[f"level-{patch} kB"] = (folder / f"level-{patch}.onnx").stat().st_size / 1e3
     report["seconds"] = perf_counter() - start
     for patch in model.levels:
         for text in (512, 128, 64):
-            sizes = {"B": 1, "H": 128, "W": 128, "L": text}
+            sizes = {"B": 1, "F": 1, "H": 128, "W": 128, "L": text}
             shapes = {spec.name: spec.resolve(sizes) for spec in model.level_job(patch).inputs}
             flops = graph_flops(folder / f"level-{patch}.onnx", shapes)
             report[f"level-{patch} TFLOP at 1024×1024 with {text} text tokens"] = flops / 1e12

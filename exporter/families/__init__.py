@@ -1,6 +1,8 @@
 """The model families that ddit-export knows. Importing this imports no torch: a family's module is loaded when used."""
 
 from ddit.exporter.families.base import Family, FamilyInfo
+from ddit.exporter.models import Source
+from ddit.runtime.errors import ModelError
 
 _registry: dict[str, FamilyInfo] = {}
 
@@ -18,6 +20,16 @@ def families() -> tuple[FamilyInfo, ...]:
 def find_family(name: str) -> type[Family]:
     """A family's class. Raises `KeyError` for a name that is not registered."""
     return _registry[name].load()
+
+
+def family_of(source: Source) -> type[Family]:
+    """The family that a pipeline's folder belongs to. Raises `ModelError` where none exports such pipelines."""
+    found = source.config("", "model_index.json").get("_class_name")
+    known = [info.load() for info in families()]
+    for family in known:
+        if family.pipeline == found:
+            return family
+    raise ModelError(f"{source.folder} holds a {found}; ddit knows {' and '.join(one.pipeline for one in known)}")
 
 
 def _flux() -> type[Family]:

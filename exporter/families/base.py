@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +65,12 @@ class Family(ABC):
     ``info``                            the command line
     ``pipeline``, ``native``            the constructor, which refuses pipelines and levels that do not fit
     ``feed_forward``, ``attention``     training: the layers that get LoRA
+    ``transformer_class``,              training: the base model itself, with its weights or with random ones, and
+    ``transformer_config``,             what prompts and pictures are to it. A family that is only exported leaves
+    ``text_component``,                 these out
+    ``longest_text``, ``text_length``,
+    ``text_encoder``,
+    ``picture_encoder``
     ``latent``, ``positions``,          the manifest, for hosts; the parity gate, for inputs of a graph's
     ``guidance``, ``sampler``,          own kind
     ``decoder``, ``save_tokenizers``,
@@ -72,7 +78,7 @@ class Family(ABC):
     ``jobs``                            the export: every graph of the bundle, with the original's own
                                         computation of the same thing
     ``original_step``                   the parity gate: the original pipeline from prompt to picture
-    ``build_level``                     ``level``, and with it the jobs and training
+    ``level_job``, ``build_level``      ``level``, and with it the jobs and training
     ==================================  ================================================================
 
     Raises:
@@ -91,6 +97,9 @@ class Family(ABC):
     native: ClassVar[int]  # the patch that the models were trained at
     feed_forward: ClassVar[tuple[str, ...]]  # ends of layers' dotted names: where DDiT puts its LoRA
     attention: ClassVar[tuple[str, ...]]  # what LoRA usually adapts, and DDiT leaves alone
+    transformer_class: ClassVar[Any]  # diffusers', with `from_pretrained` and `from_config`
+    text_component: ClassVar[str]  # the folder of the tokenizer whose prompts have a free length
+    longest_text: ClassVar[int]  # tokens; a tokenizer's own limit comes first
 
     def __post_init__(self) -> None:
         found = self.source.config("", "model_index.json").get("_class_name")
@@ -156,6 +165,10 @@ class Family(ABC):
         """
 
     @abstractmethod
+    def level_job(self, patch: int) -> "GraphJob":
+        """The graph of one level. Needs no weights and no tokenizers before it is exported."""
+
+    @abstractmethod
     def build_level(self, transformer: "nn.Module", patch: int, config: "AdapterConfig | None" = None) -> "Level":
         """A level over the base model's transformer, sharing its parameters; coarse ones as they start training."""
 
@@ -180,6 +193,36 @@ class Family(ABC):
             ``latent`` after the step, and the ``image`` (B, 3, height, width) that it decodes to, of a clip its frames
             (B, 3, frames, height, width), cut to [-1, 1].
         """
+
+    # ---- what training needs beside the levels ----
+
+    @property
+    def transformer_config(self) -> dict[str, Any]:
+        """The transformer's configuration."""
+        return self.source.config("transformer")
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of a prompt at most. Raises `ModelError` without a tokenizer."""
+        config: dict[str, Any] = self.source.config(self.text_component, "tokenizer_config.json")
+        # some files say "no limit" with a huge number
+        return min(int(config.get("model_max_length", self.longest_text)), self.longest_text)
+
+    def text_encoder(self, length: int, device: "torch.device") -> "Callable[[Sequence[str]], dict[str, torch.Tensor]]":
+        """Loads the original pipeline's text encoders, in ``dtype``. Raises `ModelError`.
+
+        What it returns turns B prompts, filled up to ``length`` tokens, into the levels' inputs that text feeds, by
+        name and with a row a prompt: what the original pipeline's transformer is given.
+        """
+        raise ModelError(f"family {self.info.name} cannot encode prompts for training")
+
+    def picture_encoder(self, device: "torch.device") -> "Callable[[torch.Tensor], torch.Tensor]":
+        """Loads the original pipeline's VAE, in float32. Raises `ModelError`.
+
+        What it returns turns pictures (B, 3, height, width) in [-1, 1] into latents (B, C, …) float32, scaled as the
+        transformer knows them; where latents have frames, into those of clips of one frame.
+        """
+        raise ModelError(f"family {self.info.name} cannot encode pictures for training")
 
     def level(self, transformer: "nn.Module", patch: int) -> "Level":
         """A level with its adapter's values, where there are some. Raises `AdapterError` if they do not fit."""

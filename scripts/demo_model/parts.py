@@ -1,13 +1,26 @@
 """The demo model's parts: a small FLUX pipeline for scenes, before training."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
+from ddit.exporter.families.flux.model import rotary_positions
+from ddit.runtime.bundle.manifest import AxisInfo, LatentInfo
 from demo_model.scenes import vocabulary
+from training.distillation import Tables, level_tables
 
 TEXT_LENGTH = 16  # the longest caption has 13 tokens, start and end included
 PATCH = 2
@@ -67,6 +80,13 @@ def make_transformer(sizes: Sizes) -> FluxTransformer2DModel:
     return transformer
 
 
+def make_tables(transformer: FluxTransformer2DModel, device: torch.device) -> Tables:
+    """The levels' position tables."""
+    axes = (AxisInfo(name="height", downscale=8), AxisInfo(name="width", downscale=8))
+    latent = LatentInfo(channels=transformer.config.in_channels // PATCH**2, axes=axes)
+    return level_tables(rotary_positions(transformer.config.axes_dims_rope), latent, PATCH, device)
+
+
 def make_scheduler() -> FlowMatchEulerDiscreteScheduler:
     """FLUX.1-dev's scheduler."""
     return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
@@ -114,8 +134,8 @@ def make_clip(sizes: Sizes) -> tuple[CLIPTextModel, PreTrainedTokenizerFast]:
     return CLIPTextModel(config), fast
 
 
-def make_t5(sizes: Sizes) -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
-    """A T5 encoder and a unigram tokenizer over the captions' words."""
+def make_t5_tokenizer() -> PreTrainedTokenizerFast:
+    """A unigram tokenizer over the captions' words, with T5's marks."""
     special = ["<pad>", "</s>", "<unk>"]
     pieces = [(token, 0.0) for token in special] + [(f"▁{word}", -4.0) for word in vocabulary()]
     pieces += [(letter, -9.0) for letter in ["▁", *(chr(code) for code in range(ord("a"), ord("z") + 1))]]
@@ -124,21 +144,36 @@ def make_t5(sizes: Sizes) -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
     tokenizer.decoder = decoders.Metaspace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    fast = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="</s>",
         pad_token="<pad>",
         unk_token="<unk>",
         model_max_length=TEXT_LENGTH,
     )
-    config = T5Config(
-        vocab_size=len(fast),
-        d_model=sizes.text_width,
-        d_kv=32,
-        d_ff=2 * sizes.text_width,
-        num_layers=sizes.text_layers,
-        num_heads=max(1, sizes.text_width // 32),
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-    )
-    return T5EncoderModel(config), fast
+
+
+def t5_settings(sizes: Sizes, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """The configuration of a T5 encoder, of either kind."""
+    return {
+        "vocab_size": len(tokenizer),
+        "d_model": sizes.text_width,
+        "d_kv": 32,
+        "d_ff": 2 * sizes.text_width,
+        "num_layers": sizes.text_layers,
+        "num_heads": max(1, sizes.text_width // 32),
+        "feed_forward_proj": "gated-gelu",
+        "dropout_rate": 0.0,
+    }
+
+
+def make_t5(sizes: Sizes) -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
+    """A T5 encoder and its tokenizer."""
+    tokenizer = make_t5_tokenizer()
+    return T5EncoderModel(T5Config(**t5_settings(sizes, tokenizer))), tokenizer
+
+
+def make_umt5(sizes: Sizes) -> tuple[UMT5EncoderModel, PreTrainedTokenizerFast]:
+    """A UMT5 encoder and its tokenizer."""
+    tokenizer = make_t5_tokenizer()
+    return UMT5EncoderModel(UMT5Config(**t5_settings(sizes, tokenizer))), tokenizer

@@ -18,10 +18,9 @@ from ddit.runtime.files import whole
 from demo_model.buckets import Bucket
 from demo_model.classifier import SceneClassifier
 from demo_model.course import Run
-from demo_model.parts import PATCH, STEPS, make_scheduler
+from demo_model.parts import PATCH, STEPS, make_scheduler, make_tables
 from demo_model.scenes import Scene, sample_scenes
 from demo_model.stages import TEST_SEED, Denoiser, load_vae
-from training.distillation import level_tables
 
 # what ddit-export takes for this model where the command line says nothing
 EXPORT_DEFAULTS = {
@@ -52,11 +51,11 @@ def sample(
     scheduler, steps = make_scheduler(), STEPS if run.max_steps is None else 2
     scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), mu=bucket.mu)
     scale = torch.full((count,), guidance, device=run.device)
-    rotary = level_tables(denoiser.transformer, patch, z.shape[2:])
+    tables = make_tables(denoiser.transformer, run.device)(patch, z.shape[2:])
     for now, after in pairwise(scheduler.sigmas.tolist()):
         sigma = torch.full((count,), now, device=run.device)
         with run.autocast():
-            predicted = level(z, sigma, context, pooled, *rotary, scale)
+            predicted = level(latent=z, timestep=sigma, context=context, pooled=pooled, guidance=scale, **tables)
         z = z + (after - now) * predicted
     return z
 

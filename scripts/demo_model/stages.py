@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
 
-from ddit.exporter.families.flux.modules import FEED_FORWARD
+from ddit.exporter.families.flux.modules import FEED_FORWARD, FluxLevel
 from ddit.exporter.levels import AdapterConfig, Level
 from ddit.runtime.bundle.manifest import FlowMatchEulerInfo
 from demo_model.buckets import Bucket, bucket_of
@@ -29,12 +29,13 @@ from demo_model.parts import (
     make_clip,
     make_scheduler,
     make_t5,
+    make_tables,
     make_transformer,
 )
 from demo_model.scenes import render, sample_scenes
 from training.distillation import Distillation, Means
 from training.encoding import Rows
-from training.states import Draws, Trajectories
+from training.states import Draws, Sampling, Text, Trajectories
 
 EMPTY_CAPTION_SHARE = 0.1
 TRAIN_SEED, TEST_SEED = 1, 2
@@ -281,11 +282,14 @@ def stage_adapter(
     denoiser.requires_grad_(False)
     # a plain background has hardly any error but these, and a long run of level 8 adds them up
     means = Means(patch=4.0, picture=40.0)
-    distillation = Distillation(run, denoiser.transformer, patches, AdapterConfig(targets=FEED_FORWARD), means=means)
+    transformer, config = denoiser.transformer, AdapterConfig(targets=FEED_FORWARD)
+    levels: dict[int, Level] = {patch: FluxLevel(transformer, patch, config) for patch in patches}
+    tables = make_tables(transformer, run.device)
+    distillation = Distillation(run, FluxLevel(transformer, PATCH), levels, tables, means=means)
     kept = run.out / "adapter.pt"
     if kept.exists():
         distillation.own.load_state_dict(torch.load(kept, map_location=run.device))
-        return distillation.levels
+        return levels
     course = Course(run, "adapter", distillation.own, lr=1e-3, decay=0.998, groups=distillation.groups)
     states = {bucket: teacher_states(run, denoiser, bucket, data[bucket]) for bucket in run.buckets}
     for step in course.steps(seconds):
@@ -293,7 +297,7 @@ def stage_adapter(
         source.advance(distillation.backward(source.draw()))
         run.step(course.optimizer)
     course.finish(distillation.own.state_dict(), kept)
-    return distillation.levels
+    return levels
 
 
 def teacher_states(run: Run, denoiser: Denoiser, bucket: Bucket, encoded: Encoded) -> Trajectories:
@@ -304,13 +308,18 @@ def teacher_states(run: Run, denoiser: Denoiser, bucket: Bucket, encoded: Encode
             context, pooled = denoiser.encode(ids)
             parts.append({"context": context.float(), "pooled": pooled.float()})
     count = bucket.rows(run.batch)
-    return Trajectories(
-        Rows([{name: torch.cat([part[name] for part in parts]) for name in ("context", "pooled")}], run.device),
-        sampler_info(),
-        batch=count,
+    rows = Rows([{name: torch.cat([part[name] for part in parts]) for name in ("context", "pooled")}], run.device)
+    sampling = Sampling(
+        sampler=sampler_info(),
+        tokens=bucket.tokens,
         latent=(run.sizes.latent_channels, *bucket.latent),
         steps=(FEWEST_STEPS, STEPS),
         guidance=(1.0, MOST_GUIDANCE),
+    )
+    return Trajectories(
+        Text(rows),
+        sampling,
+        batch=count,
         draws=Draws(1000 * run.rank + bucket.tokens, run.device),
         pictures=encoded.latents,
     )

@@ -9,6 +9,7 @@ import click
 from command_line.options import option
 from ddit.exporter.cli import Levels
 from ddit.exporter.families import FLUX
+from ddit.exporter.families.base import Family
 from ddit.exporter.levels import AdapterConfig
 
 MAX_STEPS = 10_000
@@ -60,12 +61,16 @@ class Config:
     out: Path = option(type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for the results.")
     height: int | None = option(type=int, help="Pixels.  [default: the profile's optimum]")
     width: int | None = option(type=int, help="Pixels.  [default: the profile's optimum]")
+    frames: int | None = option(type=click.IntRange(1), help="Of a clip.  [default: the profile's optimum]")
     text_length: int | None = option(type=click.IntRange(1), help="Tokens of a prompt.  [default: the model's]")
     steps: tuple[int, int] | None = option(
         type=Span(int), help="Denoising steps, or a range as in 20-50.  [default: the model's]"
     )
     guidance: tuple[float, float] | None = option(
         type=Span(float), help="Guidance scale, or a range as in 1-4.  [default: the model's]"
+    )
+    negative_prompt: str | None = option(
+        help="What no clip shall show, where a model is guided by two passes.  [default: nothing]"
     )
 
     # ---- how much training ----
@@ -113,10 +118,8 @@ class Config:
         is_flag=True, help="Only try speed and memory: needs the model's configuration alone."
     )
 
-    @property
-    def parts(self) -> AdapterConfig:
-        """What each level gets beside its embedding and head."""
-        family = FLUX.load()
+    def parts(self, family: type[Family]) -> AdapterConfig:
+        """What each level of a family gets beside its embedding and head."""
         targets = family.feed_forward if self.lora == "feed-forward" else (*family.feed_forward, *family.attention)
         return AdapterConfig(
             rank=self.rank,

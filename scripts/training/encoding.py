@@ -8,27 +8,22 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ddit.exporter.components import TORCH_DTYPES, load_component
-from ddit.exporter.families.flux.model import Flux
-from ddit.exporter.models import Source
-from ddit.runtime.bundle.manifest import Dtype
-from ddit.runtime.errors import DditError, ModelError, UsageError
+from ddit.exporter.families.base import Family
+from ddit.runtime.errors import DditError, UsageError
 from ddit.runtime.files import whole
 from training.loop import Training
 
 FILE_ROWS = 256
 CALL_ROWS = {"text": 32, "pictures": 4}  # encoded together: pictures of a megapixel take gigabytes in the VAE
 ON_DEVICE = 4 * 2**30  # bytes; larger tables stay in their files, which are memory-mapped
-LONGEST_TEXT = 512  # tokens
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 
 Item = TypeVar("Item")
@@ -98,32 +93,6 @@ def _encode(run: Training, what: str, jobs: Sequence[tuple[Sequence[Item], Path]
             save_file({name: torch.cat([p[name].cpu() for p in parts]).contiguous() for name in parts[0]}, part)
 
 
-def text_encoder(source: Source, dtype: Dtype, length: int, device: torch.device) -> Encode[str]:
-    """Prompts → ``context`` (B, L, Dc) and ``pooled`` (B, Dp), as diffusers' pipeline makes them."""
-    from diffusers import FluxPipeline  # importing it warns of packages that nothing here needs
-
-    try:
-        pipeline: Any = FluxPipeline.from_pretrained(
-            source.folder, transformer=None, vae=None, torch_dtype=TORCH_DTYPES[dtype]
-        ).to(device)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{source.folder} cannot be read: {str(error).strip().splitlines()[0]}") from None
-
-    def encode(prompts: Sequence[str]) -> dict[str, Tensor]:
-        context, pooled, _ = pipeline.encode_prompt(list(prompts), device=device, max_sequence_length=length)
-        return {"context": context, "pooled": pooled}
-
-    return encode
-
-
-def longest_text(flux: Flux, random_weights: bool) -> int:
-    """Tokens of a prompt, as `ddit-export` has them."""
-    if random_weights:  # there may be no tokenizer
-        return LONGEST_TEXT
-    config: dict[str, Any] = flux.source.config("tokenizer_2", "tokenizer_config.json")
-    return min(int(config.get("model_max_length", LONGEST_TEXT)), LONGEST_TEXT)
-
-
 @dataclass(frozen=True)
 class Picture:
     """A picture's file and its caption."""
@@ -152,14 +121,13 @@ def find_pictures(folder: Path) -> list[Picture]:
     return pictures
 
 
-def picture_encoder(source: Source, height: int, width: int, device: torch.device) -> Encode[Picture]:
-    """Pictures → ``latent`` (B, C, H/8, W/8) float32, scaled as the transformer knows it."""
-    vae = load_component(AutoencoderKL, source.folder / "vae", "fp32").to(device)
-    scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
+def picture_encoder(family: Family, height: int, width: int, device: torch.device) -> Encode[Picture]:
+    """Pictures → ``latent`` (B, C, …) float32, scaled as the transformer knows it."""
+    encode_pixels = family.picture_encoder(device)
 
     def encode(pictures: Sequence[Picture]) -> dict[str, Tensor]:
         pixels = torch.stack([read_picture(picture.path, height, width) for picture in pictures])
-        return {"latent": (vae.encode(pixels.to(device)).latent_dist.mode() - shift) * scale}
+        return {"latent": encode_pixels(pixels)}
 
     return encode
 

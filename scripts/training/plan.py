@@ -8,15 +8,19 @@ from pathlib import Path
 
 from command_line.prompts import read_prompts
 from ddit.exporter.adapter import Adapter, load_adapter
-from ddit.exporter.families.flux.model import Flux
+from ddit.exporter.families import family_of
+from ddit.exporter.families.base import Family
 from ddit.exporter.models import find_model
 from ddit.profiles import ProfileError, load_profile
 from ddit.runtime import shapes
+from ddit.runtime.conditioning.guidance import is_guided
 from ddit.runtime.errors import DditError, UsageError
 from ddit.runtime.files import whole
+from ddit.runtime.shapes import Size
 from demo_model.scenes import sample_scenes
 from training.config import MAX_STEPS, RATES, Config
-from training.encoding import Picture, find_pictures, longest_text
+from training.encoding import Picture, find_pictures
+from training.states import Sampling
 
 SETTINGS = "run.json"
 SCENES_SEED = 1  # the demo model's training scenes; the evaluation takes others
@@ -28,46 +32,48 @@ class Plan:
     """A training with nothing left open."""
 
     config: Config
-    flux: Flux  # its levels are those to train
-    height: int  # pixels
-    width: int
+    family: Family  # its levels are those to train
+    size: Size
     text_length: int  # tokens
     captions: list[str]
     pictures: list[Picture]  # a caption's each; none where the sampler makes the states
+    negative: str | None  # prompt; None for a model that is not guided by two passes
     start: Adapter | None
 
     @classmethod
     def make(cls, config: Config) -> "Plan":
         """Fill in what the options leave open. Raises `UsageError` for what cannot be trained."""
         source = find_model(config.model, config.revision)
-        patches = config.levels or tuple(patch for patch in source.defaults.levels or (4,) if patch != Flux.native)
-        if Flux.native in patches:
-            raise UsageError(f"level {Flux.native} is the base model and needs no training; leave it out")
-        flux = Flux(source, patches, config.precision)
-        if config.guidance and not flux.guidance.embedded:
-            raise UsageError("this model takes no guidance scale (it was not distilled for one); leave it out")
-        height, width = picture_size(flux, config.height, config.width)
+        kind = family_of(source)
+        patches = config.levels or tuple(patch for patch in source.defaults.levels or (4,) if patch != kind.native)
+        if kind.native in patches:
+            raise UsageError(f"level {kind.native} is the base model and needs no training; leave it out")
+        family = kind(source, patches, config.precision)
+        guidance = guidance_span(family, config.guidance)
+        negative = find_negative(family, guidance, config.negative_prompt)
+        size = training_size(family, config.height, config.width, config.frames)
         start = load_adapter(config.start) if config.start else None
         captions, pictures = find_captions(config.prompts, config.latents, config.random_weights)
-        text_length = config.text_length or longest_text(flux, config.random_weights)
-        return cls(config, flux, height, width, text_length, captions, pictures, start)
+        if pictures and (size.frames or 1) > 1:
+            raise UsageError(
+                f"pictures are no clips of {size.frames} frames; add --frames 1, or train on --latents teacher"
+            )
+        # without weights there may be no tokenizer either
+        text_length = config.text_length or (kind.longest_text if config.random_weights else family.text_length)
+        return cls(config, family, size, text_length, captions, pictures, negative, start)
 
     @property
-    def latent(self) -> tuple[int, int, int]:
-        """A latent's channels, height and width."""
-        symbols = shapes.to_symbols(self.flux.latent, {"height": self.height, "width": self.width})
-        return self.flux.latent.channels, symbols["H"], symbols["W"]
-
-    @property
-    def steps(self) -> tuple[int, int]:
-        """The fewest and the most denoising steps of a trajectory."""
-        return self.config.steps or (self.flux.sampler.steps, self.flux.sampler.steps)
-
-    @property
-    def guidance(self) -> tuple[float, float] | None:
-        """The least and the largest guidance scale; None for a model without guidance embedding."""
-        scale = self.flux.guidance.default
-        return self.config.guidance or (scale, scale) if self.flux.guidance.embedded else None
+    def sampling(self) -> Sampling:
+        """What is sampled, and how."""
+        latent, sampler = self.family.latent, self.family.sampler
+        symbols = shapes.to_symbols(latent, self.size.by_name())
+        return Sampling(
+            sampler=sampler,
+            tokens=shapes.image_tokens(latent, self.family.native, symbols),
+            latent=(latent.channels, *shapes.resolve(latent.patch_grid(1), symbols)),
+            steps=self.config.steps or (sampler.steps, sampler.steps),
+            guidance=guidance_span(self.family, self.config.guidance),
+        )
 
     @property
     def max_steps(self) -> int | None:
@@ -82,28 +88,30 @@ class Plan:
     @property
     def base_model(self) -> str:
         """What the adapter's file says that it belongs to."""
-        name = self.flux.source.info.id
+        name = self.family.source.info.id
         return f"{name}, random weights" if self.config.random_weights else name
 
     def settings(self) -> dict[str, object]:
         """What a folder's checkpoints belong to; a run may go on with anything else changed."""
-        config, info = self.config, self.flux.source.info
+        config, info = self.config, self.family.source.info
         return {
             "model": info.id,
             "revision": info.revision,
-            "levels": ",".join(map(str, self.flux.levels)),
+            "levels": ",".join(map(str, self.family.levels)),
             "rank": config.rank,
             "lora": config.lora,
             "residual_width": config.residual_width,
             "identity": config.identity,
             "resize": config.resize,
-            "height": self.height,
-            "width": self.width,
+            "height": self.size.height,
+            "width": self.size.width,
+            "frames": self.size.frames,
             "text_length": self.text_length,
             "precision": config.precision,
             "batch": config.batch,
             "latents": config.latents,
             "prompts": short_hash(repr((self.captions, self.pictures)).encode()),
+            "negative_prompt": self.negative,
             "optimizer": config.optimizer,
             "start": short_hash(config.start.read_bytes()) if config.start else None,
             "random_weights": config.random_weights,
@@ -133,15 +141,47 @@ def claim(out: Path, settings: Mapping[str, object]) -> None:
         part.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def picture_size(flux: Flux, height: int | None, width: int | None) -> tuple[int, int]:
-    """Height and width in pixels, the profile's where they are not given. Raises `UsageError` if they do not fit."""
+def guidance_span(family: Family, asked: tuple[float, float] | None) -> tuple[float, float] | None:
+    """The least and the largest guidance scale; None where the levels run once and are told none.
+
+    Raises `UsageError` for a model that takes none.
+    """
+    info = family.guidance
+    if info.kind == "none":
+        if asked:
+            raise UsageError("this model takes no guidance scale (it was not distilled for one); leave it out")
+        return None
+    span = asked or (info.default, info.default)
+    return span if info.embedded or is_guided(info, span[1]) else None
+
+
+def find_negative(family: Family, guidance: tuple[float, float] | None, asked: str | None) -> str | None:
+    """The negative prompt; None where there is one pass only. Raises `UsageError` for one that nothing would read."""
+    if family.guidance.two_passes and guidance:
+        return asked or ""
+    if asked is not None:
+        two = family.guidance.two_passes
+        reason = "a negative prompt needs guidance above 1" if two else "this model is not guided by a negative prompt"
+        raise UsageError(f"{reason}; leave it out")
+    return None
+
+
+def training_size(family: Family, height: int | None, width: int | None, frames: int | None) -> Size:
+    """The pictures' or clips' size, the profile's where it is not given. Raises `UsageError` if it does not fit."""
+    latent, profile = family.latent, family.source.defaults.profile or family.info.profile
+    if frames and not latent.has_frames:
+        raise UsageError("this model makes pictures, which have no frames; leave --frames out")
     try:
-        usual = load_profile(flux.source.defaults.profile or "1024").entry[0]
+        usual = load_profile(profile).entry[0]
     except ProfileError as error:
         raise UsageError(str(error)) from None
-    height, width = height or usual.height.optimum, width or usual.width.optimum
-    shapes.check(flux.latent, flux.levels, {"height": height, "width": width})
-    return height, width
+    if latent.has_frames and frames is None:
+        if usual.frames is None:
+            raise UsageError(f"profile {profile!r} is for pictures: it has no frames; give --frames")
+        frames = usual.frames.optimum
+    size = Size(height or usual.height.optimum, width or usual.width.optimum, frames)
+    shapes.check(latent, family.levels, size.by_name())
+    return size
 
 
 def find_captions(prompts: str | None, latents: str, random_weights: bool) -> tuple[list[str], list[Picture]]:

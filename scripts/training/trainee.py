@@ -22,6 +22,7 @@ class Trainee:
     run: Training
     out: Path
     base_model: str
+    family: str
     distillation: Distillation
     optimizer: torch.optim.Optimizer
     ema: Ema
@@ -44,7 +45,7 @@ class Trainee:
         content: dict[str, Any] = {"states": self.states.state_dict()}
         if self.run.rank == 0:
             with whole(self.adapter) as part, self.ema.stored():
-                save_adapter(part, self.distillation.levels, base_model=self.base_model, family="flux")
+                save_adapter(part, self.distillation.levels, base_model=self.base_model, family=self.family)
             content |= {
                 "own": own.state_dict(),
                 "ema": self.ema.shadow,

@@ -1,24 +1,38 @@
-"""What tracing FLUX.1-dev's real configuration costs."""
+"""What tracing real configurations costs."""
 
 import multiprocessing
 
 import pytest
 
-from full_size import trace_flux
+from full_size import trace
+
+
+def traced(folder, configuration) -> dict[str, float]:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        report = pool.apply(trace, (folder, configuration))
+    print(report)
+    # the graphs alone: weights lie once, beside them
+    assert report["level-2 kB"] < 4000
+    assert report["level-4 kB"] < 4000
+    assert report["peak MB"] < 4000
+    return report
 
 
 def test_tracing_flux_dev_is_quick_and_lean(tmp_path):
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        report = pool.apply(trace_flux, (tmp_path,))
-    print(report)
+    report = traced(tmp_path, "flux1-dev")
     assert report["seconds"] < 300
-    assert report["peak MB"] < 4000
-    # a level's own file holds the graph alone; the trunk's 24 GB are there once, and level 4 adds its adapter
-    assert report["level-2 kB"] < 4000
-    assert report["level-4 kB"] < 4000
+    # the trunk's 24 GB are there once, and level 4 adds its adapter
     assert 23.7 < report["GB of weights"] - report["GB of level 4's own"] < 23.9
     assert report["GB of level 4's own"] < 0.5
     # two operations a token and weight of the blocks, and attention between all tokens: 38 single blocks, 19 double
     tokens, width = 4096 + 512, 3072
     counted = tokens * 2 * width**2 * (3 + 4 + 5) * 57 + 4 * tokens**2 * width * 57
     assert report["level-2 TFLOP at 1024×1024 with 512 text tokens"] == pytest.approx(counted / 1e12, rel=0.01)
+
+
+def test_tracing_wan_1_3b_is_quick_and_lean(tmp_path):
+    report = traced(tmp_path, "wan2.1-t2v-1.3b")
+    assert report["seconds"] < 300
+    # 1.42 billion parameters, those that diffusers keeps in float32 with four bytes each
+    assert 2.8 < report["GB of weights"] - report["GB of level 4's own"] < 2.95
+    assert report["GB of level 4's own"] < 0.1

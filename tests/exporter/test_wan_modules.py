@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from ddit.exporter.components import keep_float32
 from ddit.exporter.families.wan import original
 from ddit.exporter.families.wan.decoder import FirstFrame, NextFrames
 from ddit.exporter.families.wan.modules import (
@@ -15,7 +16,6 @@ from ddit.exporter.families.wan.modules import (
     Umt5Encoder,
     WanGate,
     WanLevel,
-    keep_float32,
     patchify,
     resized_ends,
     unpatchify,

@@ -1,6 +1,6 @@
 """FLUX.1: how a diffusers `FluxPipeline` is read and which graphs it becomes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from ddit.exporter.components import TORCH_DTYPES, load_component, load_rounded, shortened
+from ddit.exporter.components import TORCH_DTYPES, load_component, load_rounded, load_text_pipeline, shortened
 from ddit.exporter.families import FLUX
 from ddit.exporter.families.base import Family
 from ddit.exporter.families.flux import original
@@ -57,6 +57,7 @@ CLIP, T5, DECODER = "clip", "t5", "vae_decoder"  # graphs
 TRUNK_FILE = "transformer.safetensors"
 # TeaCache's polynomial for FLUX.1, from the paper's code; the highest power first
 TEACACHE = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
+TEXT_LENGTH = 512  # of FLUX.1-dev's T5
 ROPE_THETA = 10000.0  # fixed in diffusers' FluxTransformer2DModel
 SPECTRUM = SpectrumInfo(amplitude=203.615097, exponent=1.915461)  # of FLUX.1's latents (arXiv 2605.18736)
 
@@ -70,6 +71,9 @@ class Flux(Family):
     native = NATIVE_PATCH
     feed_forward = FEED_FORWARD
     attention = ATTENTION
+    transformer_class = FluxTransformer2DModel
+    text_component = "tokenizer_2"
+    longest_text = TEXT_LENGTH
 
     # ---- what the manifest says of the model ----
 
@@ -141,7 +145,7 @@ class Flux(Family):
         infos = []
         for name, component, longest, feeds in (
             (CLIP, "tokenizer", 77, {"pooled": "pooled"}),
-            (T5, "tokenizer_2", 512, {"context": "context"}),
+            (T5, self.text_component, self.longest_text, {"context": "context"}),
         ):
             try:
                 tokenizer = AutoTokenizer.from_pretrained(self.source.folder / component, use_fast=True)
@@ -216,6 +220,27 @@ class Flux(Family):
             text_length=text_length,
             device=device,
         )
+
+    def text_encoder(self, length: int, device: torch.device) -> Callable[[Sequence[str]], dict[str, Tensor]]:
+        """``context`` (B, L, Dc) and ``pooled`` (B, Dp), as diffusers' `FluxPipeline` makes them."""
+        pipeline = load_text_pipeline(FluxPipeline, self.source.folder, self.dtype, device)
+
+        def encode(prompts: Sequence[str]) -> dict[str, Tensor]:
+            context, pooled, _ = pipeline.encode_prompt(list(prompts), device=device, max_sequence_length=length)
+            return {"context": context, "pooled": pooled}
+
+        return encode
+
+    def picture_encoder(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """The VAE's encoder, with the latent's scale and shift."""
+        vae = load_component(AutoencoderKL, self.source.folder / "vae", "fp32").to(device)
+        scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
+
+        def encode(pictures: Tensor) -> Tensor:
+            latent: Tensor = (vae.encode(pictures.to(device)).latent_dist.mode() - shift) * scale
+            return latent
+
+        return encode
 
     def level_job(self, patch: int) -> GraphJob:
         """The graph of one level."""

@@ -1,6 +1,6 @@
 """Wan 2.1: how a diffusers `WanPipeline` is read and which graphs it becomes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -8,14 +8,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from tokenizers import Regex, normalizers
 from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
-from ddit.exporter.components import TORCH_DTYPES, load_component, load_rounded, shortened
+from ddit.exporter.components import (
+    TORCH_DTYPES,
+    keep_float32,
+    load_component,
+    load_rounded,
+    load_text_pipeline,
+    shortened,
+)
 from ddit.exporter.families import WAN
 from ddit.exporter.families.base import Family
 from ddit.exporter.families.wan import original
@@ -27,7 +34,6 @@ from ddit.exporter.families.wan.modules import (
     Umt5Encoder,
     WanGate,
     WanLevel,
-    keep_float32,
     resized_ends,
 )
 from ddit.exporter.graphs.job import GraphJob, Original, Tables, floats, ids, level_name, loaded_job
@@ -77,6 +83,9 @@ class Wan(Family):
     native = NATIVE_PATCH
     feed_forward = FEED_FORWARD
     attention = ATTENTION
+    transformer_class = WanTransformer3DModel
+    text_component = "tokenizer"
+    longest_text = TEXT_LENGTH
 
     # ---- what the manifest says of the model ----
 
@@ -159,7 +168,7 @@ class Wan(Family):
 
     @cached_property
     def _tokenizer(self) -> Any:
-        folder = self.source.folder / "tokenizer"
+        folder = self.source.folder / self.text_component
         try:
             return AutoTokenizer.from_pretrained(folder, use_fast=True)
         except (OSError, ValueError) as error:
@@ -259,6 +268,32 @@ class Wan(Family):
             text_length=text_length,
             device=device,
         )
+
+    def text_encoder(self, length: int, device: torch.device) -> Callable[[Sequence[str]], dict[str, Tensor]]:
+        """``context`` (B, L, Dt), as diffusers' `WanPipeline` makes it."""
+        pipeline = load_text_pipeline(WanPipeline, self.source.folder, self.dtype, device)
+
+        def encode(prompts: Sequence[str]) -> dict[str, Tensor]:
+            context, _ = pipeline.encode_prompt(
+                list(prompts), do_classifier_free_guidance=False, device=device, max_sequence_length=length
+            )
+            return {"context": context}
+
+        return encode
+
+    def picture_encoder(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """The VAE's encoder on clips of one frame, with the mean and deviation of its latents' channels."""
+        vae = load_component(AutoencoderKLWan, self.source.folder / "vae", "fp32").to(device)
+        shape = (1, -1, 1, 1, 1)
+        mean = torch.tensor(vae.config.latents_mean, device=device).view(shape)
+        deviation = torch.tensor(vae.config.latents_std, device=device).view(shape)
+
+        def encode(pictures: Tensor) -> Tensor:
+            clips = pictures.to(device)[:, :, None]
+            latent: Tensor = (vae.encode(clips).latent_dist.mode() - mean) / deviation
+            return latent
+
+        return encode
 
     def level_job(self, patch: int) -> GraphJob:
         """The graph of one level."""

@@ -230,11 +230,3 @@ class Umt5Encoder(nn.Module):
         mask = positions <= last
         states: Tensor = self.encoder(input_ids, attention_mask=mask.long()).last_hidden_state
         return torch.where(mask[..., None], states.float(), 0.0)
-
-
-def keep_float32(module: nn.Module, names: tuple[str, ...] | list[str], dtype: torch.dtype) -> nn.Module:
-    """The module in a type, but for parameters below layers of these names: what ``from_pretrained`` makes of it."""
-    for name, parameter in module.named_parameters():
-        kept = any(part in names for part in name.split("."))
-        parameter.data = parameter.data.to(torch.float32 if kept else dtype)
-    return module
