@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 
 from ddit.runtime.tools.bench import peak_memory_mb
 
@@ -37,7 +37,7 @@ def trace(folder: Path, configuration: str) -> dict[str, float]:
     model = family(source, (2, 4), "bf16", Untouched(folder, configuration, family.info.name, {4: config}, {}))
     report: dict[str, float] = {}
     weights = WeightFiles(folder)
-    start = perf_counter()
+    start = process_time()
     for patch in model.levels:
         graph = export_graph(model.level_job(patch), 23, weights)
         for name in graph.places:  # save the graph alone: nobody has 24 GB of weights here
@@ -47,7 +47,7 @@ def trace(folder: Path, configuration: str) -> dict[str, float]:
             )
         ir.save(graph.model, folder / f"level-{patch}.onnx")
         report[f"level-{patch} kB"] = (folder / f"level-{patch}.onnx").stat().st_size / 1e3
-    report["seconds"] = perf_counter() - start
+    report["seconds of the processor"] = process_time() - start
     for patch in model.levels:
         for text in (512, 128, 64):
             sizes = {"B": 1, "F": 1, "H": 128, "W": 128, "L": text}
