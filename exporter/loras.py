@@ -35,11 +35,7 @@ class Lora:
 
     @classmethod
     def parse(cls, text: str) -> "Lora":
-        """``"style.safetensors:0.8"``, or without a scale. Raises `UsageError`.
-
-        >>> Lora.parse("style.safetensors:0.8")
-        Lora(path=PosixPath('style.safetensors'), scale=0.8)
-        """
+        """``"style.safetensors:0.8"``, or without a scale, which is 1 then. Raises `UsageError`."""
         name, colon, number = text.rpartition(":")
         try:
             lora = cls(Path(name), float(number)) if colon and not Path(text).exists() else cls(Path(text))
