@@ -22,6 +22,7 @@ from evaluation.store import Record, Settings, Store, write_whole
 
 PACKAGES = ("ddit", "onnxruntime", "torch", "numpy", "scipy", "scikit-image", "torchmetrics", "transformers")
 GRID_PROMPTS, GRID_SIDE, GRID_CAPTION = 6, 192, 18
+COLOURS, MARKERS = 10, "os^D"  # matplotlib's colours begin anew after so many; other markers tell them apart
 Cell = str | int | float | Estimate
 Row = dict[str, Cell]
 
@@ -309,7 +310,8 @@ def plot(rows: Sequence[Row], metrics: Sequence[Metric]) -> bytes:
                 if y is None or not isinstance(x, Estimate):
                     continue
                 y = y if isinstance(y, Estimate) else Estimate(float(y), nan, nan)
-                style = {"marker": "o", "capsize": 2, "color": f"C{number}", "label": row["schedule"]}
+                marker = MARKERS[number // COLOURS % len(MARKERS)]
+                style = {"marker": marker, "capsize": 2, "color": f"C{number}", "label": row["schedule"]}
                 panel.errorbar(x.value, y.value, xerr=_bars(x), yerr=_bars(y), **style)
             panel.grid(alpha=0.3)
         line[0].set_ylabel(f"{metric.title}\n({metric.better} is better)", fontsize=9)
