@@ -66,6 +66,7 @@ class Config:
     batch: int = option(type=click.IntRange(1), default=1, help="Pictures to make at once.")
     height: int | None = option(type=int, help="Pixels.  [default: the profile's optimum]")
     width: int | None = option(type=int, help="Pixels.  [default: the profile's optimum]")
+    frames: int | None = option(type=click.IntRange(1), help="Of a clip.  [default: the profile's optimum]")
     guidance: float | None = option(type=float, help="Guidance scale.  [default: the bundle's]")
     carry: float | None = option(
         type=float, help="Share of native detail that coarse steps take over.  [default: the bundle's]"
@@ -88,8 +89,8 @@ def main(**given: Any) -> None:
     schedules = tuple(dict.fromkeys((NATIVE, *config.schedules)))
     check_schedules(pipeline, schedules, steps)
     settings = find_settings(config, pipeline.bundle)
-    flops = level_flops(pipeline.bundle, size=Size(settings.height, settings.width))
-    store = Store(config.out, steps)
+    flops = level_flops(pipeline.bundle, size=settings.size, guidance=settings.guidance)
+    store = Store(config.out, steps, settings.frames or 1)
     make_missing(store, pipeline, schedules, samples, settings)
 
     measured, floors = measure(store, schedules, samples, functions)
@@ -100,7 +101,9 @@ def main(**given: Any) -> None:
         settings=settings,
         flops=flops,
         smaller={
-            (height, width): level_flops(pipeline.bundle, size=Size(height, width))
+            (height, width): level_flops(
+                pipeline.bundle, size=Size(height, width, settings.frames), guidance=settings.guidance
+            )
             for height, width in {
                 tuple(size) for one in measured for record in one.records for size in record.smaller.values()
             }
@@ -116,14 +119,15 @@ def main(**given: Any) -> None:
 def find_settings(config: Config, bundle: Bundle) -> Settings:
     """What all pictures are made with; the bundle says what was not asked for."""
     manifest = bundle.manifest
-    optimum = manifest.profile.entry[0]
+    size = manifest.size(height=config.height, width=config.width, frames=config.frames)
     return Settings(
         bundle=hashlib.sha256((config.bundle / MANIFEST).read_bytes()).hexdigest(),
         backend=config.backend,
         threads=config.threads,
         batch=config.batch,
-        height=config.height or optimum.height.optimum,
-        width=config.width or optimum.width.optimum,
+        height=size.height,
+        width=size.width,
+        frames=size.frames,
         guidance=manifest.guidance.default if config.guidance is None else config.guidance,
         carry=manifest.carry if config.carry is None else config.carry,
         machine=describe_machine(config.backend),

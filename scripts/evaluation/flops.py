@@ -1,6 +1,6 @@
 """Floating point operations of a bundle's levels, counted in their graphs.
 
-    level_flops(Bundle.open("demo.bundle"), height=256, width=256)     # {2: 4.05e9, 4: 1.25e9, 8: 0.54e9}
+    level_flops(Bundle.open("demo.bundle"), size=Size(256, 256))     # {2: 4.05e9, 4: 1.25e9, 8: 0.54e9}
 
 A matrix product of (m, k) and (k, n) is 2·m·k·n operations, one multiplication and one addition for every term, as in
 torch's `FlopCounterMode`. Products, convolutions and attention are counted; norms and activations are left out, as is
@@ -16,24 +16,31 @@ import onnx_ir as ir
 from onnxscript import optimizer
 
 from ddit.runtime import Bundle
+from ddit.runtime.conditioning.guidance import is_guided
 from ddit.runtime.errors import BundleError
 from ddit.runtime.shapes import Size
 
 COUNTED = {"MatMul", "Gemm", "Conv", "Attention"}
 
 
-def level_flops(bundle: Bundle, *, size: Size, text: int | None = None) -> dict[int, float]:
+def level_flops(
+    bundle: Bundle, *, size: Size, text: int | None = None, guidance: float | None = None
+) -> dict[int, float]:
     """Operations of one denoising step of one picture or clip, by level.
 
-    ``text`` is the number of text tokens, the bundle's own when None. Raises `UsageError` for a size that the bundle
-    cannot make, `BundleError` where a graph's shapes cannot be found.
+    ``text`` is the number of text tokens, the bundle's own when None. A step that is guided by two passes at the scale
+    ``guidance``, the bundle's when None, runs its level twice. Raises `UsageError` for a size that the bundle cannot
+    make, `BundleError` where a graph's shapes cannot be found.
     """
     manifest = bundle.manifest
     sizes = manifest.sizes(size, text=manifest.text_length if text is None else text)
+    scale = manifest.guidance.default if guidance is None else guidance
+    passes = 2 if is_guided(manifest.guidance, scale) else 1
     flops = {}
     for patch in manifest.patches:
         info = bundle.graph(manifest.level(patch).graph)
-        flops[patch] = graph_flops(bundle.file(info.file), {spec.name: spec.resolve(sizes) for spec in info.inputs})
+        shapes = {spec.name: spec.resolve(sizes) for spec in info.inputs}
+        flops[patch] = passes * graph_flops(bundle.file(info.file), shapes)
     return flops
 
 

@@ -1,6 +1,7 @@
 """Measure what the schedules' pictures are like, with every metric that was asked for."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from ddit.runtime.console import say
@@ -49,15 +50,22 @@ def measure(
             if METRICS[name].kind == "absolute":
                 for some, pictures in store.pictures(one.schedule, samples):
                     for answer, values in function(pictures, some).items():
-                        one.values.setdefault(answer, []).extend(values)
+                        one.values.setdefault(answer, []).extend(of_clips(values, store.frames))
             elif METRICS[name].kind == "paired" and one.schedule != NATIVE:
                 pairs = zip(store.pictures(one.schedule, samples), store.pictures(NATIVE, samples), strict=True)
                 one.values[name] = [
-                    value for (_, pictures), (_, natives) in pairs for value in function(pictures, natives)
+                    value
+                    for (_, pictures), (_, natives) in pairs
+                    for value in of_clips(function(pictures, natives), store.frames)
                 ]
             elif METRICS[name].kind == "distribution" and (one.schedule != NATIVE or name in floors):
                 one.distances[name] = function(pictures for _, pictures in store.pictures(one.schedule, samples))
     return measured, floors
+
+
+def of_clips(values: Sequence[float], frames: int) -> list[float]:
+    """The means of so many values each: of a clip that of its frames."""
+    return [fmean(values[start : start + frames]) for start in range(0, len(values), frames)]
 
 
 def refer(distance: Frechet, name: str, store: Store, samples: Sequence[Sample]) -> dict[str, float]:

@@ -23,6 +23,7 @@ from evaluation.store import Record, Settings, Store, write_whole
 PACKAGES = ("ddit", "onnxruntime", "torch", "numpy", "scipy", "scikit-image", "torchmetrics", "transformers")
 GRID_PROMPTS, GRID_SIDE, GRID_CAPTION = 6, 192, 18
 COLOURS, MARKERS = 10, "os^D"  # matplotlib's colours begin anew after so many; other markers tell them apart
+GRID_FRAMES = 3  # of a clip
 Cell = str | int | float | Estimate
 Row = dict[str, Cell]
 
@@ -245,6 +246,8 @@ def markdown(
         "*wall clock* is native's milliseconds over the schedule's, all pictures together, without text encoders and "
         "decoder; *ms* is the schedule's median.",
     ]
+    if settings.frames:
+        notes.append("A clip's metrics are means over its frames.")
     if settings.batch > 1:
         notes.append(f"Pictures were made {settings.batch} at a time; milliseconds are a picture's share of its batch.")
     names = {metric.name for metric in metrics}
@@ -267,7 +270,7 @@ def markdown(
     run = [
         f"bundle: {facts.bundle} (bundle.json {settings.bundle[:12]})",
         f"pictures: {prompts} prompts ({facts.prompts}), {facts.seeds} of each under every schedule; {steps} steps, "
-        f"{settings.height}×{settings.width} pixels, guidance {settings.guidance:g}, carry {settings.carry:g}",
+        f"{settings.size} pixels, guidance {settings.guidance:g}, carry {settings.carry:g}",
         f"machine: {settings.machine}; backend {settings.backend}, threads {settings.threads or 'all'}",
         "versions: " + ", ".join([f"Python {python_version()}", *(f"{n} {v}" for n, v in versions().items())]),
         f"command: `{shlex.join(['python', *sys.argv])}`",
@@ -332,14 +335,18 @@ def _bars(one: Estimate) -> list[list[float]] | None:
 
 
 def grid(store: Store, measured: Sequence[Measured], samples: Sequence[Sample]) -> bytes:
-    """The first prompts, a row each, under every schedule, a column each, as PNG."""
+    """The first prompts, a row each, under every schedule, a column each, as PNG.
+
+    A clip is shown by its first, its middle and its last frame, side by side.
+    """
     firsts: dict[int, Sample] = {}
     for sample in samples:
         firsts.setdefault(sample.prompt_number, sample)
     chosen = list(firsts.values())[:GRID_PROMPTS]
-    rows = [next(store.pictures(one.schedule, chosen))[1] for one in measured]
-    height, width = rows[0].shape[1:3]
-    scale = GRID_SIDE / max(height, width)
+    shown = np.linspace(0, store.frames - 1, min(store.frames, GRID_FRAMES)).round().astype(int)
+    rows = [[np.hstack(store.read(one.schedule, sample)[shown]) for sample in chosen] for one in measured]
+    height, width = rows[0][0].shape[:2]
+    scale = GRID_SIDE / max(height, width // len(shown))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     step = (size[0] + 4, size[1] + GRID_CAPTION)
     sheet = Image.new("RGB", (step[0] * len(measured), GRID_CAPTION + step[1] * len(chosen)), "white")

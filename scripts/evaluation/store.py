@@ -1,7 +1,8 @@
-"""The pictures that `evaluate.py` compares: made once, kept in a folder, read again.
+"""The pictures that `evaluate.py` compares, or the clips: made once, kept in a folder, read again.
 
 The folder holds ``run.json``, what all its pictures were made with, and for every schedule and number of steps a folder
-``pictures/<schedule>-<steps>-steps`` with ``<hash of the prompt>-<seed>.png`` and, written after it, ``.json``.
+``pictures/<schedule>-<steps>-steps`` with ``<hash of the prompt>-<seed>.png`` and, written after it, ``.json``. A clip
+is one such file, its frames one below the other: nothing is lost, and any viewer shows it.
 """
 
 import hashlib
@@ -28,6 +29,7 @@ from ddit.runtime.console import say
 from ddit.runtime.errors import DditError, UsageError
 from ddit.runtime.files import whole
 from ddit.runtime.policies import Fixed
+from ddit.runtime.shapes import Size
 from evaluation.metrics import Pictures, Sample
 
 READ_AT_ONCE = 25
@@ -46,6 +48,12 @@ class Settings:
     guidance: float
     carry: float
     machine: str
+    frames: int | None = None  # of a clip
+
+    @property
+    def size(self) -> Size:
+        """The pictures' or clips'."""
+        return Size(self.height, self.width, self.frames)
 
 
 @dataclass(frozen=True)
@@ -89,10 +97,11 @@ def describe_machine(backend: str) -> str:
 
 @dataclass(frozen=True)
 class Store:
-    """A folder of pictures."""
+    """A folder of pictures, or of clips."""
 
     folder: Path
     steps: int
+    frames: int = 1  # of a clip
 
     def check(self, settings: Settings) -> None:
         """Refuse a folder whose pictures were made with other settings (`UsageError`)."""
@@ -121,10 +130,10 @@ class Store:
         return path.is_file() and path.with_suffix(".json").is_file()
 
     def put(self, schedule: str, sample: Sample, result: Result, milliseconds: float) -> None:
-        """Keep a picture; its record comes last, so that whatever has one is whole."""
+        """Keep a picture or clip; its record comes last, so that whatever has one is whole."""
         path = self.picture_file(schedule, sample)
         content = BytesIO()
-        result.image.save(content, format="PNG")
+        Image.fromarray(np.concatenate([np.asarray(frame) for frame in result.frames])).save(content, format="PNG")
         write_whole(path, content.getvalue())
         smaller = {str(i): [*one.size] for i, one in enumerate(result.trace.steps) if one.size and one.scale < 1}
         record = Record(sample.prompt, sample.seed, schedule, result.trace.levels, milliseconds, smaller)
@@ -139,17 +148,24 @@ class Store:
             raise DditError(f"{path} is not a record of this version; delete it to make the picture again") from None
 
     def pictures(self, schedule: str, samples: Sequence[Sample]) -> Iterator[tuple[Sequence[Sample], Pictures]]:
-        """Samples with their pictures (N, H, W, 3) uint8, a few at a time: thousands would not fit in memory."""
-        for start in range(0, len(samples), READ_AT_ONCE):
-            some = samples[start : start + READ_AT_ONCE]
-            yield some, np.stack([self._read(self.picture_file(schedule, sample)) for sample in some])
+        """Samples with their pictures (N, H, W, 3) uint8, a few at a time: thousands would not fit in memory.
 
-    @staticmethod
-    def _read(path: Path) -> Pictures:
+        Of a clip every frame is a picture, and each comes with the clip's sample.
+        """
+        at_once = max(1, READ_AT_ONCE // self.frames)
+        for start in range(0, len(samples), at_once):
+            some = samples[start : start + at_once]
+            pictures = np.concatenate([self.read(schedule, sample) for sample in some])
+            yield [sample for sample in some for _ in range(self.frames)], pictures
+
+    def read(self, schedule: str, sample: Sample) -> Pictures:
+        """The frames (F, H, W, 3) uint8 of a clip, of a picture one."""
+        path = self.picture_file(schedule, sample)
         try:
             with Image.open(path) as image:
-                return np.asarray(image.convert("RGB"))
-        except OSError:
+                rows = np.asarray(image.convert("RGB"))
+            return rows.reshape(self.frames, -1, *rows.shape[1:])
+        except (OSError, ValueError):
             raise DditError(f"{path} is not a picture; delete it to make it again") from None
 
 
@@ -184,6 +200,7 @@ def make_missing(
     options: dict[str, Any] = {
         "height": settings.height,
         "width": settings.width,
+        "frames": settings.frames,
         "guidance": settings.guidance,
         "carry": settings.carry,
     }

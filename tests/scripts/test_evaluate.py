@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -228,3 +229,34 @@ def test_a_step_at_a_smaller_size_counts_as_what_it_is():
     record = store.Record("", 0, "progressive", [2, None, 2, 4], 1.0, {"0": [64, 64], "1": [64, 64]})
     facts = SimpleNamespace(flops={2: 100.0, 4: 30.0}, smaller={(64, 64): {2: 20.0, 4: 8.0}})
     assert report.computed(report.Measured("progressive", [record], {}, {}), facts) == [20.0 + 100.0 + 30.0]
+
+
+def test_clips_are_kept_whole_and_measured_frame_by_frame(wan_bundle, tmp_path):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("a red circle\na blue star\n")
+    options = ("--prompts", prompts, "--frames", 5, *SIZE, "--steps", 4, "--schedule", "fixed:4x2,2x2", "--out", out)
+    measured = ("--metric", "psnr", "--metric", "ssim")
+    result = run(evaluate.main, wan_bundle, *options, *measured)
+    assert result.exit_code == 0, result.stderr
+    native, fixed = read(out / "results.csv")
+    rows = read(out / "pictures.csv")
+    ours = Pipeline.open(wan_bundle)("a red circle", seed=0, schedule="native", steps=4, frames=5, height=64, width=64)
+    clips = [np.asarray(Image.open(out / row["file"])).reshape(5, 64, 64, 3) for row in rows]
+    assert np.array_equal(clips[0], np.stack([np.asarray(frame) for frame in ours.frames]))
+    for name in ("psnr", "ssim"):
+        values = [
+            np.mean([getattr(metrics, name)(*pair) for pair in zip(clip, other, strict=True)])
+            for clip, other in zip(clips[2:], clips[:2], strict=True)
+        ]
+        assert [float(row[name]) for row in rows[2:]] == pytest.approx(values, rel=1e-4)
+        assert float(fixed[name]) == pytest.approx(np.mean(values), rel=1e-4)
+    assert float(fixed["compute_speedup"]) > 1
+    assert native["pictures"] == "2"
+    text = (out / "report.md").read_text()
+    assert "4 steps, 5 frames of 64×64 pixels" in text
+    assert "A clip's metrics are means over its frames." in text
+    assert Image.open(out / "grid.png").width > 2 * 3 * report.GRID_SIDE  # three frames of each, two schedules
+    other = (*options[:3], 9, *options[4:])
+    result = run(evaluate.main, wan_bundle, *other, *measured)
+    assert result.exit_code == 2
+    assert "holds pictures made with frames 5, not 9; choose another --out" in result.stderr

@@ -37,7 +37,7 @@ def test_a_model_of_clips_is_exported_and_run_at_every_level(tiny_wan, tmp_path)
     pipeline = Pipeline.open(bundle, backend="cpu")
     assert pipeline.bundle.manifest.patches == (2, 4)
     assert b'"blocks.1.' not in pipeline.bundle.file("transformer.safetensors").read_bytes()
-    size = {"frames": 5, "height": 64, "width": 64}
+    size = {"frames": 5, "height": 64, "width": 64, "text_length": 16}
     assert len(pipeline("a red circle", schedule="fixed:2x1,4x1", **size).frames) == 5
 
 

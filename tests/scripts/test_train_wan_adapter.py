@@ -155,3 +155,10 @@ def test_a_model_of_pictures_takes_no_frames_and_no_negative_prompt(tiny_pipelin
         result = run(train_adapter.main, "--model", tiny_pipeline, *options, *more)
         assert result.exit_code == 2
         assert message in result.output
+
+
+def test_a_pipeline_of_no_family_is_refused(prompts, tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "ToyPipeline"}')
+    result = train(tmp_path, tmp_path / "run", "--prompts", prompts)
+    assert result.exit_code == 1
+    assert result.output == f"error: {tmp_path} holds a ToyPipeline; ddit knows FluxPipeline and WanPipeline\n"

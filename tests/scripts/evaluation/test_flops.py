@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel, WanTransformer3DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,6 +30,15 @@ def test_the_native_level_counts_as_torch_does(tiny_bundle, tiny_pipeline, text)
         )
     counted = flops.level_flops(Bundle.open(tiny_bundle), size=Size(64, 128), text=text)
     assert counted[2] == counter.get_total_flops()
+
+
+def test_a_clip_s_native_level_counts_as_torch_does_for_every_pass(wan_bundle):
+    transformer = WanTransformer3DModel.from_pretrained(wan_bundle.with_suffix(".model") / "transformer")
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        transformer(torch.randn(1, 16, 3, 8, 16), torch.ones(1), torch.randn(1, TEXT, 24))  # 9 frames of 64×128 pixels
+    bundle, size, once = Bundle.open(wan_bundle), Size(64, 128, 9), counter.get_total_flops()
+    assert flops.level_flops(bundle, size=size, guidance=1.0)[2] == once
+    assert flops.level_flops(bundle, size=size)[2] == 2 * once  # the bundle's guidance is 5
 
 
 def test_coarser_levels_cost_less_and_larger_pictures_more(tiny_bundle):
