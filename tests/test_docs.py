@@ -85,8 +85,9 @@ def test_readme_s_commands_run(tiny_bundle, wan_bundle, tmp_path, monkeypatch):
     assert (tmp_path / "zebra.mp4").is_file()
 
 
-def test_readme_s_python_runs(tiny_bundle, tmp_path, monkeypatch):
+def test_readme_s_python_runs(tiny_bundle, tiny_pipeline, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "FLUX.1-dev").symlink_to(tiny_pipeline)
     for name in ("flux.bundle", "demo.bundle"):
         (tmp_path / name).symlink_to(tiny_bundle)
     examples = [*blocks(ROOT / "README.md", "python")]

@@ -1,0 +1,1 @@
+"""Bundles inside other libraries' pipelines."""
