@@ -69,6 +69,7 @@ class Choices:
     spectrum: SpectrumInfo | None = None
     # the sizes of scales, the full size after them; raises `UsageError` for scales that the levels cannot run
     stages: Callable[[Sequence[Fraction]], tuple[Stage, ...]] = lambda scales: ()
+    euler: bool = True  # whether the model is sampled with Euler's method
 
 
 def parse_schedule(text: str, choices: Choices) -> Policy:
@@ -148,6 +149,8 @@ def _dynamic(text: str, choices: Choices) -> Dynamic:
 def _adams(text: str, choices: Choices) -> Adams:
     if text:
         raise UsageError(f"adams has no settings, as in adams:{text}; write {FORMS}")
+    if not choices.euler:
+        raise UsageError("adams takes Euler's place, and this model has a second-order solver already; write native")
     return Adams()
 
 

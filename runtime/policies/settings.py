@@ -44,6 +44,7 @@ def bundle_policy(text: str, manifest: Manifest, sigmas: NDArray[np.float32], *,
         path=manifest.path(steps=len(sigmas) - 1, size=size),
         spectrum=manifest.spectrum,
         stages=stages,
+        euler=manifest.sampler.kind == "flow_match_euler",
     )
     return parse_schedule(text, choices)
 

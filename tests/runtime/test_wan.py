@@ -123,6 +123,8 @@ def test_sizes_that_cannot_be_are_refused(pipeline, tiny_bundle):
         pipeline(PROMPT, height=64, width=64, frames=6)
     with pytest.raises(UsageError, match="outside the bundle's profile"):
         pipeline(PROMPT, height=64, width=64, frames=85)
+    with pytest.raises(UsageError, match="this model has a second-order solver already"):
+        pipeline(PROMPT, schedule="adams", **SMALL)
     with pytest.raises(UsageError, match="a negative prompt needs guidance above 1"):
         pipeline(PROMPT, guidance=1.0, negative_prompt="red", **SMALL)
     pictures = Pipeline.open(tiny_bundle, backend="cpu")
