@@ -54,6 +54,30 @@ def ids(name: str, *shape: int | str) -> TensorSpec:
     return TensorSpec(name=name, dtype="int64", shape=shape)
 
 
+def equation_job(name: str, module: nn.Module, equation: Callable[..., Any], **rest: Any) -> GraphJob:
+    """The job of a module without weights, whose original is an equation on NumPy arrays in float64.
+
+    The equation takes the graph's inputs by name and gives its outputs: an array, or a tuple of them.
+    """
+
+    def original(device: torch.device) -> Original:
+        def compute(**inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+            found = equation(**{name: value.double().cpu().numpy() for name, value in inputs.items()})
+            return tuple(map(torch.from_numpy, found)) if isinstance(found, tuple) else torch.from_numpy(found)
+
+        return compute
+
+    return GraphJob(
+        name=name,
+        module=module,
+        dtype="fp32",
+        values=lambda key: torch.empty(0),
+        place=lambda key: ("", key),
+        original=original,
+        **rest,
+    )
+
+
 def loaded_job(name: str, module: nn.Module, **rest: Any) -> GraphJob:
     """The job of a module that is small enough to be traced with its weights, which become ``<name>.safetensors``."""
     state = {

@@ -7,10 +7,9 @@ tables are (`ddit.runtime.samplers.growing.growing_tables`).
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
-from ddit.exporter.graphs.job import GraphJob, Original, Tables, floats
+from ddit.exporter.graphs.job import GraphJob, Tables, equation_job, floats
 from ddit.exporter.steps import equations
 from ddit.exporter.steps.patches import per_sample
 from ddit.runtime.bundle.manifest import LatentInfo
@@ -53,22 +52,18 @@ def growing_job(latent: LatentInfo) -> GraphJob:
     """The export job of a bundle's grow graph."""
     picture = latent.shape
 
-    def original(device: torch.device) -> Original:
-        def compute(*, fresh: Tensor, **inputs: Tensor) -> Tensor:
-            small = int((fresh[:, 0] == 0).sum()), int((fresh[0] == 0).sum())
-            names = ("latent", "noise", "timestep", "gain")
-            arrays = {name: inputs[name].double().cpu().numpy() for name in names}
-            return torch.from_numpy(equations.grow(small, **arrays))
-
-        return compute
+    def grow(*, fresh: equations.Array, **inputs: equations.Array) -> equations.Array:
+        small = int((fresh[:, 0] == 0).sum()), int((fresh[0] == 0).sum())
+        return equations.grow(small, **{name: inputs[name] for name in ("latent", "noise", "timestep", "gain")})
 
     def tables(sizes: Mapping[str, int]) -> Tables:
         height, width = sizes["H"], sizes["W"]
         return growing_tables((max(1, height // 2), max(1, width // 2)), (height, width))
 
-    return GraphJob(
-        name="grow",
-        module=GrowGraph(),
+    return equation_job(
+        "grow",
+        GrowGraph(),
+        grow,
         inputs=(
             floats("latent", *picture),
             floats("noise", *picture),
@@ -81,10 +76,6 @@ def growing_job(latent: LatentInfo) -> GraphJob:
             floats("fresh", "H", "W"),
         ),
         outputs=(floats("next_latent", *picture),),
-        dtype="fp32",
-        values=lambda name: torch.empty(0),
-        place=lambda name: ("", name),
-        original=original,
         trace_sizes={"B": 2, "F": 3, "H": 8, "W": 12},
         tables=tables,
     )

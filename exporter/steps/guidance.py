@@ -3,10 +3,9 @@
 Classifier-free guidance (arXiv 2207.12598), as diffusers computes it: v = v₋ + s·(v₊ − v₋).
 """
 
-import torch
 from torch import Tensor, nn
 
-from ddit.exporter.graphs.job import GraphJob, Original, floats
+from ddit.exporter.graphs.job import GraphJob, equation_job, floats
 from ddit.exporter.steps import equations
 from ddit.exporter.steps.patches import per_sample
 from ddit.runtime.bundle.manifest import LatentInfo
@@ -30,25 +29,15 @@ class GuideGraph(nn.Module):
 def guidance_job(latent: LatentInfo) -> GraphJob:
     """The export job of the guide graph."""
 
-    def original(device: torch.device) -> Original:
-        def compute(**inputs: Tensor) -> Tensor:
-            arrays = {name: value.double().cpu().numpy() for name, value in inputs.items()}
-            return torch.from_numpy(equations.guide(**arrays))
-
-        return compute
-
-    return GraphJob(
-        name="guide",
-        module=GuideGraph(),
+    return equation_job(
+        "guide",
+        GuideGraph(),
+        equations.guide,
         inputs=(
             floats("velocity_conditional", *latent.shape),
             floats("velocity_unconditional", *latent.shape),
             floats("guidance", "B"),
         ),
         outputs=(floats("velocity", *latent.shape),),
-        dtype="fp32",
-        values=lambda name: torch.empty(0),
-        place=lambda name: ("", name),
-        original=original,
         trace_sizes={"B": 2, "F": 3, "H": 8, "W": 12},
     )

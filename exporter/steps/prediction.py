@@ -5,10 +5,9 @@ last computed steps: v̂ = Σₖ wₖ vₖ. The weights are a few numbers that t
 (the last velocity again, a line or a parabola through the last ones) is the same graph.
 """
 
-import torch
 from torch import Tensor, nn
 
-from ddit.exporter.graphs.job import GraphJob, Original, floats
+from ddit.exporter.graphs.job import GraphJob, equation_job, floats
 from ddit.exporter.steps import equations
 from ddit.runtime.bundle.manifest import LatentInfo
 from ddit.runtime.policies.prediction import KEPT_VELOCITIES
@@ -36,24 +35,14 @@ def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
 def prediction_job(latent: LatentInfo) -> GraphJob:
     """The export job of a bundle's prediction graph."""
 
-    def original(device: torch.device) -> Original:
-        def compute(**inputs: Tensor) -> Tensor:
-            arrays = {name: value.double().cpu().numpy() for name, value in inputs.items()}
-            return torch.from_numpy(equations.predict(**arrays))
-
-        return compute
-
-    return GraphJob(
-        name="predict",
-        module=PredictionGraph(),
+    return equation_job(
+        "predict",
+        PredictionGraph(),
+        equations.predict,
         inputs=(
             floats("velocities", "B", KEPT_VELOCITIES, *latent.shape[1:]),
             floats("prediction", "B", KEPT_VELOCITIES),
         ),
         outputs=(floats("velocity", *latent.shape),),
-        dtype="fp32",
-        values=lambda name: torch.empty(0),
-        place=lambda name: ("", name),
-        original=original,
         trace_sizes={"B": 2, "F": 3, "H": 8, "W": 12},
     )

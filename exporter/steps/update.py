@@ -18,11 +18,12 @@ mend with it what the predicted steps before it have moved wrongly.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ddit.exporter.graphs.job import GraphJob, Original, floats
+from ddit.exporter.graphs.job import GraphJob, equation_job, floats
 from ddit.exporter.steps import equations
 from ddit.exporter.steps.patches import patch_detail, patch_deviation, patch_rms, per_sample
 from ddit.exporter.steps.prediction import weighted_sum
@@ -123,16 +124,10 @@ def step_job(latent: LatentInfo, native: int, coarse: Sequence[int], sampler: Sa
     order = sampler.order if sampler.kind == "flow_unipc" else 0
     estimates = ("B", order, *picture[1:])
 
-    def original(device: torch.device) -> Original:
-        def compute(**inputs: Tensor) -> tuple[Tensor, ...]:
-            arrays = {name: value.double().cpu().numpy() for name, value in inputs.items()}
-            return tuple(map(torch.from_numpy, equations.step(native, coarse, **arrays)))
-
-        return compute
-
-    return GraphJob(
-        name="step",
-        module=StepGraph(native, coarse),
+    return equation_job(
+        "step",
+        StepGraph(native, coarse),
+        partial(equations.step, native, coarse),
         inputs=(
             *(floats(name, *picture) for name in ("latent", "velocity")),
             floats("timestep", "B"),
@@ -152,9 +147,5 @@ def step_job(latent: LatentInfo, native: int, coarse: Sequence[int], sampler: Sa
             floats("prediction_error", "B", *latent.patch_grid(native)),
             *(floats(f"deviation_{p}", "B", *latent.patch_grid(p)) for p in coarse),
         ),
-        dtype="fp32",
-        values=lambda name: torch.empty(0),
-        place=lambda name: ("", name),
-        original=original,
         trace_sizes={"B": 2, "F": 3, "H": 2 * unit, "W": 3 * unit},
     )
