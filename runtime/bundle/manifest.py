@@ -512,12 +512,10 @@ class Manifest(_Model):
         ``B`` samples, latent ``H`` and ``W``, of a clip ``F``, and ``L`` text tokens. Raises `UsageError` when a level
         does not divide the size, or when the profile does not hold it.
         """
-        asked = {"batch": batch, **size.by_name(), "text": text}
+        asked = {**size.by_name(), "text": text, "batch": batch}
         shapes.check(self.latent, self.patches, asked)
         if not self.profile.contains(**asked):
-            what = ", ".join(
-                f"{name} {number}" for name, number in ({**size.by_name(), "text": text, "batch": batch}).items()
-            )
+            what = ", ".join(f"{name} {number}" for name, number in asked.items())
             raise UsageError(
                 f"{what} is outside the bundle's profile {self.profile.name!r} ({self.profile}); "
                 "export again with --profile"

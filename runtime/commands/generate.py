@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as ProgressBar
 
 from ddit.runtime import strict_json
+from ddit.runtime.backends.registry import open_backend
 from ddit.runtime.bundle import Bundle
 from ddit.runtime.bundle.manifest import VideoDecoderInfo
 from ddit.runtime.commands.options import BACKEND, BUNDLE, FRAMES, HEIGHT, JSON, THREADS, WIDTH, Seconds, check_type
@@ -99,7 +100,8 @@ def generate(
     # before the work, not after it: whatever would keep the results from being written
     for path in filter(None, (plot_file, map_file)):
         check_type(path, plot_types())
-    decoder = Bundle.open(bundle).manifest.decoder
+    opened = Bundle.open(bundle)
+    decoder = opened.manifest.decoder
     clip = decoder.kind == "video"
     if fps and not clip:
         raise UsageError("this model makes pictures; --fps is for clips")
@@ -111,7 +113,7 @@ def generate(
         check_clip_type(out)
     first = frame_files(out, 1) if numbered else [out]
     check_outputs([path for path in (*first, trace_file, plot_file, map_file) if path])
-    pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
+    pipeline = Pipeline(opened, open_backend(backend, opened, threads))
     if map_file and len(pipeline.bundle.manifest.levels) < 2:
         raise UsageError("a map shows what coarse levels would miss, and the bundle has none")
     with _progress_bar() as bar:
