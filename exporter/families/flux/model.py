@@ -16,7 +16,6 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config,
 
 from ddit.exporter.components import TORCH_DTYPES, load_component, load_rounded, load_text_pipeline, shortened
 from ddit.exporter.families import FLUX
-from ddit.exporter.families.base import Family
 from ddit.exporter.families.flux import original
 from ddit.exporter.families.flux.modules import (
     ATTENTION,
@@ -29,7 +28,8 @@ from ddit.exporter.families.flux.modules import (
     VaeDecoder,
     resized_ends,
 )
-from ddit.exporter.graphs.job import GraphJob, Original, Tables, floats, ids, level_name, loaded_job
+from ddit.exporter.families.pretrained import TRUNK_FILE, PretrainedFamily
+from ddit.exporter.graphs.job import GraphJob, Original, floats, ids, loaded_job
 from ddit.exporter.graphs.weights import SafetensorsFolder
 from ddit.exporter.levels import AdapterConfig
 from ddit.exporter.schedulers import EULER, EULER_FIXED, check_scheduler
@@ -47,14 +47,13 @@ from ddit.runtime.bundle.manifest import (
     RotaryAxis,
     RotaryInfo,
     SpectrumInfo,
+    TensorSpec,
     TextEncoderInfo,
     TokenizerInfo,
 )
-from ddit.runtime.conditioning.positions import level_tables
 from ddit.runtime.errors import ModelError
 
 CLIP, T5, DECODER = "clip", "t5", "vae_decoder"  # graphs
-TRUNK_FILE = "transformer.safetensors"
 # TeaCache's polynomial for FLUX.1, from the paper's code; the highest power first
 TEACACHE = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
 TEXT_LENGTH = 512  # of FLUX.1-dev's T5
@@ -63,7 +62,7 @@ SPECTRUM = SpectrumInfo(amplitude=203.615097, exponent=1.915461)  # of FLUX.1's 
 
 
 @dataclass(frozen=True)
-class Flux(Family):
+class Flux(PretrainedFamily):
     """A FLUX.1 pipeline's folder, to be exported at some levels."""
 
     info = FLUX
@@ -71,6 +70,7 @@ class Flux(Family):
     native = NATIVE_PATCH
     feed_forward = FEED_FORWARD
     attention = ATTENTION
+    embedding = "x_embedder"
     transformer_class = FluxTransformer2DModel
     text_component = "tokenizer_2"
     longest_text = TEXT_LENGTH
@@ -85,11 +85,6 @@ class Flux(Family):
             config["num_layers"] = min(self.depth, config["num_layers"])
             config["num_single_layers"] = min(self.depth, config["num_single_layers"])
         return config
-
-    @cached_property
-    def vae_config(self) -> dict[str, Any]:
-        """The VAE's configuration."""
-        return self.source.config("vae")
 
     @property
     def latent(self) -> LatentInfo:
@@ -242,55 +237,26 @@ class Flux(Family):
 
         return encode
 
-    def level_job(self, patch: int) -> GraphJob:
-        """The graph of one level."""
+    @property
+    def text_inputs(self) -> tuple[TensorSpec, ...]:
+        """T5's hidden states and CLIP's pooled output."""
         config = self.transformer_config
-        module = self.level(self._meta_transformer, patch)
-        own = module.own_parameters()
-        adapter = self.adapter if module.config is not None else None
-
-        def values(name: str) -> Tensor:
-            if name not in own:
-                return self._transformer_weights[_trunk_name(name)]
-            return adapter.value(patch, name) if adapter else resized_ends(self._transformer_weights, patch)[name]
-
-        def place(name: str) -> tuple[str, str]:
-            return (f"{level_name(patch)}.safetensors", name) if name in own else (TRUNK_FILE, _trunk_name(name))
-
-        def tables(sizes: Mapping[str, int]) -> Tables:
-            return level_tables(self.positions, self.latent, NATIVE_PATCH, patch, sizes)
-
-        table = (f"H/{patch}", f"W/{patch}", sum(config["axes_dims_rope"]))
-        picture = ("B", self.latent.channels, "H", "W")
-        return GraphJob(
-            name=level_name(patch),
-            module=module,
-            inputs=(
-                floats("latent", *picture),
-                floats("timestep", "B"),
-                floats("context", "B", "L", config["joint_attention_dim"]),
-                floats("pooled", "B", config["pooled_projection_dim"]),
-                floats("rope_cos", *table),
-                floats("rope_sin", *table),
-                *([floats("guidance", "B")] if self.guidance.embedded else []),
-            ),
-            outputs=(floats("velocity", *picture),),
-            dtype=self.dtype,
-            values=values,
-            place=place,
-            original=partial(self._original_level, patch),
-            trace_sizes={"B": 2, "H": 2 * patch, "W": 3 * patch, "L": 5},
-            tables=tables,
+        return (
+            floats("context", "B", "L", config["joint_attention_dim"]),
+            floats("pooled", "B", config["pooled_projection_dim"]),
         )
 
-    def _original_level(self, patch: int, device: torch.device) -> Original:
-        """diffusers' transformer at the native patch. Coarse levels have no original: the module itself, in torch."""
-        transformer = self._transformer()
-        if patch == NATIVE_PATCH:
-            return original.native_velocity(transformer.float().to(device))
-        level = self.level(transformer, patch).float().to(device)
-        level.dtype = torch.float32
-        return level
+    def trace_sizes(self, patch: int) -> Mapping[str, int]:
+        """Of a small picture."""
+        return {"B": 2, "H": 2 * patch, "W": 3 * patch, "L": 5}
+
+    def resized_ends(self, patch: int) -> Mapping[str, Tensor]:
+        """From the native level's."""
+        return resized_ends(self._transformer_weights, patch)
+
+    def native_original(self, transformer: nn.Module) -> Original:
+        """diffusers' transformer on packed latents."""
+        return original.native_velocity(transformer)
 
     def _gate_job(self) -> GraphJob:
         """The gate's graph; all of its weights are the native level's."""
@@ -328,26 +294,6 @@ class Flux(Family):
             original=load_original,
             trace_sizes={"B": 2, "H": 2 * patch, "W": 3 * patch},
         )
-
-    @cached_property
-    def _meta_transformer(self) -> nn.Module:
-        """The transformer without weights; every level is traced over this one."""
-        with torch.device("meta"):
-            transformer: nn.Module = FluxTransformer2DModel.from_config(self.transformer_config)
-        return transformer.to(TORCH_DTYPES[self.dtype])
-
-    @cached_property
-    def _transformer_weights(self) -> SafetensorsFolder:
-        return SafetensorsFolder(self.source.folder / "transformer")
-
-    def _transformer(self) -> nn.Module:
-        """The transformer with its weights in the graphs' type, read independently of the export where possible."""
-        if self.depth is None:
-            folder = self.source.folder / "transformer"
-            transformer: nn.Module = load_component(FluxTransformer2DModel, folder, self.dtype)
-            return transformer
-        make = partial(FluxTransformer2DModel.from_config, self.transformer_config)
-        return shortened(make, self._transformer_weights)
 
     def _clip_job(self) -> GraphJob:
         folder = self.source.folder / "text_encoder"
@@ -423,15 +369,3 @@ def rotary_positions(dimensions: Sequence[int]) -> RotaryInfo:
     names: tuple[Literal["height", "width"] | None, ...] = (None, "height", "width")
     axes = (RotaryAxis(axis=name, dimensions=size) for name, size in zip(names, dimensions, strict=True))
     return RotaryInfo(axes=tuple(axes), theta=ROPE_THETA)
-
-
-def _trunk_name(name: str) -> str:
-    """A shared parameter's name in the pipeline's files.
-
-    The native level's embedding and head are the transformer's own layers, which the module has under two names.
-    """
-    if name.startswith("embed."):
-        return name.replace("embed.", "x_embedder.", 1)
-    if name.startswith("head."):
-        return name.replace("head.", "proj_out.", 1)
-    return name.removeprefix("trunk.")

@@ -24,7 +24,7 @@ from ddit.exporter.components import (
     shortened,
 )
 from ddit.exporter.families import WAN
-from ddit.exporter.families.base import Family
+from ddit.exporter.families.pretrained import TRUNK_FILE, PretrainedFamily
 from ddit.exporter.families.wan import original
 from ddit.exporter.families.wan.decoder import CACHED_FRAMES, FirstFrame, NextFrames
 from ddit.exporter.families.wan.modules import (
@@ -36,7 +36,7 @@ from ddit.exporter.families.wan.modules import (
     WanLevel,
     resized_ends,
 )
-from ddit.exporter.graphs.job import GraphJob, Original, Tables, floats, ids, level_name, loaded_job
+from ddit.exporter.graphs.job import GraphJob, Original, floats, ids, loaded_job
 from ddit.exporter.graphs.weights import SafetensorsFolder
 from ddit.exporter.levels import AdapterConfig
 from ddit.exporter.schedulers import EULER, EULER_FIXED, UNIPC, UNIPC_FIXED, check_scheduler
@@ -54,16 +54,15 @@ from ddit.runtime.bundle.manifest import (
     RotaryInfo,
     SamplerInfo,
     SpectrumInfo,
+    TensorSpec,
     TextEncoderInfo,
     TokenizerInfo,
     UniPCInfo,
     VideoDecoderInfo,
 )
-from ddit.runtime.conditioning.positions import level_tables
 from ddit.runtime.errors import ModelError
 
 UMT5, FIRST, FOLLOWING = "umt5", "vae_first_frame", "vae_next_frames"  # graphs
-TRUNK_FILE = "transformer.safetensors"
 # TeaCache's polynomial for Wan 2.1 T2V 1.3B without `use_ret_steps`, from the paper's code; the highest power first
 TEACACHE = (2396.76752, -1311.10545, 201.331979, -8.29855975, 0.137887774)
 ROPE_THETA = 10000.0  # fixed in diffusers' WanTransformer3DModel
@@ -75,7 +74,7 @@ VAE_DTYPE: Dtype = "fp32"  # as Wan's model cards run it, whatever the transform
 
 
 @dataclass(frozen=True)
-class Wan(Family):
+class Wan(PretrainedFamily):
     """A Wan 2.1 text-to-video pipeline's folder, to be exported at some levels."""
 
     info = WAN
@@ -83,6 +82,7 @@ class Wan(Family):
     native = NATIVE_PATCH
     feed_forward = FEED_FORWARD
     attention = ATTENTION
+    embedding = "patch_embedding"
     transformer_class = WanTransformer3DModel
     text_component = "tokenizer"
     longest_text = TEXT_LENGTH
@@ -96,11 +96,6 @@ class Wan(Family):
         if self.depth is not None:
             config["num_layers"] = min(self.depth, config["num_layers"])
         return config
-
-    @cached_property
-    def vae_config(self) -> dict[str, Any]:
-        """The VAE's configuration."""
-        return self.source.config("vae")
 
     @property
     def latent(self) -> LatentInfo:
@@ -295,53 +290,31 @@ class Wan(Family):
 
         return encode
 
-    def level_job(self, patch: int) -> GraphJob:
-        """The graph of one level."""
-        config = self.transformer_config
-        module = self.level(self._meta_transformer, patch)
-        own = module.own_parameters()
-        adapter = self.adapter if module.config is not None else None
+    @property
+    def text_inputs(self) -> tuple[TensorSpec, ...]:
+        """UMT5's hidden states."""
+        return (floats("context", "B", "L", self.transformer_config["text_dim"]),)
 
-        def values(name: str) -> Tensor:
-            if name not in own:
-                stored = self._transformer_weights[_trunk_name(name)]
-                return stored.flatten(1) if _trunk_name(name) == "patch_embedding.weight" else stored
-            return adapter.value(patch, name) if adapter else resized_ends(self._transformer_weights, patch)[name]
+    def trace_sizes(self, patch: int) -> Mapping[str, int]:
+        """Of a small clip."""
+        return {"B": 2, "F": 3, "H": 4 * patch, "W": 5 * patch, "L": 7}
 
-        def place(name: str) -> tuple[str, str]:
-            return (f"{level_name(patch)}.safetensors", name) if name in own else (TRUNK_FILE, _trunk_name(name))
+    def resized_ends(self, patch: int) -> Mapping[str, Tensor]:
+        """From the native level's."""
+        return resized_ends(self._transformer_weights, patch)
 
-        def tables(sizes: Mapping[str, int]) -> Tables:
-            return level_tables(self.positions, self.latent, NATIVE_PATCH, patch, sizes)
+    def native_original(self, transformer: nn.Module) -> Original:
+        """diffusers' transformer with its own positions."""
+        return original.native_velocity(transformer)
 
-        table = (*self.latent.patch_grid(patch), config["attention_head_dim"])
-        return GraphJob(
-            name=level_name(patch),
-            module=module,
-            inputs=(
-                floats("latent", *self.latent.shape),
-                floats("timestep", "B"),
-                floats("context", "B", "L", config["text_dim"]),
-                floats("rope_cos", *table),
-                floats("rope_sin", *table),
-            ),
-            outputs=(floats("velocity", *self.latent.shape),),
-            dtype=self.dtype,
-            values=values,
-            place=place,
-            original=partial(self._original_level, patch),
-            trace_sizes={"B": 2, "F": 3, "H": 4 * patch, "W": 5 * patch, "L": 7},
-            tables=tables,
-        )
+    def rounded(self, transformer: nn.Module) -> nn.Module:
+        """A transformer in the graphs' type, but for what diffusers keeps in float32."""
+        return keep_float32(transformer, WanTransformer3DModel._keep_in_fp32_modules, TORCH_DTYPES[self.dtype])
 
-    def _original_level(self, patch: int, device: torch.device) -> Original:
-        """diffusers' transformer at the native patch. Coarse levels have no original: the module itself, in torch."""
-        transformer = self._transformer()
-        if patch == NATIVE_PATCH:
-            return original.native_velocity(transformer.float().to(device))
-        level = self.level(transformer, patch).float().to(device)
-        level.dtype = torch.float32
-        return level
+    def stored_value(self, stored: str) -> Tensor:
+        """As it is stored; the patch embedding, a convolution there, is a linear layer here."""
+        value = self._transformer_weights[stored]
+        return value.flatten(1) if stored == f"{self.embedding}.weight" else value
 
     def _gate_job(self) -> GraphJob:
         """The gate's graph. All of its weights are the levels', which have them in float32 whatever their type."""
@@ -367,30 +340,6 @@ class Wan(Family):
             original=load_original,
             trace_sizes={"B": 2},
         )
-
-    @cached_property
-    def _meta_transformer(self) -> nn.Module:
-        """The transformer without weights; every level is traced over this one."""
-        with torch.device("meta"):
-            transformer: nn.Module = WanTransformer3DModel.from_config(self.transformer_config)
-        return self._rounded(transformer)
-
-    def _rounded(self, transformer: nn.Module) -> nn.Module:
-        """The transformer in the graphs' type, but for what diffusers keeps in float32."""
-        return keep_float32(transformer, WanTransformer3DModel._keep_in_fp32_modules, TORCH_DTYPES[self.dtype])
-
-    @cached_property
-    def _transformer_weights(self) -> SafetensorsFolder:
-        return SafetensorsFolder(self.source.folder / "transformer")
-
-    def _transformer(self) -> nn.Module:
-        """The transformer with its weights in the graphs' type, read independently of the export where possible."""
-        if self.depth is None:
-            folder = self.source.folder / "transformer"
-            transformer: nn.Module = load_component(WanTransformer3DModel, folder, self.dtype)
-            return transformer
-        make = partial(WanTransformer3DModel.from_config, self.transformer_config)
-        return shortened(make, self._transformer_weights)
 
     @cached_property
     def _umt5_config(self) -> UMT5Config:
@@ -476,15 +425,3 @@ def rotary_positions(head: int) -> RotaryInfo:
 def _sides(scale: int) -> tuple[str, str]:
     """Height and width of a tensor with so many pixels along a latent pixel."""
     return ("H", "W") if scale == 1 else (f"H*{scale}", f"W*{scale}")
-
-
-def _trunk_name(name: str) -> str:
-    """A shared parameter's name in the pipeline's files.
-
-    The native level's embedding and head are the transformer's own layers, which the module has under two names.
-    """
-    if name.startswith("embed."):
-        return name.replace("embed.", "patch_embedding.", 1)
-    if name.startswith("head."):
-        return name.replace("head.", "proj_out.", 1)
-    return name.removeprefix("trunk.")
