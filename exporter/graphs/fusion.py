@@ -19,6 +19,8 @@ The kernels want channels that are a multiple of 8 and heads of a power of two. 
 nodes stay.
 """
 
+from typing import Any
+
 import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript.rewriter import RewritePass, RewriteRuleClassBase, RewriteRuleSet
@@ -30,6 +32,7 @@ from ddit.exporter.graphs.values import (
     heads,
     integers,
     is_bias,
+    length,
     number,
 )
 
@@ -80,7 +83,7 @@ class GatedResidual(RewriteRuleClassBase):
         return op.GatedResidual(x, y, bias, gate, _domain=DOMAIN)
 
 
-class GatedResidualInFloat32(GatedResidual):
+class GatedResidualInFloat32(RewriteRuleClassBase):
     """The same in half precision's graphs whose gates are float32 (Wan)."""
 
     def pattern(self, op, wide, y, bias, gate, narrow):
@@ -90,12 +93,11 @@ class GatedResidualInFloat32(GatedResidual):
 
     def check(self, context, wide, y, bias, gate, narrow, **_):
         """The sum's type is the one that was made wide."""
-        x = _narrow(wide, narrow)
-        return x is not None and super().check(context, x, y, bias, gate)
+        return _narrow(wide, narrow) is not None and _is_linear(y, bias) and has_row_per_sample(gate)
 
     def rewrite(self, op, wide, y, bias, gate, narrow, **_):
         """One operator on the graph's type."""
-        return super().rewrite(op, _narrow(wide, narrow), y, bias, gate)
+        return op.GatedResidual(_narrow(wide, narrow), y, bias, gate, _domain=DOMAIN)
 
 
 class Residual(RewriteRuleClassBase):
@@ -160,17 +162,14 @@ class ModulatedNorm(RewriteRuleClassBase):
 
     def check(self, context, x, scale, shift, normed, **_):
         """Scale and shift are one row for every sample or one for all, and the channels are known."""
-        rows = all(has_row_per_sample(value) or is_bias(value) for value in (scale, shift))
-        return rows and _fits(_width(normed))
+        return _is_modulation(scale, shift) and _fits(_width(normed))
 
     def rewrite(self, op, x, scale, shift, normed, **_):
         """One operator, which adds the 1 of adaLN's ``1 + scale`` itself."""
-        scale, offset = _without_offset(op, scale)
-        epsilon = normed.producer().attributes.get_float("epsilon", 1e-5)
-        return op.ModulatedNorm(x, scale, shift, epsilon=epsilon, offset=offset, _domain=DOMAIN)
+        return _modulated(op, x, scale, shift, normed)
 
 
-class ModulatedNormInFloat32(ModulatedNorm):
+class ModulatedNormInFloat32(RewriteRuleClassBase):
     """The same in half precision's graphs that compute it in float32 (Wan)."""
 
     def pattern(self, op, wide, scale, shift, narrow):
@@ -180,12 +179,11 @@ class ModulatedNormInFloat32(ModulatedNorm):
 
     def check(self, context, wide, scale, shift, narrow, rounded, **_):
         """The result's type is the one that was made wide."""
-        x = _narrow(wide, narrow)
-        return x is not None and super().check(context, x, scale, shift, rounded)
+        return _narrow(wide, narrow) is not None and _is_modulation(scale, shift) and _fits(_width(rounded))
 
     def rewrite(self, op, wide, scale, shift, narrow, normed, **_):
         """One operator on the graph's type."""
-        return super().rewrite(op, _narrow(wide, narrow), scale, shift, normed)
+        return _modulated(op, _narrow(wide, narrow), scale, shift, normed)
 
 
 class SumAndNorm(RewriteRuleClassBase):
@@ -203,8 +201,8 @@ class SumAndNorm(RewriteRuleClassBase):
     def rewrite(self, op, total, scale, shift, normed):
         """One operator with two outputs."""
         kind, branch, _ = self.operator.partition(WITH_BRANCH)
-        given = {name: one.value for name, one in normed.producer().attributes.items()}
-        total, normed = _again(op, total, f"{kind}Norm{branch}", scale, shift, _outputs=2, **given)
+        name = f"{kind}Norm{branch}"
+        total, normed = _again(op, total, name, scale, shift, _outputs=2, **_attributes(normed))
         return normed, total
 
 
@@ -237,15 +235,20 @@ class BiasNorm(RewriteRuleClassBase):
 
     def check(self, context, x, bias, weight, shape, whole, **_):
         """The heads are known, and as the kernels want them."""
-        if not (_joins_again(bias, shape, whole) and is_bias(weight)):
+        found = heads(shape)
+        if found is None or not _joins_again(bias, shape, whole):
             return False
-        _, size = heads(shape)
-        return _fits(size) if self.across else weight.shape[0] == size and size in HEADS
+        size = found[1]
+        if self.across:
+            return length(weight) == length(bias) and _fits(size)
+        return length(weight) == size and size in HEADS
 
     def rewrite(self, op, x, bias, weight, shape, normed, **_):
         """One operator on (B, S, heads · size)."""
-        given = {"epsilon": normed.producer().attributes.get_float("epsilon", 1e-5), "across": self.across}
-        return op.BiasNorm(x, bias, weight, num_heads=heads(shape)[0], **given, _domain=DOMAIN)
+        found = heads(shape)
+        assert found is not None
+        options = {"num_heads": found[0], "epsilon": _epsilon(normed), "across": self.across}
+        return op.BiasNorm(x, bias, weight, **options, _domain=DOMAIN)
 
 
 class BiasNormAcross(BiasNorm):
@@ -289,8 +292,8 @@ class BiasNormRotary(RewriteRuleClassBase):
 
     def rewrite(self, op, x, bias, weight, cos, sin, normed, **_):
         """One operator, whose tables are float32."""
-        given = {name: one.value for name, one in normed.producer().attributes.items()}
-        return op.BiasNormRotary(x, bias, weight, _table(op, cos), _table(op, sin), **given, _domain=DOMAIN)
+        tables = (_table(op, cos), _table(op, sin))
+        return op.BiasNormRotary(x, bias, weight, *tables, **_attributes(normed), _domain=DOMAIN)
 
 
 class JoinedBiasNormRotary(RewriteRuleClassBase):
@@ -304,15 +307,13 @@ class JoinedBiasNormRotary(RewriteRuleClassBase):
 
     def check(self, context, first, text_normed, normed, **_):
         """The two are normed alike."""
-        one, other = (dict(value.producer().attributes) for value in (text_normed, normed))
-        alike = {name: one.value for name, one in one.items()} == {name: one.value for name, one in other.items()}
-        return alike and integers(first) == [0]
+        return _attributes(text_normed) == _attributes(normed) and integers(first) == [0]
 
     def rewrite(self, op, text, text_bias, text_weight, x, bias, weight, cos, sin, normed, **_):
         """One operator for both."""
-        given = {name: one.value for name, one in normed.producer().attributes.items()}
+        both = (text, text_bias, text_weight, x, bias, weight)
         tables = (_table(op, cos), _table(op, sin))
-        return op.JoinedBiasNormRotary(text, text_bias, text_weight, x, bias, weight, *tables, **given, _domain=DOMAIN)
+        return op.JoinedBiasNormRotary(*both, *tables, **_attributes(normed), _domain=DOMAIN)
 
 
 class JoinedBias(RewriteRuleClassBase):
@@ -393,8 +394,19 @@ def _again(op, value: ir.Value, operator: str | None = None, *more: ir.Value, _o
     """The node that makes a value once more, with more inputs and attributes, or as another operator."""
     node = value.producer()
     assert node is not None
-    given = {name: one.value for name, one in node.attributes.items()} | given
-    return getattr(op, operator or node.op_type)(*node.inputs, *more, **given, _domain=DOMAIN, _outputs=_outputs)
+    options = _attributes(value) | given
+    return getattr(op, operator or node.op_type)(*node.inputs, *more, **options, _domain=DOMAIN, _outputs=_outputs)
+
+
+def _attributes(value: ir.Value) -> dict[str, Any]:
+    """The attributes of the node that makes a value."""
+    node = value.producer()
+    return {} if node is None else {name: attribute.value for name, attribute in node.attributes.items()}
+
+
+def _epsilon(normed: ir.Value) -> float:
+    """What a norm adds before it takes the root; 1e-5 where it does not say, by ONNX."""
+    return float(_attributes(normed).get("epsilon", 1e-5))
 
 
 def _fits(channels: int | None) -> bool:
@@ -427,15 +439,15 @@ def _is_linear(product: ir.Value, bias: ir.Value) -> bool:
     """Whether two values are what a linear layer adds, of channels that the kernels take."""
     node = product.producer()
     with_branch = node is not None and node.op_type == "Add" and all(one and _is_product(one) for one in node.inputs)
-    return is_bias(bias) and _fits(bias.shape[0]) and (with_branch or _is_product(product))
+    return _fits(length(bias)) and (with_branch or _is_product(product))
 
 
 def _joins_again(bias: ir.Value, shape: ir.Value, whole: ir.Value) -> bool:
     """Whether heads are taken apart from as many channels as a bias has, and joined to those again."""
     found = heads(shape)
-    if found is None or not is_bias(bias) or integers(whole) != WHOLE_HEADS:
+    if found is None or integers(whole) != WHOLE_HEADS:
         return False
-    return bias.shape[0] == found[0] * found[1] and _fits(bias.shape[0])
+    return length(bias) == found[0] * found[1] and _fits(length(bias))
 
 
 def _narrow(wide: ir.Value, narrow: ir.Attr) -> ir.Value | None:
@@ -454,15 +466,20 @@ def _table(op, table: ir.Value):
     return op.Cast(exact, to=FLOAT)
 
 
-def _without_offset(op, scale: ir.Value):
-    """A scale without the number that is added to it, and the number: 1 in adaLN, nothing elsewhere."""
-    node = scale.producer()
-    axes = None
-    if node is not None and node.op_type == "Unsqueeze":
-        node, axes = node.inputs[0].producer(), node.inputs[1]
-    if node is None or node.op_type != "Add" or (offset := number(node.inputs[1])) is None:
-        return scale, 0.0
-    return (node.inputs[0] if axes is None else op.Unsqueeze(node.inputs[0], axes)), offset
+def _is_modulation(scale: ir.Value, shift: ir.Value) -> bool:
+    """Whether scale and shift are one row for every sample, or one for all."""
+    return all(has_row_per_sample(value) or is_bias(value) for value in (scale, shift))
+
+
+def _modulated(op, x, scale, shift, normed):
+    """The operator for a norm; a number that is added to its scale is taken in: 1 in adaLN, nothing elsewhere."""
+    offset, factor, axes = 0.0, scale.producer(), None
+    if factor is not None and factor.op_type == "Unsqueeze" and factor.inputs[0] is not None:
+        factor, axes = factor.inputs[0].producer(), factor.inputs[1]
+    if factor is not None and factor.op_type == "Add" and (added := number(factor.inputs[1])) is not None:
+        offset = added
+        scale = factor.inputs[0] if axes is None else op.Unsqueeze(factor.inputs[0], axes)
+    return op.ModulatedNorm(x, scale, shift, epsilon=_epsilon(normed), offset=offset, _domain=DOMAIN)
 
 
 SUMS = ("Residual", "GatedResidual", "GatedResidualWithBranch")

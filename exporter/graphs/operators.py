@@ -26,12 +26,14 @@ JoinedBiasGelu, …            first, then such a gelu, along channels          
 ===========================  =======================================================================  ================
 """
 
+from collections.abc import Callable
 from math import inf
+from typing import Any
 
 import onnx_ir as ir
 from onnxscript import opset23 as op
 from onnxscript import script
-from onnxscript.values import Opset
+from onnxscript.values import OnnxFunction, Opset
 
 DOMAIN, VERSION = "ddit", 1
 CONTRIB, CONTRIB_VERSION = "com.microsoft", 1  # ONNX Runtime's own operators
@@ -40,61 +42,65 @@ HEADS = (8, 16, 32, 64, 128, 256)  # and one of these sizes of a head, where the
 
 ddit = Opset(DOMAIN, VERSION)
 contrib = Opset(CONTRIB, CONTRIB_VERSION)
+FUNCTIONS: dict[str, OnnxFunction] = {}
 
 
-@script(ddit, default_opset=op)
-def ModulatedNorm(x, scale, shift, epsilon: float = 1e-6, offset: float = 1.0):  # noqa: N802
+def operator(function: Callable[..., Any]) -> OnnxFunction:
+    """Turn a Python function into an ONNX function of this domain; onnxscript reads its source."""
+    translated = script(ddit, default_opset=op)(function)
+    FUNCTIONS[translated.name] = translated
+    return translated
+
+
+@operator
+def ModulatedNorm(x, scale, shift, epsilon: float = 1e-6, offset: float = 1.0):
     factor = op.Add(scale, op.CastLike(op.Constant(value_float=offset), scale))
     normed = op.LayerNormalization(op.CastLike(x, scale), factor, shift, axis=-1, epsilon=epsilon)
     return op.CastLike(normed, x)
 
 
-@script(ddit, default_opset=op)
-def Limited(x, limit: float = inf):  # noqa: N802
+@operator
+def Limited(x, limit: float = inf):
     bound = op.Constant(value_float=limit)
-    if op.IsInf(bound):  # noqa: SIM108 (onnxscript knows no conditional expression)
+    if op.IsInf(bound):
         limited = op.Identity(x)
     else:
         limited = op.Clip(x, op.CastLike(op.Neg(bound), x), op.CastLike(bound, x))
     return limited
 
 
-@script(ddit, default_opset=op)
-def Residual(x, y, bias, limit: float = inf):  # noqa: N802
+@operator
+def Residual(x, y, bias, limit: float = inf):
     return ddit.Limited(op.Add(x, op.Add(y, bias)), limit=limit)
 
 
-@script(ddit, default_opset=op)
-def ResidualNorm(  # noqa: N802
-    x, y, bias, scale, shift, limit: float = inf, epsilon: float = 1e-6, offset: float = 1.0
-):
+@operator
+def ResidualNorm(x, y, bias, scale, shift, limit: float = inf, epsilon: float = 1e-6, offset: float = 1.0):
     total = ddit.Residual(x, y, bias, limit=limit)
     normed = ddit.ModulatedNorm(total, scale, shift, epsilon=epsilon, offset=offset)
     return total, normed
 
 
-@script(ddit, default_opset=op)
-def GatedResidual(x, y, bias, gate, limit: float = inf):  # noqa: N802
+@operator
+def GatedResidual(x, y, bias, gate, limit: float = inf):
     moved = op.Mul(gate, op.CastLike(op.Add(y, bias), gate))
     return ddit.Limited(op.CastLike(op.Add(op.CastLike(x, gate), moved), x), limit=limit)
 
 
-@script(ddit, default_opset=op)
-def GatedResidualNorm(  # noqa: N802
-    x, y, bias, gate, scale, shift, limit: float = inf, epsilon: float = 1e-6, offset: float = 1.0
-):
+@operator
+def GatedResidualNorm(x, y, bias, gate, scale, shift, limit: float = inf, epsilon: float = 1e-6, offset: float = 1.0):
     total = ddit.GatedResidual(x, y, bias, gate, limit=limit)
     normed = ddit.ModulatedNorm(total, scale, shift, epsilon=epsilon, offset=offset)
     return total, normed
 
 
-@script(ddit, default_opset=op)
-def GatedResidualWithBranch(x, y, bias, branch, gate, limit: float = inf):  # noqa: N802
+@operator
+def GatedResidualWithBranch(x, y, bias, branch, gate, limit: float = inf):
     return ddit.GatedResidual(x, op.Add(y, branch), bias, gate, limit=limit)
 
 
-@script(ddit, default_opset=op)
-def GatedResidualNormWithBranch(  # noqa: N802
+@operator
+def GatedResidualNormWithBranch(
     x, y, bias, branch, gate, scale, shift, limit: float = inf, epsilon: float = 1e-6, offset: float = 1.0
 ):
     total = ddit.GatedResidualWithBranch(x, y, bias, branch, gate, limit=limit)
@@ -102,8 +108,8 @@ def GatedResidualNormWithBranch(  # noqa: N802
     return total, normed
 
 
-@script(ddit, default_opset=op)
-def BiasNorm(x, bias, weight, num_heads: int, epsilon: float = 1e-6, across: int = 0):  # noqa: N802
+@operator
+def BiasNorm(x, bias, weight, num_heads: int, epsilon: float = 1e-6, across: int = 0):
     # a norm across all heads is one of a single head
     heads = op.Constant(value_int=num_heads)
     all_at_once = op.Cast(op.Constant(value_int=across), to=ir.DataType.BOOL.value)
@@ -113,22 +119,20 @@ def BiasNorm(x, bias, weight, num_heads: int, epsilon: float = 1e-6, across: int
     return op.Reshape(normed, op.Constant(value_ints=[0, 0, -1]))
 
 
-@script(ddit, default_opset=op)
-def Rotary(x, cos, sin):  # noqa: N802
+@operator
+def Rotary(x, cos, sin):
     from_the_first = op.Constant(value_ints=[0])
     return contrib.RotaryEmbedding(x, from_the_first, op.CastLike(cos, x), op.CastLike(sin, x), interleaved=1)
 
 
-@script(ddit, default_opset=op)
-def BiasNormRotary(  # noqa: N802
-    x, bias, weight, cos, sin, num_heads: int, epsilon: float = 1e-6, across: int = 0
-):
+@operator
+def BiasNormRotary(x, bias, weight, cos, sin, num_heads: int, epsilon: float = 1e-6, across: int = 0):
     normed = ddit.BiasNorm(x, bias, weight, num_heads=num_heads, epsilon=epsilon, across=across)
     return ddit.Rotary(normed, cos, sin)
 
 
-@script(ddit, default_opset=op)
-def JoinedBiasNormRotary(  # noqa: N802
+@operator
+def JoinedBiasNormRotary(
     text, text_bias, text_weight, x, bias, weight, cos, sin, num_heads: int, epsilon: float = 1e-6, across: int = 0
 ):
     text = ddit.BiasNorm(text, text_bias, text_weight, num_heads=num_heads, epsilon=epsilon, across=across)
@@ -136,53 +140,29 @@ def JoinedBiasNormRotary(  # noqa: N802
     return ddit.Rotary(op.Concat(text, x, axis=1), cos, sin)
 
 
-@script(ddit, default_opset=op)
-def JoinedBias(text, text_bias, x, bias):  # noqa: N802
+@operator
+def JoinedBias(text, text_bias, x, bias):
     return op.Concat(op.Add(text, text_bias), op.Add(x, bias), axis=1)
 
 
-@script(ddit, default_opset=op)
-def BiasGelu(h, bias):  # noqa: N802
+@operator
+def BiasGelu(h, bias):
     return contrib.FastGelu(h, bias)
 
 
-@script(ddit, default_opset=op)
-def BiasGeluWithBranch(h, bias, branch):  # noqa: N802
+@operator
+def BiasGeluWithBranch(h, bias, branch):
     return contrib.FastGelu(op.Add(h, branch), bias)
 
 
-@script(ddit, default_opset=op)
-def JoinedBiasGelu(first, h, bias):  # noqa: N802
+@operator
+def JoinedBiasGelu(first, h, bias):
     return op.Concat(first, ddit.BiasGelu(h, bias), axis=2)
 
 
-@script(ddit, default_opset=op)
-def JoinedBiasGeluWithBranch(first, h, bias, branch):  # noqa: N802
+@operator
+def JoinedBiasGeluWithBranch(first, h, bias, branch):
     return op.Concat(first, ddit.BiasGeluWithBranch(h, bias, branch), axis=2)
-
-
-FUNCTIONS = {
-    function.name: function
-    for function in (
-        ModulatedNorm,
-        Limited,
-        Residual,
-        ResidualNorm,
-        GatedResidual,
-        GatedResidualNorm,
-        GatedResidualWithBranch,
-        GatedResidualNormWithBranch,
-        BiasNorm,
-        Rotary,
-        BiasNormRotary,
-        JoinedBiasNormRotary,
-        JoinedBias,
-        BiasGelu,
-        BiasGeluWithBranch,
-        JoinedBiasGelu,
-        JoinedBiasGeluWithBranch,
-    )
-}
 
 
 def add_functions(model: ir.Model) -> None:

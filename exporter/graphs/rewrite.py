@@ -12,7 +12,7 @@ in float32
 four ``Transpose`` around ``Attention``      ``MultiHeadAttention``, which takes (B, S, heads · size) as it is
 bias, then ``Gelu`` (tanh)                   ``FastGelu`` with the bias
 ``LayerNormalization``, scale, shift         one ``LayerNormalization`` whose scale and bias have a row per sample
-a branch times its scale, where that is 1     the branch
+a branch times its scale, if that is 1       the branch
 ``Max``, then ``Min`` (fp16's overflow)      ``Clip``
 tokens cut in two and joined again           nothing
 ===========================================  ====================================================================

@@ -31,9 +31,16 @@ def is_all_ones(value: ir.Value) -> bool:
     return tensor is not None and not isinstance(tensor, ir.ExternalTensor) and bool(np.all(tensor.numpy() == 1))
 
 
+def length(value: ir.Value) -> int | None:
+    """How many numbers a stored vector has, as a layer's bias is."""
+    if not value.is_initializer() or value.shape is None or value.shape.rank() != 1:
+        return None
+    return value.shape[0] if isinstance(value.shape[0], int) else None
+
+
 def is_bias(value: ir.Value) -> bool:
     """Whether a value is a stored vector."""
-    return value.is_initializer() and value.shape is not None and value.shape.rank() == 1
+    return length(value) is not None
 
 
 def heads(shape: ir.Value) -> tuple[int, int] | None:
