@@ -463,7 +463,7 @@ def _table(op, table: ir.Value):
     """A table of the rotary embedding in float32, as it was before it was rounded."""
     node = table.producer()
     exact = node.inputs[0] if node is not None and node.op_type == "Cast" else table
-    return op.Cast(exact, to=FLOAT)
+    return exact if exact is not None and exact.dtype == FLOAT else op.Cast(exact, to=FLOAT)
 
 
 def _is_modulation(scale: ir.Value, shift: ir.Value) -> bool:

@@ -135,6 +135,7 @@ class Rotary(RewriteRuleClassBase):
         for table in (_table(cos), _table(sin)):
             halved = op.Slice(table, constant(op, [0]), constant(op, [TO_THE_END]), constant(op, [1]),
                               constant(op, [2]))  # fmt: skip
+            halved.dtype = table.dtype
             to = rounded.producer().attributes["to"].value if self.in_float32 else None
             tables.append(op.Cast(halved, to=to) if to else halved)
         joined = op.Reshape(x, constant(op, WHOLE_HEADS))
