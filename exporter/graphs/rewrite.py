@@ -17,8 +17,8 @@ a branch times its scale, if that is 1       the branch
 tokens cut in two and joined again           nothing
 ===========================================  ====================================================================
 
-The twin names the same tensors of the same weight files, so that sessions share them with every other level. Nothing
-is copied.
+What the library has no operator for is left to a second stage (`fusion`). The twin names the same tensors of the same
+weight files, so that sessions share them with every other level. Nothing is copied.
 """
 
 from dataclasses import dataclass
