@@ -175,7 +175,7 @@ def test_a_branch_s_scale_of_1_goes():
         scaled (float[B, 8] x) => (float[B, 8] once, float[B, 8] twice)
         <float one = {1}, float two = {2}> { once = Mul(x, one) twice = Mul(x, two) }"""
     )
-    RewritePass([rewrite.Once.rule()])(model)
+    RewritePass([rewrite.TimesOne.rule()])(model)
     assert [node.op_type for node in model.graph] == ["Identity", "Mul"]
 
 
