@@ -101,18 +101,18 @@ def report(ours: Pipeline, theirs: Any, size: Size, config: Config) -> Iterator[
     """The sections, each as soon as it is measured."""
     manifest = ours.bundle.manifest
     given = {patch: transformer_inputs(theirs, shrunk(size, patch // manifest.native)) for patch in manifest.patches}
-    runs = {f"`{schedule}`": our_run(ours, schedule, size, config.steps) for schedule in config.schedules}
-    run = their_run(theirs, size, config.steps)
+    runs = {f"ddit, `{schedule}`": our_run(ours, schedule, size, config.steps) for schedule in config.schedules}
+    run, warm_up = their_run(theirs, size, config.steps), their_run(theirs, size, 2)
     whole: dict[str, float] = {}
     steps: dict[str, dict[int, float]] = {}
     if config.eager:
         steps["diffusers"] = {patch: median(step_of(theirs.transformer, x), config) for patch, x in given.items()}
         if runs:
-            whole["diffusers"] = seconds(run)
+            whole["diffusers"] = seconds(run, warm_up)
     theirs.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
     steps["diffusers, compiled"] = {patch: median(step_of(theirs.transformer, x), config) for patch, x in given.items()}
     if runs:
-        whole["diffusers, compiled"] = seconds(run)
+        whole["diffusers, compiled"] = seconds(run, warm_up)
     replays = {patch: captured(theirs.transformer, x) for patch, x in given.items()}
     graphs: dict[int, list[float]] = {patch: [] for patch in given}
     own: dict[int, list[float]] = {patch: [] for patch in given}
@@ -122,10 +122,10 @@ def report(ours: Pipeline, theirs: Any, size: Size, config: Config) -> Iterator[
             own[patch] += time_steps(ours.backend, [(patch,)], size=size, repeat=TIMED, rounds=1)[(patch,)]
     steps["diffusers, compiled, as a CUDA graph"] = {patch: statistics.median(times) for patch, times in graphs.items()}
     steps[f"ddit, `{ours.backend.name}`"] = {patch: statistics.median(times) for patch, times in own.items()}
-    yield section(f"Steps at {config.size}", step_table(steps))
+    yield section(f"Steps at {config.size}" + (f"×{size.frames}" if size.frames > 1 else ""), step_table(steps))
     del replays
     if runs:
-        whole |= {name: seconds(call) for name, call in runs.items()}
+        whole |= {name: seconds(call, call) for name, call in runs.items()}
         yield section(f"Runs of {config.steps} steps", run_table(whole))
     if config.kernels:
         for patch in given:
@@ -227,9 +227,9 @@ def milliseconds(call: Call, repeat: int) -> list[float]:
     return times
 
 
-def seconds(call: Call) -> float:
+def seconds(call: Call, warm_up: Call) -> float:
     """Of one whole run after another that warms up."""
-    call()
+    warm_up()
     torch.cuda.synchronize()
     begin = perf_counter()
     call()

@@ -66,6 +66,8 @@ class Sessions:
 
     def close(self) -> None:
         """Let go of everything, in order."""
+        if self._stream is not None:
+            self._stream.drain()  # sessions free memory that queued copies may still read
         self.runs.clear()
         self.opened.clear()
         self.weights.clear()
