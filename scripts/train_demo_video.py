@@ -16,14 +16,13 @@ What has no memory for its batch takes half of it.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import click
 import torch
 
 from command_line.options import option, options
-from demo_model.course import STARTED, load_flags
+from demo_model.course import load_flags
 from demo_video.parts import TINY, Sizes, make_vae
 from demo_video.results import save_model, show
 from demo_video.stages import ClipRun, Denoiser, encode_data, stage_adapter, stage_flow, stage_vae, start_from
@@ -53,6 +52,7 @@ class Config:
     vae_batch: int = option(default=16, help="Windows of 9 frames of a step of the VAE and process.")
     clips: int = option(default=48_000, help="Training clips.")
     vae_seconds: float = option(default=100.0)
+    encode_seconds: float = option(default=35.0, help="For the training clips; what is not done then is left out.")
     flow_seconds: float = option(default=250.0)
     adapter_seconds: float = option(default=60.0)
     total_seconds: float = option(default=float("inf"), help="When to be finished: stages are cut to fit.")
@@ -64,17 +64,13 @@ class Config:
             return ClipRun(**common, sizes=TINY, clips=8, batch=2, vae_batch=2, max_steps=2)
         return ClipRun(**common, sizes=Sizes(), clips=self.clips, batch=self.batch, vae_batch=self.vae_batch)
 
-    def seconds(self, wanted: float, later: float) -> float:
-        """What a stage may take so that ``later`` seconds are left after it."""
-        left = self.total_seconds - (perf_counter() - STARTED) - later
-        return max(1.0, min(wanted, left))
-
 
 @click.command()
 @options(Config)
 def main(**given: Any) -> None:
     """Train the video demo."""
     load_flags()
+    torch.backends.cudnn.benchmark = True  # the VAE's sizes are fixed, and its odd convolutions have slow kernels too
     config = Config(**given)
     run = config.run()
     torch.manual_seed(run.rank)
@@ -85,24 +81,24 @@ def main(**given: Any) -> None:
         start_from(config.initial, denoiser, vae)
     denoiser.to(run.device)
     if not (run.out / "vae").exists():
-        stage_vae(run, config.seconds(config.vae_seconds, later=0.0), vae)
+        stage_vae(run, config.vae_seconds, vae)
         run.accelerator.wait_for_everyone()
     del vae
-    data = encode_data(run, denoiser)
+    data = encode_data(run, config.encode_seconds, denoiser)
     run.say(f"latents: {len(data.ids)} a process")
     run.compile_blocks(denoiser.transformer)
     kept = run.out / "flow.pt"
     if kept.exists():
         denoiser.load_state_dict(torch.load(kept, map_location=run.device))
     else:
-        seconds = config.seconds(config.flow_seconds, later=config.adapter_seconds + FINISHING)
-        stage_flow(run, seconds, denoiser, data).finish(denoiser.state_dict(), kept)
+        run = replace(run, deadline=config.total_seconds - FINISHING - config.adapter_seconds)
+        stage_flow(run, config.flow_seconds, denoiser, data).finish(denoiser.state_dict(), kept)
     if run.rank == 0:
         save_model(run, denoiser, {})  # something to look at, should the rest fail
         show(run, denoiser, {})
     # compiling two levels would take longer than it saves
-    seconds = config.seconds(config.adapter_seconds, later=FINISHING)
-    levels = stage_adapter(replace(run, compile=False), seconds, denoiser, data, COARSE)
+    run = replace(run, compile=False, deadline=config.total_seconds - FINISHING)
+    levels = stage_adapter(run, config.adapter_seconds, denoiser, data, COARSE)
     run.accelerator.end_training()
     if run.rank > 0:
         return

@@ -6,6 +6,7 @@ Every stage takes a `ClipRun` and a number of seconds, and trains in place.
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from transformers import UMT5EncoderModel
 
 from ddit.exporter.families.wan.modules import FEED_FORWARD, NATIVE_PATCH, Umt5Encoder, WanLevel
 from ddit.exporter.levels import AdapterConfig, Level
-from demo_model.course import Course, Run, fitting_batch
+from demo_model.course import STARTED, Course, Run, fitting_batch
 from demo_model.stages import EMPTY_CAPTION_SHARE, NOISE, TEST_SEED, TRAIN_SEED, random_sigma, restoration_loss
 from demo_video.clips import KINDS, balanced_clips, frame_times, render_clips, sample_clips
 from demo_video.parts import (
@@ -49,6 +50,11 @@ class ClipRun(Run):
     sizes: Sizes
     clips: int  # to train on
     vae_batch: int  # windows of a step of the VAE
+    deadline: float = math.inf  # when a stage has to be over, in seconds since the start
+
+    def time_for(self, seconds: float) -> float:
+        """Seconds of a stage that begins now and would take so many."""
+        return max(1.0, min(seconds, self.deadline - (perf_counter() - STARTED)))
 
 
 class Denoiser(nn.Module):
@@ -125,7 +131,7 @@ def stage_vae(run: ClipRun, seconds: float, vae: AutoencoderKLWan) -> None:
     batch = fitting_batch(run, run.vae_batch, attempt)
     course = Course(run, "vae", vae, lr=1e-3, decay=0.998, weight_decay=1e-4, fused=False)
     drawn: list[Tensor] = []
-    for _ in course.steps(seconds):
+    for _ in course.steps(run.time_for(seconds)):
         drawn = drawn or list(torch.split(draw(DRAWN * batch), batch))
         loss = loss_of(drawn.pop())
         run.update(loss, course.optimizer)
@@ -164,9 +170,9 @@ def load_vae(run: ClipRun) -> AutoencoderKLWan:
 
 
 @torch.no_grad()
-def encode_data(run: ClipRun, denoiser: Denoiser) -> Data:
-    """This process's share of the training clips."""
-    vae = load_vae(run)
+def encode_data(run: ClipRun, seconds: float, denoiser: Denoiser) -> Data:
+    """This process's share of the training clips, or as many as there is time for."""
+    started, vae = perf_counter(), load_vae(run)
     mean, deviation = latent_scale(vae, run.device)
     clips = sample_clips(run.clips // run.world, TRAIN_SEED + 100 * run.rank)
     times = frame_times(run.sizes.frames)
@@ -178,8 +184,12 @@ def encode_data(run: ClipRun, denoiser: Denoiser) -> Data:
         return ((latent - mean) / deviation).half()
 
     rows = fitting_batch(run, min(256, len(clips)), lambda count: encode(0, count))
-    latents = torch.cat([encode(start, rows) for start in range(0, len(clips), rows)])
-    return Data(latents, denoiser.tokenize([clip.caption for clip in clips]).to(run.device))
+    parts: list[Tensor] = []
+    while len(parts) * rows < len(clips) and (not parts or perf_counter() - started < seconds):
+        parts.append(encode(len(parts) * rows, rows))
+        parts[-1].sum().item()  # waits for the device, so that the time is right
+    latents = torch.cat(parts)
+    return Data(latents, denoiser.tokenize([clip.caption for clip in clips[: len(latents)]]).to(run.device))
 
 
 def stage_flow(run: ClipRun, seconds: float, denoiser: Denoiser, data: Data) -> Course:
@@ -203,7 +213,7 @@ def stage_flow(run: ClipRun, seconds: float, denoiser: Denoiser, data: Data) -> 
 
     batch = fitting_batch(run, run.batch, attempt)
     course = Course(run, "flow", denoiser, lr=1e-3, decay=0.9995, weight_decay=0.01)
-    for _ in course.steps(seconds):
+    for _ in course.steps(run.time_for(seconds)):
         loss = loss_of(batch)
         run.update(loss, course.optimizer)
         run.note("loss", loss)
@@ -233,7 +243,7 @@ def stage_adapter(
     batch = fitting_batch(run, max(1, run.batch // 2), attempt)
     states = teacher_states(run, denoiser, data, batch)
     course = Course(run, "adapter", distillation.own, lr=1e-3, decay=0.998, groups=distillation.groups)
-    for _ in course.steps(seconds):
+    for _ in course.steps(run.time_for(seconds)):
         states.advance(distillation.backward(states.draw()))
         run.step(course.optimizer)
     course.finish(distillation.own.state_dict(), kept)
