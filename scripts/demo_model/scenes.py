@@ -84,6 +84,11 @@ class Scene:
         """Whether the background needs no detail."""
         return self.background in PLAIN
 
+    @property
+    def kind(self) -> str:
+        """``plain`` or ``busy``."""
+        return "plain" if self.plain else "busy"
+
 
 def sample_scenes(count: int, seed: int) -> list[Scene]:
     """Random scenes; the same for the same seed."""

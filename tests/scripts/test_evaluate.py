@@ -66,7 +66,7 @@ def test_a_row_a_schedule_with_intervals(finished):
 def test_a_row_a_picture(finished):
     rows = read(finished[0] / "pictures.csv")
     assert [row["schedule"] for row in rows] == [name for name in NAMES for _ in range(3)]
-    assert [row["scene"] for row in rows[:3]] == ["plain", "busy", "plain"]
+    assert [row["kind"] for row in rows[:3]] == ["plain", "busy", "plain"]
     assert {row["seed"] for row in rows} == {"0", "1", "2"}
     for row in rows:
         assert Image.open(finished[0] / row["file"]).size == (64, 64)
