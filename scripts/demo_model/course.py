@@ -86,14 +86,17 @@ class Course:
         weight_decay: float = 0.0,
         groups: Sequence[dict[str, Any]] | None = None,
         fused: bool = True,
+        optimizer: torch.optim.Optimizer | None = None,
     ):
         """``lr``: the highest learning rate. ``decay``: of the average. ``groups``: parameters clipped together.
+
+        ``optimizer``: one with that rate, in place of AdamW.
 
         ``fused``: one kernel for the optimiser's step, which needs gradients to lie in memory as their parameters do.
         """
         self.run, self.name, self.trained, self.lr = run, name, trained, lr
         run.start_together(trained.parameters())
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = optimizer or torch.optim.AdamW(
             groups or trained.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=fused
         )
         self.ema, self.progress = Ema(trained, decay), Progress()

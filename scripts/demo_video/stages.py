@@ -35,10 +35,12 @@ from demo_video.parts import (
 )
 from training.distillation import Distillation, Means
 from training.encoding import Rows
+from training.muon import Muon
 from training.states import Draws, Sampling, Text, Trajectories
 
 VAE_FRAMES = 9  # of the windows that the VAE learns from: a first latent frame and two of four frames
 DRAWN = 8  # VAE steps whose clips are drawn at once, because drawing is mostly starting small kernels
+VAE_RATE, FLOW_RATE = 2e-3, 1.5e-3  # Muon's learning rates
 FEWEST_STEPS = 20  # of a teacher's trajectory
 GUIDANCE = (1.0, 5.0)  # scales of a teacher's trajectories
 
@@ -129,7 +131,8 @@ def stage_vae(run: ClipRun, seconds: float, vae: AutoencoderKLWan) -> None:
         vae.zero_grad()
 
     batch = fitting_batch(run, run.vae_batch, attempt)
-    course = Course(run, "vae", vae, lr=1e-3, decay=0.998, weight_decay=1e-4, fused=False)
+    ends = (vae.encoder.conv_in, vae.decoder.conv_out)
+    course = Course(run, "vae", vae, lr=VAE_RATE, decay=0.998, optimizer=Muon(vae, VAE_RATE, ends=ends))
     drawn: list[Tensor] = []
     for _ in course.steps(run.time_for(seconds)):
         drawn = drawn or list(torch.split(draw(DRAWN * batch), batch))
@@ -212,7 +215,9 @@ def stage_flow(run: ClipRun, seconds: float, denoiser: Denoiser, data: Data) -> 
         denoiser.zero_grad()
 
     batch = fitting_batch(run, run.batch, attempt)
-    course = Course(run, "flow", denoiser, lr=1e-3, decay=0.9995, weight_decay=0.01)
+    ends = (denoiser.transformer.patch_embedding, denoiser.transformer.proj_out, denoiser.umt5.shared)
+    optimizer = Muon(denoiser, FLOW_RATE, ends=ends, weight_decay=0.01)
+    course = Course(run, "flow", denoiser, lr=FLOW_RATE, decay=0.999, optimizer=optimizer)
     for _ in course.steps(run.time_for(seconds)):
         loss = loss_of(batch)
         run.update(loss, course.optimizer)
