@@ -49,11 +49,11 @@ class Config:
         "--compile/--no-compile", default=torch.cuda.is_available(), show_default=False, help="Use torch.compile."
     )
     batch: int = option(default=192, help="Clips of a step and process.")
-    vae_batch: int = option(default=16, help="Windows of 9 frames of a step of the VAE and process.")
+    vae_batch: int = option(default=8, help="Windows of 9 frames of a step of the VAE and process.")
     clips: int = option(default=48_000, help="Training clips.")
-    vae_seconds: float = option(default=100.0)
+    vae_seconds: float = option(default=120.0)
     encode_seconds: float = option(default=35.0, help="For the training clips; what is not done then is left out.")
-    flow_seconds: float = option(default=250.0)
+    flow_seconds: float = option(default=230.0)
     adapter_seconds: float = option(default=60.0)
     total_seconds: float = option(default=float("inf"), help="When to be finished: stages are cut to fit.")
 

@@ -34,7 +34,9 @@ def read_prompts(text: str) -> Numbers | list[str]:
     try:
         lines = Path(text).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
-        raise UsageError(f"{text} cannot be read; give a text file with a prompt a line, or scenes:N or clips:N") from None
+        raise UsageError(
+            f"{text} cannot be read; give a text file with a prompt a line, or scenes:N or clips:N"
+        ) from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UsageError(f"{text} holds no prompt; write one a line")
@@ -49,5 +51,9 @@ def prompt_texts(text: str) -> list[str]:
     from demo_model.scenes import balanced_scenes
     from demo_video.clips import balanced_clips
 
-    balanced = {"scenes": balanced_scenes, "clips": balanced_clips}[found.kind]
-    return [one.caption for one in balanced(found.asked.stop, PROMPT_SEED)[found.asked.start :]]
+    count = found.asked.stop
+    if found.kind == "clips":
+        captions = [clip.caption for clip in balanced_clips(count, PROMPT_SEED)]
+    else:
+        captions = [scene.caption for scene in balanced_scenes(count, PROMPT_SEED)]
+    return captions[found.asked.start :]

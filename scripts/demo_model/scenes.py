@@ -121,7 +121,10 @@ def sample_scene(rng: random.Random) -> Scene:
     elif kind < 0.75:
         shape2, colour2 = rng.choice([s for s in SHAPES if s != shape]), rng.choice([c for c in COLOURS if c != colour])
         first, second = rng.choice(LAYOUTS[2])
-        things = [make_thing(rng, shape, colour, *first, RADII[""]), make_thing(rng, shape2, colour2, *second, RADII[""])]
+        things = [
+            make_thing(rng, shape, colour, *first, RADII[""]),
+            make_thing(rng, shape2, colour2, *second, RADII[""]),
+        ]
         words = f"a {colour} {shape} and a {colour2} {shape2}"
     else:
         count = rng.choice((2, 3))
@@ -198,7 +201,9 @@ def render(scenes: Sequence[Scene], size: int | tuple[int, int] = SIZE, device: 
                 [[t.x * (width / short), t.y * (height / short), t.radius, t.angle] for t in things], device=device
             )
             centre_x, centre_y, radius, angle = (column[:, None, None] for column in numbers.unbind(1))
-            alpha = cover({shape: 1.0}, (x - centre_x) / radius, (y - centre_y) / radius, angle, radius * short)[:, None]
+            alpha = cover({shape: 1.0}, (x - centre_x) / radius, (y - centre_y) / radius, angle, radius * short)[
+                :, None
+            ]
             colour = torch.tensor([COLOURS[t.colour] for t in things], device=device)[..., None, None]
             picture[chosen] = picture[chosen] * (1 - alpha) + colour * alpha
     return picture * 2 - 1

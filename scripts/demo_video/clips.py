@@ -221,7 +221,7 @@ def render_clips(
                 share = ((times - CHANGE[0]) / (CHANGE[1] - CHANGE[0])).clamp(0, 1)
                 share = (share * share * (3 - 2 * share)).repeat(len(rows))[:, None, None]
                 shapes = {shape: 1 - share, into: share}
-            alpha = cover(shapes, dx, dy, angle, radius * short).unflatten(0, (len(rows), 1, frames))
+            alpha = cover(shapes, dx, dy, angle, radius * short).view(len(rows), 1, frames, height, width)
             colour = torch.cat(columns[8:], dim=1)[:, :, None, None, None]
             pixels[rows] = pixels[rows] * (1 - alpha) + colour * alpha
     return pixels * 2 - 1
@@ -233,14 +233,16 @@ def _backgrounds(clips: Sequence[Clip], times: Tensor, x: Tensor, y: Tensor, sho
     for kind in BACKGROUNDS:
         for drifting in (False, True):
             rows = [
-                row
-                for row, clip in enumerate(clips)
-                if clip.scene.background == kind and any(clip.drift) == drifting
+                row for row, clip in enumerate(clips) if clip.scene.background == kind and any(clip.drift) == drifting
             ]
             if not rows:
                 continue
             scenes = [clips[row].scene for row in rows]
-            numbers = torch.tensor([[s.frequency, s.angle, s.seed, *clips[r].drift] for s, r in zip(scenes, rows, strict=True)], device=x.device, dtype=torch.float64)
+            numbers = torch.tensor(
+                [[s.frequency, s.angle, s.seed, *clips[r].drift] for s, r in zip(scenes, rows, strict=True)],
+                device=x.device,
+                dtype=torch.float64,
+            )
             moved = times - 0.5 if drifting else torch.zeros(1, device=x.device)  # a still one is drawn once
             columns = numbers[:, :, None].expand(-1, -1, len(moved)).unbind(1)
             frequency, angle, seed, drift_x, drift_y = (column.flatten()[:, None, None] for column in columns)
@@ -254,7 +256,7 @@ def _backgrounds(clips: Sequence[Clip], times: Tensor, x: Tensor, y: Tensor, sho
                 seed.long(),
                 short,
             )
-            pattern[rows] = drawn.unflatten(0, (len(rows), len(moved))).expand(-1, len(times), -1, -1)
+            pattern[rows] = drawn.view(len(rows), len(moved), *x.shape).expand(-1, len(times), -1, -1)
     first, second = (
         torch.tensor([getattr(clip.scene, name) for clip in clips], device=x.device)[:, :, None, None, None]
         for name in ("first", "second")

@@ -135,7 +135,7 @@ def decode_latents(vae: AutoencoderKLWan, latent: Tensor) -> Tensor:
 
 
 def latent_scale(vae: AutoencoderKLWan, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of the latents' channels, (1, C, 1, 1, 1): the transformer knows (latent − mean) / deviation."""
+    """Mean and deviation of a latent's channels, (1, C, 1, 1, 1): the transformer knows (latent − mean) / deviation."""
     values = (vae.config.latents_mean, vae.config.latents_std)
     mean, deviation = (torch.tensor(value, device=device).view(1, -1, 1, 1, 1) for value in values)
     return mean, deviation

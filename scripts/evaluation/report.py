@@ -194,7 +194,7 @@ DIFFERENCE = "_minus_native"
 
 
 def share_column(kind: str) -> str:
-    """The column of the coarse steps of one kind of scenes or clips: ``still, plain`` → ``coarse_share_still_plain``."""
+    """The column of a kind's coarse steps: ``still, plain`` → ``coarse_share_still_plain``."""
     return f"coarse_share_{kind.replace(', ', '_')}"
 
 

@@ -21,7 +21,7 @@ ROUNDS = 5
 def orthogonal(matrices: Tensor) -> Tensor:
     """The nearest orthogonal matrices (N, rows, columns), about: all singular values become 0.7 to 1.2."""
     first, second, third = POLYNOMIAL
-    found = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    found: Tensor = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     if tall := found.shape[1] > found.shape[2]:
         found = found.mT
     for _ in range(ROUNDS):
@@ -42,7 +42,9 @@ class Muon(torch.optim.Optimizer):
             matrix = parameter.dim() > 1 and min(parameter.flatten(1).shape) >= NARROWEST
             (wide if matrix and id(parameter) not in inside else rest).append(parameter)
         groups = [{"params": wide, "matrices": True}, {"params": rest, "matrices": False}]
-        super().__init__([group for group in groups if group["params"]], {"lr": lr, "weight_decay": weight_decay, "steps": 0})
+        super().__init__(
+            [group for group in groups if group["params"]], {"lr": lr, "weight_decay": weight_decay, "steps": 0}
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -50,19 +52,19 @@ class Muon(torch.optim.Optimizer):
         assert closure is None
         for group in self.param_groups:
             group["steps"] += 1
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            parameters: list[Tensor] = [one for one in group["params"] if one.grad is not None]
+            gradients: list[Tensor] = [one.grad for one in parameters if one.grad is not None]
             if parameters:
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                (self._muon if group["matrices"] else self._adam)(parameters, group)
+                (self._muon if group["matrices"] else self._adam)(parameters, gradients, group)
 
-    def _states(self, name: str, parameters: list[nn.Parameter]) -> list[Tensor]:
+    def _states(self, name: str, parameters: list[Tensor]) -> list[Tensor]:
         for one in parameters:
             if name not in self.state[one]:
                 self.state[one][name] = torch.zeros_like(one)
         return [self.state[one][name] for one in parameters]
 
-    def _muon(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        gradients = [parameter.grad for parameter in parameters]
+    def _muon(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
         moments = self._states("moment", parameters)
         torch._foreach_lerp_(moments, gradients, 1 - MOMENTUM)
         ahead = torch._foreach_lerp(gradients, moments, MOMENTUM)  # Nesterov's
@@ -75,8 +77,7 @@ class Muon(torch.optim.Optimizer):
             for number, update in zip(numbers, updates, strict=True):
                 parameters[number].sub_(update.view(shape), alpha=group["lr"])
 
-    def _adam(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        gradients = [parameter.grad for parameter in parameters]
+    def _adam(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
         moments, squares = self._states("moment", parameters), self._states("square", parameters)
         torch._foreach_lerp_(moments, gradients, 1 - BETAS[0])
         torch._foreach_mul_(squares, BETAS[1])

@@ -203,5 +203,9 @@ def find_captions(prompts: str | None, latents: str, random_weights: bool) -> tu
     found = read_prompts(prompts)
     if isinstance(found, list):
         return found, []
-    sample = {"scenes": sample_scenes, "clips": sample_clips}[found.kind]
-    return [one.caption for one in sample(found.asked.stop, SCENES_SEED)[found.asked.start :]], []
+    count = found.asked.stop
+    if found.kind == "clips":
+        captions = [clip.caption for clip in sample_clips(count, SCENES_SEED)]
+    else:
+        captions = [scene.caption for scene in sample_scenes(count, SCENES_SEED)]
+    return captions[found.asked.start :], []

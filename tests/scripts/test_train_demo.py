@@ -43,7 +43,9 @@ def saved(trained, tmp_path) -> tuple[PictureRun, Denoiser]:
     (tmp_path / "vae").symlink_to(trained / "vae")
     AcceleratorState._reset_state(reset_partial_state=True)  # the training before may have been in bfloat16
     exact = Accelerator(mixed_precision="no")
-    settings = PictureRun(out=tmp_path, sizes=SIZES, buckets=TINY_BUCKETS, scenes=16, batch=2, max_steps=2, accelerator=exact)
+    settings = PictureRun(
+        out=tmp_path, sizes=SIZES, buckets=TINY_BUCKETS, scenes=16, batch=2, max_steps=2, accelerator=exact
+    )
     denoiser = Denoiser(SIZES)
     with torch.no_grad():
         for parameter in denoiser.parameters():

@@ -25,7 +25,11 @@ from demo_video.results import GUIDANCE, sample
 from demo_video.stages import ClipRun, Denoiser, encode_data, start_from
 
 SIZES = parts.TINY
-PROMPTS = ["two words nobody knows", "", "a red star moving left and a blue circle growing on a drifting noisy background"]
+PROMPTS = [
+    "two words nobody knows",
+    "",
+    "a red star moving left and a blue circle growing on a drifting noisy background",
+]
 
 
 @pytest.fixture(scope="module")

@@ -101,6 +101,8 @@ def test_balanced_clips_are_of_all_kinds_in_turn_and_go_on():
     assert all(clip.plain == (clip.scene.background in PLAIN) for clip in clips)
 
 
-@pytest.mark.parametrize("motion", [Motion(way=(0.4, 0.0)), Motion(turn=math.pi), Motion(growth=2.0), Motion(into="star")])
+@pytest.mark.parametrize(
+    "motion", [Motion(way=(0.4, 0.0)), Motion(turn=math.pi), Motion(growth=2.0), Motion(into="star")]
+)
 def test_a_clip_of_any_motion_is_not_still(motion):
     assert not replace(CLIPS[0], motions=(motion,)).still
