@@ -40,7 +40,7 @@ from training.states import Draws, Sampling, Text, Trajectories
 
 VAE_FRAMES = 9  # of the windows that the VAE learns from: a first latent frame and two of four frames
 DRAWN = 8  # VAE steps whose clips are drawn at once, because drawing is mostly starting small kernels
-VAE_RATE, FLOW_RATE = 2e-3, 1.5e-3  # Muon's learning rates
+VAE_RATE, FLOW_RATE = 2e-3, 3e-3  # Muon's learning rates
 FEWEST_STEPS = 20  # of a teacher's trajectory
 GUIDANCE = (1.0, 5.0)  # scales of a teacher's trajectories
 
