@@ -12,7 +12,7 @@ from diffusers import WanTransformer3DModel
 
 from ddit.exporter.families.wan.model import Wan
 from ddit.exporter.families.wan.original import native_velocity
-from ddit.exporter.graphs import fusion, rewrite
+from ddit.exporter.graphs import projections, rewrite, values
 from ddit.exporter.graphs.operators import DOMAIN
 from ddit.exporter.graphs.rewrite import write_twin
 from ddit.runtime import Bundle
@@ -157,16 +157,26 @@ def copy_of(bundle: Path, name: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("limit", "value", "left"),
+    ("module", "limit", "value", "left"),
     [
-        ("HEADS", (8,), {"RMSNormalization": 2 * (2 * DOUBLE + SINGLE), "RotaryEmbedding": 2 * (DOUBLE + SINGLE)}),
-        ("CHANNELS", 5, {"LayerNormalization": 2 + 1 + 1 + 2 * DOUBLE + SINGLE - 1, "FastGelu": 2 * DOUBLE + SINGLE}),
+        (
+            projections,
+            "HEADS",
+            (8,),
+            {"RMSNormalization": 2 * (2 * DOUBLE + SINGLE), "RotaryEmbedding": 2 * (DOUBLE + SINGLE)},
+        ),
+        (
+            values,
+            "CHANNELS",
+            5,
+            {"LayerNormalization": 2 + 1 + 1 + 2 * DOUBLE + SINGLE - 1, "FastGelu": 2 * DOUBLE + SINGLE},
+        ),
     ],
 )
 def test_shapes_that_the_kernels_do_not_take_stay_with_the_library(
-    tiny_bundle, tmp_path, monkeypatch, limit, value, left
+    tiny_bundle, tmp_path, monkeypatch, module, limit, value, left
 ):
-    monkeypatch.setattr(fusion, limit, value)
+    monkeypatch.setattr(module, limit, value)
     path = copy_of(tiny_bundle, "level-2.onnx", tmp_path)
     twin = tmp_path / write_twin(path).file
     model = ir.load(twin)
