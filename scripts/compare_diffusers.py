@@ -72,7 +72,7 @@ def main(model: Path, bundle: Path, **given: Any) -> None:
     manifest = ours.bundle.manifest
     theirs = DiffusionPipeline.from_pretrained(model, torch_dtype=DTYPES[manifest.dtype]).to("cuda")
     theirs.set_progress_bar_config(disable=True)
-    size = Size(*read_size(config.size), config.frames)
+    size = Size(*read_size(config.size), config.frames if config.frames > 1 else None)
     title = f"# {manifest.model.id} on {torch.cuda.get_device_name()}"
     parts = [title + "\n\n" + "\n".join(f"* {line}" for line in facts())]
     with torch.no_grad():
@@ -122,7 +122,7 @@ def report(ours: Pipeline, theirs: Any, size: Size, config: Config) -> Iterator[
             own[patch] += time_steps(ours.backend, [(patch,)], size=size, repeat=TIMED, rounds=1)[(patch,)]
     steps["diffusers, compiled, as a CUDA graph"] = {patch: statistics.median(times) for patch, times in graphs.items()}
     steps[f"ddit, `{ours.backend.name}`"] = {patch: statistics.median(times) for patch, times in own.items()}
-    yield section(f"Steps at {config.size}" + (f"×{size.frames}" if size.frames > 1 else ""), step_table(steps))
+    yield section(f"Steps at {config.size}" + (f"×{size.frames}" if size.frames else ""), step_table(steps))
     del replays
     if runs:
         whole |= {name: seconds(call, call) for name, call in runs.items()}
@@ -159,14 +159,14 @@ def step_of(transformer: nn.Module, given: Sequence[Mapping[str, Any]]) -> Call:
 
 def their_run(pipeline: Any, size: Size, steps: int, **more: Any) -> Call:
     """A whole run of diffusers, decoding included."""
-    if size.frames > 1:
+    if size.frames:
         more["num_frames"] = size.frames
     return lambda: pipeline(PROMPT, height=size.height, width=size.width, num_inference_steps=steps, **more)
 
 
 def our_run(pipeline: Pipeline, schedule: str, size: Size, steps: int) -> Call:
     """The same of the runtime."""
-    frames = {"frames": size.frames} if size.frames > 1 else {}
+    frames = {"frames": size.frames} if size.frames else {}
     return lambda: pipeline(
         PROMPT, seed=SEED, steps=steps, schedule=schedule, height=size.height, width=size.width, **frames
     )
