@@ -39,7 +39,6 @@ Arrays = dict[str, Array]
 Report = Callable[[str], None]
 
 
-
 @torch.no_grad()
 def reference_arrays(job: GraphJob, cases: Sequence[Mapping[str, int]]) -> Arrays:
     """Seeded inputs and what the original model gives for them, by their names in ``parity.safetensors``."""

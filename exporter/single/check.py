@@ -37,8 +37,8 @@ def why_unchecked(bundle: Bundle) -> str:
 def check_single(bundle: Bundle, path: Path, folder: Path, dtype: Dtype) -> int:
     """The largest difference of a pixel to the runtime's pictures, over a run through all levels and one that predicts.
 
-    The model at ``path`` has its weights below ``folder``. Raises `ParityError` where levels differ, or pixels more than
-    the arithmetic explains.
+    The model at ``path`` has its weights below ``folder``. Raises `ParityError` where levels differ, or pixels by more
+    than the arithmetic explains.
     """
     manifest = bundle.manifest
     listed = [patch for patch in manifest.patches for _ in range(2)]
@@ -52,12 +52,12 @@ def check_single(bundle: Bundle, path: Path, folder: Path, dtype: Dtype) -> int:
         session = import_onnxruntime().InferenceSession(path.read_bytes(), options, providers=[CPU])
     pipeline, worst = Pipeline.open(bundle.path, backend="cpu"), 0
     smallest = manifest.profile.entry[0].at("minimum")
-    size = {"height": smallest["height"], "width": smallest["width"]}
+    height, width = smallest["height"], smallest["width"]
     for schedule, settings in runs.items():
-        given = {**text_inputs(bundle, PROMPT), **noise_input(manifest, 0, **size), **settings}
+        given = {**text_inputs(bundle, PROMPT), **noise_input(manifest, 0, height=height, width=width), **settings}
         with engine_errors(f"run {path.name}"):
             image, levels = session.run(["image", "level"], typed(session, given))
-        expected = pipeline(PROMPT, seed=0, steps=settings["steps"], schedule=schedule, **size)
+        expected = pipeline(PROMPT, steps=settings["steps"], schedule=schedule, height=height, width=width)
         wanted = [level or 0 for level in expected.trace.levels]
         if levels.tolist() != wanted:
             raise ParityError(f"{path.name} ran the levels {levels.tolist()} where the runtime runs {wanted}")

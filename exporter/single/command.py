@@ -62,8 +62,7 @@ def single(
         from ddit.exporter.single.write import write_single
     except ImportError as error:
         raise ModelError(f"exporting needs {error.name}; install it with: pip install 'ddit[export]'") from None
-    size = {"height": height, "width": width}
-    defaults = find_defaults(opened.manifest, schedule, steps=steps, **size, backend=backend)
+    defaults = find_defaults(opened.manifest, schedule, steps=steps, height=height, width=width, backend=backend)
     done = write_single(opened, out, defaults, backend=backend, weights=weights, check=check, report=say)
     if as_json:
         click.echo(strict_json.dump({"files": done.files, "pixels": done.pixels, "unchecked": done.unchecked}))
@@ -71,5 +70,4 @@ def single(
     if done.unchecked:
         say(f"warning: not compared with the runtime: {done.unchecked}")
     found = "" if done.pixels is None else f"; its pictures are the runtime's to {done.pixels}/255"
-    size = ", ".join(f"{path} {size / 1e6:,.1f} MB" for path, size in done.files.items())
-    say(f"{size}{found}")
+    say(", ".join(f"{path} {size / 1e6:,.1f} MB" for path, size in done.files.items()) + found)

@@ -3,13 +3,14 @@
 All weights are the outermost graph's, so that the branches of all levels read the same ones.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import NameFixPass
 
 from ddit.exporter.single.defaults import Defaults
-from ddit.exporter.single.loop import DOUBLE, FLOAT, INT64, Run, denoise
+from ddit.exporter.single.loop import FLOAT, INT64, Run, denoise
 from ddit.exporter.single.rules import DOMAIN, RULES
 from ddit.exporter.single.splice import Outermost, Part, Values
 from ddit.runtime import strict_json
@@ -30,8 +31,8 @@ METADATA = "ddit"  # the key of what a host has to know of the inputs, as JSON
 def single_model(bundle: Bundle, defaults: Defaults, backend: str) -> ir.Model:
     """The model, whose weights point into the bundle's files.
 
-    ``backend``: the levels' twins for it are taken, where the bundle has some. Raises `UsageError` for a bundle of which
-    no single model can be made.
+    ``backend``: the levels' twins for it are taken, where the bundle has some. Raises `UsageError` for a bundle of
+    which no single model can be made.
     """
     manifest, outermost = bundle.manifest, Outermost(bundle.path)
     check_manifest(manifest)
@@ -137,7 +138,7 @@ def _noise_levels(main: Part, manifest: Manifest, steps: ir.Value, sides: list[i
     return main.rule("noise_levels", steps, constant(np.float64(sampler.smallest or 0), "smallest level"), shift)[0]
 
 
-def _smooth(main: Part, manifest: Manifest, sigmas: ir.Value, points: list[SmoothPoint]) -> ir.Value:
+def _smooth(main: Part, manifest: Manifest, sigmas: ir.Value, points: Sequence[SmoothPoint]) -> ir.Value:
     """(N, P) float64: a smooth picture's statistic after every step, for P coarse patches; 1 without a curve."""
     constant, coarse = main.outermost.constant, manifest.coarse
     if not points:
@@ -157,7 +158,7 @@ def _smooth(main: Part, manifest: Manifest, sigmas: ir.Value, points: list[Smoot
 def _conditions(main: Part, manifest: Manifest, given: Values, optional: Values) -> dict[str, ir.Value]:
     """The levels' inputs that stay the same: what the text encoders give, and the guidance."""
     first = main.outermost.constant([0])
-    conditions = {}
+    conditions: dict[str, ir.Value] = {}
     for info in manifest.encoders:
         ids = main.op("Unsqueeze", given[f"{info.graph}_ids"], first)
         found = main.graph(info.graph, manifest.graphs[info.graph].file, {IDS: ids})
@@ -197,12 +198,11 @@ def _model(main: Part, inputs: list[ir.Value], outputs: list[ir.Value], manifest
         initializers=list(main.outermost.initializers.values()),
         opset_imports=opsets,
         name="ddit",
-        metadata_props={},
     )
     version = OLD_IR_VERSION if opsets[""] == OLD_OPSET else IR_VERSION
     model = ir.Model(graph, ir_version=version, producer_name="ddit", functions=functions)
     model.metadata_props[METADATA] = strict_json.dump(_description(manifest))
-    ir.passes.common.NameFixPass()(model)
+    NameFixPass()(model)
     return model
 
 

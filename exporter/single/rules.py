@@ -20,8 +20,8 @@ def dynamic_shift(tokens: INT64, base: DOUBLE, slope: DOUBLE, base_tokens: DOUBL
 
 
 @script(rules, default_opset=op)
-def noise_levels(steps: INT64, last: DOUBLE, shift: DOUBLE) -> FLOAT["N+1"]:  # noqa: F821
-    """σ₀ … σ_N of Euler's method, float32; ``last`` is the last one before the shift, and 0 stands for 1/N."""
+def noise_levels(steps: INT64, last: DOUBLE, shift: DOUBLE) -> FLOAT:
+    """σ₀ … σ_N of Euler's method, (N + 1,) float32; ``last`` is the last one before the shift, and 0 stands for 1/N."""
     number = op.Range(op.Constant(value_int=0), steps, op.Constant(value_int=1))
     count = op.Cast(steps, to=FLOAT64)
     end = op.Where(last > 0.0, last, 1.0 / count)
@@ -33,7 +33,7 @@ def noise_levels(steps: INT64, last: DOUBLE, shift: DOUBLE) -> FLOAT["N+1"]:  # 
 
 
 @script(rules, default_opset=op)
-def position_tables(height: INT64, width: INT64, ratio: DOUBLE, by_row: DOUBLE["D"], by_column: DOUBLE["D"]):  # noqa: F821
+def position_tables(height: INT64, width: INT64, ratio: DOUBLE, by_row: DOUBLE, by_column: DOUBLE):
     """Rotary cosines and sines (rows, columns, D) of a level, from what an angle grows by along height and width."""
     zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
     rows = (op.Cast(op.Range(zero, height, one), to=FLOAT64) + 0.5) * ratio - 0.5
@@ -46,15 +46,16 @@ def position_tables(height: INT64, width: INT64, ratio: DOUBLE, by_row: DOUBLE["
 
 @script(rules, default_opset=op)
 def smooth_statistic(
-    sigmas: FLOAT["N+1"],  # noqa: F821
-    knots: DOUBLE["S"],  # noqa: F821
-    widths: DOUBLE["S"],  # noqa: F821
-    slopes: DOUBLE["S", "P"],  # noqa: F821
-    start: DOUBLE["P"],  # noqa: F821
-) -> DOUBLE["N", "P"]:  # noqa: F821
-    """S_p after every step, for P coarse patches: the curve's logarithm is linear between knots, S segments in all.
+    sigmas: FLOAT,
+    knots: DOUBLE,
+    widths: DOUBLE,
+    slopes: DOUBLE,
+    start: DOUBLE,
+) -> DOUBLE:
+    """S_p after every step, (N, P) for P coarse patches.
 
-    A segment begins at its knot and adds its slope over its width; ``start`` is the value before the first one.
+    The curve's logarithm is linear in S segments. Each begins at its knot (S,) and adds its slopes (S, P) over its
+    width (S,); ``start`` (P,) is the value before the first one.
     """
     sigma = op.Cast(sigmas, to=FLOAT64)
     before = op.Slice(sigma, op.Constant(value_ints=[0]), op.Constant(value_ints=[-1]), op.Constant(value_ints=[0]))
@@ -78,7 +79,7 @@ def quantile(deviation: FLOAT, rho: FLOAT) -> FLOAT:
     """The ρ-quantile of the deviations, interpolated linearly from the nearer of two values, in float32."""
     flat = op.Reshape(deviation, op.Constant(value_ints=[-1]))
     count = op.Size(flat)
-    rising, places = op.TopK(flat, op.Unsqueeze(count, op.Constant(value_ints=[0])), largest=0)
+    rising, _places = op.TopK(flat, op.Unsqueeze(count, op.Constant(value_ints=[0])), largest=0)
     place = op.Cast(count - 1, to=FLOAT32) * rho
     below = op.Floor(place)
     share = place - below
@@ -93,16 +94,19 @@ def dynamic_level(
     step: INT64,
     last: INT64,
     running: INT64,
-    statistic: FLOAT["P"],  # noqa: F821
-    smooth: DOUBLE["P"],  # noqa: F821
-    patches: INT64["P"],  # noqa: F821
+    statistic: FLOAT,
+    smooth: DOUBLE,
+    patches: INT64,
     native: INT64,
     tau: FLOAT,
     warmup: INT64,
     hold: INT64,
     coarsest: INT64,
 ) -> INT64:
-    """The largest coarse patch whose statistic lies under τ times a smooth picture's; ``last`` ran ``running`` steps."""
+    """The largest of P coarse patches whose statistic (P,) lies under τ times a smooth picture's (P,).
+
+    ``last`` is the level of the last step, which has run for ``running`` steps.
+    """
     warm = step >= op.Max(warmup, 3)
     judged = op.And(warm, running >= op.Min(hold, step))
     under = op.Cast(statistic, to=FLOAT64) < op.Cast(tau, to=FLOAT64) * smooth
@@ -111,8 +115,11 @@ def dynamic_level(
 
 
 @script(rules, default_opset=op)
-def listed_level(step: INT64, levels: INT64["M"], patches: INT64["Q"], native: INT64, content: INT64) -> INT64:  # noqa: F821
-    """The list's entry for a step, the last one where it is shorter; 0 asks for what the content says."""
+def listed_level(step: INT64, levels: INT64, patches: INT64, native: INT64, content: INT64) -> INT64:
+    """The entry of ``levels`` (M,) for a step, the last one where there are fewer; 0 asks for what the content says.
+
+    ``patches`` (Q,) are those that there are; any other entry is the native one.
+    """
     listed = op.Gather(levels, op.Min(step, op.Size(levels) - 1))
     known = op.ReduceMax(op.Cast(patches == listed, to=INTEGER), keepdims=0) > 0
     return op.Where(listed == 0, content, op.Where(known, listed, native))
@@ -122,7 +129,7 @@ def listed_level(step: INT64, levels: INT64["M"], patches: INT64["Q"], native: I
 def predict_step(
     sigma: FLOAT,
     after: FLOAT,
-    nodes: DOUBLE[4],
+    nodes: DOUBLE,
     known: INT64,
     error: DOUBLE,
     signed: DOUBLE,
@@ -135,7 +142,7 @@ def predict_step(
 
     Args:
         sigma, after: σ_i and σ_{i+1}.
-        nodes: noise levels of the computed steps at the level, the newest first, of which ``known`` are filled in.
+        nodes: (4,) noise levels of the computed steps at the level, the newest first; ``known`` of them mean something.
         error: E, or below 0 where nothing is known of it.
         signed, absolute: Σ P_j and Σ |P_j| over the steps since the last computed one, without this one.
         order, tolerance, longest: q, the tolerance, and the factor by which 1 − σ may grow.
@@ -176,7 +183,7 @@ def remember_step(
     level: INT64,
     last: INT64,
     running: INT64,
-    nodes: DOUBLE[4],
+    nodes: DOUBLE,
     known: INT64,
     error: DOUBLE,
     signed: DOUBLE,
@@ -207,8 +214,8 @@ def remember_step(
 
 
 @script(rules, default_opset=op)
-def to_pixels(image: FLOAT[1, 3, "H", "W"]):  # noqa: F821
-    """RGB in [−1, 1] → 8 bits, (H, W, 3), a half rounded to the even number."""
+def to_pixels(image: FLOAT):
+    """RGB (1, 3, H, W) in [−1, 1] → 8 bits, (H, W, 3), a half rounded to the even number."""
     clipped = op.Max(op.Min(image, 1.0), -1.0)
     whole = op.Round((clipped + 1.0) * 127.5)
     rows = op.Transpose(op.Squeeze(whole, op.Constant(value_ints=[0])), perm=[1, 2, 0])

@@ -80,8 +80,8 @@ class Part:
     def graph(self, name: str, file: str, inputs: Values) -> Values:
         """All nodes of a bundle's graph, on the values of its inputs' names; its outputs by name."""
         graph = self.outermost.load(file)
-        for value in list(graph.initializers.values()):
-            del graph.initializers[value.name]
+        for key, value in list(graph.initializers.items()):
+            del graph.initializers[key]
             adopted = self.outermost.adopt(value, name)
             if adopted is not value:
                 value.replace_all_uses_with(adopted)

@@ -37,8 +37,8 @@ def write_single(
 ) -> Written:
     """Write a bundle's single model; all of it appears at the end, or nothing.
 
-    Raises `UsageError` for a place where it cannot lie and for a bundle of which none can be made, `ModelError` where it
-    cannot be written, `ParityError` where its pictures are not the runtime's.
+    Raises `UsageError` for a place where it cannot lie and for a bundle of which none can be made, `ModelError` where
+    it cannot be written, `ParityError` where its pictures are not the runtime's.
     """
     data = out.with_name(out.name + ".data")
     for path in (out, data) if weights == "copy" else (out,):
@@ -77,7 +77,9 @@ def write_single(
                     path.rename(out.parent / path.name)
         except OSError as error:
             if error.errno == errno.ENOSPC:
-                raise ModelError(f"no space left on the disk of {out.parent}; free some, or use --weights bundle") from None
+                raise ModelError(
+                    f"no space left on the disk of {out.parent}; free some, or use --weights bundle"
+                ) from None
             raise ModelError(f"{out} cannot be written: {error.strerror or error}") from None
     files = {str(path): path.stat().st_size for path in (out, data) if path.exists()}
     return Written(files, pixels, reason)

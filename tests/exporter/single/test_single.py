@@ -1,13 +1,16 @@
 """ddit-export single: one call of ONNX Runtime beside the Python runtime."""
 
 import json
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from PIL import Image
 
 from conformance_bundle import SIZES, STEPS
 from conftest import run
@@ -45,7 +48,9 @@ class Single:
         return dict(zip(names, self.session.run(names, inputs), strict=True))
 
 
-def check(found: dict[str, np.ndarray], pipeline: Pipeline, size: tuple[int, int], schedule: str | None, **more) -> list:
+def check(
+    found: dict[str, np.ndarray], pipeline: Pipeline, size: tuple[int, int], schedule: str | None, **more
+) -> list:
     """Compare with the runtime's picture; the levels."""
     expected = pipeline(PROMPT, seed=SEED, schedule=schedule, height=size[0], width=size[1], **more)
     trace = expected.trace
@@ -89,7 +94,8 @@ def test_fixed(single, pipeline, size):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
-    ("tau", "rho", "warmup", "hold", "coarsest"), [(8.0, 0.4, 4, 3, 8), (3.0, 0.4, 3, 1, 8), (5.0, 0.5, 5, 1, 8), (5.0, 0.3, 3, 2, 4)]
+    ("tau", "rho", "warmup", "hold", "coarsest"),
+    [(8.0, 0.4, 4, 3, 8), (3.0, 0.4, 3, 1, 8), (5.0, 0.5, 5, 1, 8), (5.0, 0.3, 3, 2, 4)],
 )
 def test_dynamic(single, pipeline, size, tau, rho, warmup, hold, coarsest):
     settings = {"tau": tau, "rho": rho, "warmup": warmup, "hold": hold, "coarsest": coarsest}
@@ -225,3 +231,46 @@ def test_a_model_that_makes_another_picture_is_not_kept(rich_bundle, tmp_path, m
     )
     one_error(run(main, "single", rich_bundle, tmp_path / "wrong.onnx"), 1, "another picture than the runtime")
     assert not [*tmp_path.iterdir()]
+
+
+PAGE = (Path(__file__).parents[3] / "docs" / "single.md").read_text(encoding="utf-8")
+TINY = "(4, 32, 32)"  # the tiny model's latent has fewer channels than the demo's
+
+
+@pytest.fixture
+def page_s_files(rich_bundle, tmp_path, monkeypatch) -> Path:
+    """A folder with what the page's programs read."""
+    monkeypatch.chdir(tmp_path)
+    make(rich_bundle, tmp_path / "demo.onnx", "--no-check")
+    ids = {
+        name.removesuffix("_ids"): row.tolist() for name, row in text_inputs(Bundle.open(rich_bundle), PROMPT).items()
+    }
+    (tmp_path / "ids.json").write_text(json.dumps(ids))
+    return tmp_path
+
+
+def test_the_page_s_python(page_s_files, pipeline):
+    (example,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    exec(compile(example.replace("(16, 32, 32)", TINY), "docs/single.md", "exec"), {})
+    expected = pipeline(PROMPT, seed=7, schedule="adaptive:0.1", height=256, width=256).image
+    made = Image.open(page_s_files / "image.png")
+    assert abs(np.asarray(made, dtype=int) - np.asarray(expected)).max() <= 1
+
+
+def test_the_page_s_javascript(page_s_files):
+    if (
+        not shutil.which("node")
+        or subprocess.run(["node", "-e", "require('onnxruntime-node')"], check=False).returncode
+    ):
+        pytest.skip("needs node and its package: npm install onnxruntime-node, and NODE_PATH for where that is")
+    (example,) = re.findall(r"^```js\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    example = example.replace("16 * 32 * 32", "4 * 32 * 32").replace("[16, 32, 32]", "[4, 32, 32]")
+    (page_s_files / "picture.js").write_text(example)
+    subprocess.run(["node", "picture.js"], check=True)
+    assert Image.open(page_s_files / "image.ppm").size == (256, 256)
+
+
+def test_every_input_and_output_is_on_the_page(single):
+    words = set(re.findall(r"`(\w+)`", PAGE.split("## Inputs and outputs")[1].split("## Weights")[0]))
+    tensors = [*single.session.get_inputs(), *single.session.get_overridable_initializers()]
+    assert {one.name for one in (*tensors, *single.session.get_outputs())} <= words
