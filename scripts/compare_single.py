@@ -20,6 +20,7 @@ from ddit.exporter.single.defaults import find_defaults
 from ddit.runtime import Pipeline
 from ddit.runtime.backends.onnxruntime.host import open_session
 from ddit.runtime.console import DditCommand, terminal
+from ddit.runtime.errors import UsageError
 
 PROMPT, SEED = "a blue cross on a striped background", 7
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -27,13 +28,15 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 @click.command(cls=DditCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("model", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@click.argument("model", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--schedule", "schedules", multiple=True, default=("native", "adaptive", "dynamic"), show_default=True)
 @click.option("--backend", type=click.Choice(list(PROVIDERS)), default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Of one graph.  [default: all cores]")
 @click.option("--repeat", type=click.IntRange(1), default=9, show_default=True, help="Pictures of each kind.")
 def main(bundle: Path, model: Path, schedules: tuple[str, ...], backend: str, threads: int | None, repeat: int) -> None:
     """Time BUNDLE in the runtime beside its single MODEL."""
+    if not model.is_file():
+        raise UsageError(f"{model} is not there; write it with ddit-export single")
     pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
     # with weights in the order that products read fastest, as the runtime has them for a small model
     session = open_session(model, PROVIDERS[backend], threads, prepack=True)

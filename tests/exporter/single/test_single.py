@@ -163,6 +163,19 @@ def test_a_bundle_at_opset_17(opset17_bundle, tmp_path):
     check(made(64, 64, levels=[2, 2, 4, 4, 2], steps=5, tolerance=0), pipeline, (64, 64), "fixed:2x2,4x2,2")
 
 
+def test_a_bundle_without_coarse_levels_and_guidance(tiny_schnell, tmp_path):
+    bundle = tmp_path / "schnell.bundle"
+    options = ("--levels", "2", "--dtype", "fp32", "--profile", "256", "--out", bundle)
+    result = run(main, "flux", "--model", tiny_schnell, *options)
+    assert result.exit_code == 0, result.stderr
+    made = Single(make(bundle, tmp_path / "schnell.onnx"), bundle)
+    assert made.kinds.keys() == {"steps", "levels", "tolerance", "order"}
+    found = made(64, 128, tolerance=3, steps=8)
+    assert "statistic" not in found
+    levels = check(found, Pipeline.open(bundle, backend="cpu"), (64, 128), "adaptive:3", steps=8)
+    assert set(levels) == {0, 2}
+
+
 def test_the_levels_twins(rich_bundle, tmp_path, pipeline):
     path = make(rich_bundle, tmp_path / "twins.onnx", "--backend", "cuda")
     assert "com.microsoft" in [one.domain for one in onnx.load(path, load_external_data=False).opset_import]
