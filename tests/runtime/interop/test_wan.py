@@ -1,5 +1,9 @@
 """A Wan bundle behind diffusers' own `WanPipeline`."""
 
+import re
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +20,7 @@ FRAMES, TEXT = 9, 16
 SHAPE = (16, 3, 8, 16)  # of the latent
 PROMPTS, NEGATIVE = ["a red circle on the left", "a green square"], "a blue star"
 STEPS = 8
+PAGE = Path(__file__).parents[3] / "docs" / "from-diffusers.md"
 SOLVERS = {"unipc": unipc, "euler": euler}
 
 
@@ -148,3 +153,23 @@ def test_what_it_cannot_do_is_refused(wan_bundle, tiny_bundle):
     every_token.transformer = DDiTTransformer.open(wan_bundle, every_token, backend="cpu")
     with pytest.raises(UsageError, match="a noise level for every token"):
         latents(every_token, steps=2)
+
+
+def test_the_page_s_python(tiny_bundle, tiny_wan, wan_bundle, tmp_path, monkeypatch, request):
+    """docs/from-diffusers.md, for both models."""
+    monkeypatch.chdir(tmp_path)
+    for name, path in {
+        "FLUX.1-dev": request.getfixturevalue("tiny_pipeline"),
+        "flux.bundle": tiny_bundle,
+        "Wan2.1-T2V-1.3B-Diffusers": tiny_wan,
+        "wan.bundle": wan_bundle,
+    }.items():
+        (tmp_path / name).symlink_to(path)
+    examples = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert len(examples) == 2
+    for example in examples:
+        names: dict[str, Any] = {}
+        exec(compile(example, PAGE.name, "exec"), names)
+        size = {"num_frames": 5} if "Wan" in example else {}
+        names["pipe"]("a star", height=64, width=64, num_inference_steps=2, max_sequence_length=TEXT, **size)
+        assert names["pipe"].transformer.traces[0].levels == [2, 2]
