@@ -42,7 +42,7 @@ class Outermost:
     def adopt(self, value: ir.Value, graph: str) -> ir.Value:
         """A graph's initializer here. A tensor of a weight file is here once, whatever graphs point to it."""
         tensor = value.const_value
-        owner = Path(tensor.location).stem if isinstance(tensor, ir.ExternalTensor) else graph
+        owner = tensor.location if isinstance(tensor, ir.ExternalTensor) else graph
         name = f"{owner}/{value.name}"
         if name not in self.initializers:
             value.name = name
