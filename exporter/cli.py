@@ -97,7 +97,7 @@ def export_command(info: FamilyInfo) -> click.Command:
     levels = ",".join(map(str, info.levels))
     options = [
         click.Option(["--model"], default=info.model, show_default=True,
-                     help="Hub id, local diffusers folder, or 'demo'."),
+                     help="Hub id, local diffusers folder, 'demo', or 'demo-video'."),
         click.Option(["--revision"], help="Branch, tag or commit of the model on the hub."),
         click.Option(["--levels"], type=Levels(),
                      help=f"Patch sizes to export, as in 2,4,8.  [default: the model's, or {levels}]"),
