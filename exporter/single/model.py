@@ -188,9 +188,10 @@ def _tables(main: Part, manifest: Manifest, patch: int, sides: list[ir.Value]) -
 def _model(main: Part, inputs: list[ir.Value], outputs: list[ir.Value], manifest: Manifest) -> ir.Model:
     """The model around the outermost graph."""
     opsets = {**main.outermost.opsets, DOMAIN: 1}
-    functions = [rule.function_ir for rule in RULES.values()]
-    for function in functions:
-        function.opset_imports[""] = opsets[""]  # they are written so that this changes nothing
+    rules = [rule.function_ir for rule in RULES.values()]
+    for rule in rules:
+        rule.opset_imports[""] = opsets[""]  # they are written so that this changes nothing
+    functions = [*rules, *main.outermost.functions.values()]
     graph = ir.Graph(
         inputs,
         outputs,

@@ -7,7 +7,7 @@ share, so that they fit a bundle of either. Arithmetic is float64 where the spec
 from onnxscript import BOOL, DOUBLE, FLOAT, INT64, script, values
 from onnxscript import opset17 as op
 
-DOMAIN = "ddit"
+DOMAIN = "ddit.rules"
 FLOAT32, INTEGER, FLOAT64 = 1, 7, 11  # ONNX's numbers of these types
 
 rules = values.Opset(DOMAIN, 1)

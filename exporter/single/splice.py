@@ -14,11 +14,12 @@ Values = Mapping[str, ir.Value]
 
 
 class Outermost:
-    """What all graphs of a model share: the initializers of the outermost one."""
+    """What all graphs of a model share: the initializers of the outermost one, opsets and functions."""
 
     def __init__(self, folder: Path):
         self.initializers: dict[str, ir.Value] = {}
         self.opsets: dict[str, int] = {}
+        self.functions: dict[ir.OperatorIdentifier, ir.Function] = {}  # that the levels' twins call
         self._folder = folder  # of the bundle's graphs
 
     def constant(self, value: NDArray[np.generic] | np.generic | int | list[int], name: str = "") -> ir.Value:
@@ -37,6 +38,7 @@ class Outermost:
         model = ir.load(self._folder / file)
         for domain, version in model.opset_imports.items():
             self.opsets.setdefault(domain, version)
+        self.functions |= model.functions
         return model.graph
 
     def adopt(self, value: ir.Value, graph: str) -> ir.Value:
