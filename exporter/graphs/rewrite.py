@@ -17,8 +17,8 @@ a branch times its scale, if that is 1       the branch
 tokens cut in two and joined again           nothing
 ===========================================  ====================================================================
 
-The twin names the same tensors of the same weight files, so that sessions share them with every other level. Nothing
-is copied.
+What the library has no operator for is left to a second stage (`fusion`). The twin names the same tensors of the same
+weight files, so that sessions share them with every other level. Nothing is copied.
 """
 
 from dataclasses import dataclass
@@ -83,7 +83,7 @@ def rewrite(model: ir.Model) -> None:
             RewritePass([rule.rule()])(model)
         if left := _count(model, "Attention"):
             raise ValueError(f"{left} of its {attentions} attentions are unlike those that can be rewritten")
-        RewritePass([kind.rule() for kind in (Once, Gelu, GeluOfBranch, Modulation, Limits, SplitAndJoined)])(model)
+        RewritePass([kind.rule() for kind in (TimesOne, Gelu, GeluOfBranch, Modulation, Limits, SplitAndJoined)])(model)
         model.opset_imports[CONTRIB] = CONTRIB_VERSION
         common.IdentityEliminationPass()(model)
         fuse(model)
@@ -133,8 +133,10 @@ class Rotary(RewriteRuleClassBase):
         """One operator on (B, S, heads · size)."""
         tables = []
         for table in (_table(cos), _table(sin)):
+            assert table is not None
             halved = op.Slice(table, constant(op, [0]), constant(op, [TO_THE_END]), constant(op, [1]),
                               constant(op, [2]))  # fmt: skip
+            halved.dtype = table.dtype
             to = rounded.producer().attributes["to"].value if self.in_float32 else None
             tables.append(op.Cast(halved, to=to) if to else halved)
         joined = op.Reshape(x, constant(op, WHOLE_HEADS))
@@ -176,7 +178,7 @@ class Attention(RewriteRuleClassBase):
         return op.MultiHeadAttention(*joined, num_heads=_heads_of(query), **options, _domain=CONTRIB)
 
 
-class Once(RewriteRuleClassBase):
+class TimesOne(RewriteRuleClassBase):
     """The scale of a LoRA whose alpha is its rank."""
 
     def pattern(self, op, branch, scale):

@@ -1,8 +1,13 @@
 """What the rules of a level's twin ask about the values of a graph: numbers that are known, heads, biases, rows."""
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
+from ddit.exporter.graphs.operators import CHANNELS, DOMAIN
+
+FLOAT = ir.DataType.FLOAT
 WHOLE_HEADS = [0, 0, -1]  # shape (B, S, heads, size) → (B, S, heads · size)
 
 
@@ -80,3 +85,47 @@ def has_row_per_sample(value: ir.Value) -> bool:
             for one in split.inputs
         )
     )
+
+
+def attributes_of(value: ir.Value) -> dict[str, Any]:
+    """The attributes of the node that makes a value."""
+    node = value.producer()
+    return {} if node is None else {name: attribute.value for name, attribute in node.attributes.items()}
+
+
+def epsilon_of(normed: ir.Value) -> float:
+    """What a norm adds before it takes the root; 1e-5 where it does not say, by ONNX."""
+    return float(attributes_of(normed).get("epsilon", 1e-5))
+
+
+def fits_kernels(channels: int | None) -> bool:
+    """Whether the kernels take so many channels."""
+    return channels is not None and channels % CHANNELS == 0
+
+
+def width_of(value: ir.Value) -> int | None:
+    """The channels of a tensor that goes into a matrix product, which its weights (C, …) tell."""
+    for user, index in value.uses():
+        if user.op_type == "MatMul" and index == 0 and (weight := user.inputs[1]) is not None and weight.shape:
+            return weight.shape[0] if isinstance(weight.shape[0], int) else None
+    return None
+
+
+def is_product(value: ir.Value) -> bool:
+    """Whether a value is a product of matrices, or a number of times one."""
+    node = value.producer()
+    if node is not None and node.op_type == "Mul" and node.inputs[1] is not None:
+        node = node.inputs[0].producer() if node.inputs[0] and number(node.inputs[1]) is not None else None
+    return node is not None and node.op_type == "MatMul"
+
+
+def is_linear(product: ir.Value, bias: ir.Value) -> bool:
+    """Whether two values are what a linear layer adds, of channels that the kernels take."""
+    node = product.producer()
+    with_branch = node is not None and node.op_type == "Add" and all(one and is_product(one) for one in node.inputs)
+    return fits_kernels(length(bias)) and (with_branch or is_product(product))
+
+
+def any_of(op, operator: str, name: str):
+    """The pattern of one of this domain's operators, whatever its inputs."""
+    return getattr(op, operator)(_allow_other_inputs=True, _outputs=[name], _domain=DOMAIN)
