@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ddit.exporter.families import families, find_family
 from ddit.exporter.families.base import FamilyInfo
+from ddit.exporter.single.command import single
 from ddit.profiles import Profile, ProfileError, load_profile
 from ddit.runtime import shapes, strict_json
 from ddit.runtime.backends import registry
@@ -86,6 +87,9 @@ class FamilyGroup(DditGroup):
 def main(verbose: int) -> None:
     """Export a pretrained diffusion transformer, once per patch-size level, to a bundle that ddit-run can run."""
     set_up_logging(verbose)
+
+
+main.add_command(single)
 
 
 def export_command(info: FamilyInfo) -> click.Command:
