@@ -38,6 +38,8 @@ TIMED = 5  # calls of one kind before the next kind has its turn
 GRAPHS = 64  # that torch may compile of one block, for every size its own
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 Call = Callable[[], Any]
+cuda: Any = torch.cuda  # torch has no types for some of it
+cudnn: Any = torch.backends.cudnn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +96,7 @@ def facts() -> Iterator[str]:
         except PackageNotFoundError:
             continue
     yield "versions: " + ", ".join(found)
-    yield f"cuDNN {torch.backends.cudnn.version()}"
+    yield f"cuDNN {cudnn.version()}"
 
 
 def report(ours: Pipeline, theirs: Any, size: Size, config: Config) -> Iterator[str]:
@@ -166,10 +168,8 @@ def their_run(pipeline: Any, size: Size, steps: int, **more: Any) -> Call:
 
 def our_run(pipeline: Pipeline, schedule: str, size: Size, steps: int) -> Call:
     """The same of the runtime."""
-    frames = {"frames": size.frames} if size.frames else {}
-    return lambda: pipeline(
-        PROMPT, seed=SEED, steps=steps, schedule=schedule, height=size.height, width=size.width, **frames
-    )
+    where: dict[str, Any] = size.by_name()
+    return lambda: pipeline(PROMPT, seed=SEED, steps=steps, schedule=schedule, **where)
 
 
 def captured(transformer: nn.Module, given: Sequence[Mapping[str, Any]]) -> Call:
@@ -181,7 +181,7 @@ def captured(transformer: nn.Module, given: Sequence[Mapping[str, Any]]) -> Call
     if embed is not None:
         transformer.pos_embed = Constant(embed(torch.cat([given[0]["txt_ids"], given[0]["img_ids"]])))
     call = step_of(transformer, given)
-    stream = torch.cuda.Stream()
+    stream = cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):
@@ -218,7 +218,7 @@ def milliseconds(call: Call, repeat: int) -> list[float]:
     """Of every call, by the GPU's own events."""
     times = []
     for _ in range(repeat):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = (cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         call()
         end.record()
