@@ -28,7 +28,7 @@ try:
     from training.config import Config
     from training.distillation import Distillation, level_tables
     from training.encoding import encode_once, picture_encoder
-    from training.loop import Ema, Training
+    from training.loop import Ema, Training, load_flags
     from training.plan import Plan, claim
     from training.random_weights import random_text, random_transformer
     from training.states import Draws, Noised, StateSource, Text, Trajectories
@@ -45,9 +45,7 @@ def main(**given: Any) -> None:
     """Train coarse levels to give the native level's velocity: ‖v_coarse − v_native‖²."""
     set_up_logging(0)
     quiet_libraries()
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass crashed (torch 2.11, CUDA 13.0, H200)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-
+    load_flags()
     config = Config(**given)
     plan = Plan.make(config)
     optimizer_class = find_optimizer(config.optimizer)

@@ -27,7 +27,7 @@ import torch
 from command_line.options import option, options
 from demo_model.buckets import BUCKETS, SHOWN, TINY_BUCKETS
 from demo_model.classifier import SceneClassifier
-from demo_model.course import Course, PictureRun, load_flags
+from demo_model.course import Course, PictureRun
 from demo_model.parts import TINY, Sizes, make_vae
 from demo_model.results import evaluate, save_defaults, save_model
 from demo_model.stages import (
@@ -41,6 +41,7 @@ from demo_model.stages import (
     stage_vae,
     start_from,
 )
+from training.loop import load_flags
 
 COARSE = (4, 8)  # levels
 Stage = Callable[[PictureRun, float, Denoiser, Data], Course]

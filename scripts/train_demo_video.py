@@ -25,10 +25,10 @@ import click
 import torch
 
 from command_line.options import option, options
-from demo_model.course import load_flags
 from demo_video.parts import TINY, Sizes, make_vae
 from demo_video.results import save_model, show
 from demo_video.stages import ClipRun, Denoiser, encode_data, stage_adapter, stage_flow, stage_vae, start_from
+from training.loop import load_flags
 
 COARSE = (4,)  # levels
 FINISHING = 30.0  # seconds to save and to draw in

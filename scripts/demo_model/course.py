@@ -14,7 +14,6 @@ from demo_model.parts import Sizes
 from training.loop import Ema, Progress, Training, keep
 
 KEEP_SECONDS = 60.0
-GRAPHS = 64  # that torch.compile may make of one block: with and without gradients, LoRA and so on
 STARTED = perf_counter()
 
 
@@ -41,16 +40,6 @@ class PictureRun(Run):
     buckets: tuple[Bucket, ...]
     shown: tuple[Bucket, ...] = ()  # sizes of pictures that nobody judges, but somebody may look at
     scenes: int
-
-
-def load_flags() -> None:
-    """How torch is to compute, in all trainings of demos."""
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass crashed (torch 2.11, CUDA 13.0, H200)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch._dynamo.config.recompile_limit = GRAPHS
-    torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs all the same, if slower
-    # an assertion of this analysis fails for shapes that are free (torch 2.11)
-    torch._inductor.config.triton.coalesce_tiling_analysis = False
 
 
 def fitting_batch(run: Run, batch: int, attempt: Callable[[int], object]) -> int:

@@ -97,7 +97,8 @@ class Distillation:
     ):
         """``teacher``: the native level; ``levels``: the coarse ones over the same transformer, by patch.
 
-        ``checkpointing``: recompute activations, to save memory. ``means``: errors that count more than others.
+        ``checkpointing``: recompute activations and run passes in turn, to save memory; else a state's two passes are
+        one batch, which starts half as many kernels. ``means``: errors that count more than others.
         ``resize``: patch embeddings and heads start as resized native ones, not at random. ``start``: the adapter to
         start from; raises `AdapterError` where it does not fit.
         """
@@ -115,7 +116,7 @@ class Distillation:
             parameter.data = parameter.data.float()
         run.start_together(self.own)
 
-        self._tables = tables
+        self._tables, self._in_turn = tables, checkpointing
         for level in (teacher, *levels.values()):
             level.checkpointing = checkpointing
             run.compile_blocks(level.trunk)
@@ -132,20 +133,27 @@ class Distillation:
         optimiser's step. The losses in the report are divided by the variance of the teacher's velocity.
         """
         passes = states.passes()
+        batches = passes if self._in_turn else [joined(passes)]
         with torch.no_grad():
-            targets = [self._velocity(self.teacher, inputs) for inputs in passes]
-            variance = torch.stack([target.var() for target in targets]).mean()
-        velocities = {self.teacher.patch: states.velocity(targets)}
+            targets = [self._velocity(self.teacher, inputs) for inputs in batches]
+            of_passes = torch.cat(targets).chunk(len(passes))
+            variance = torch.stack([target.var() for target in of_passes]).mean()
+        velocities = {self.teacher.patch: states.velocity(of_passes)}
         for patch, level in self.levels.items():
             found, losses = [], []
-            for inputs, target in zip(passes, targets, strict=True):
+            for inputs, target in zip(batches, targets, strict=True):
                 velocity = self._velocity(level, inputs)
                 error = velocity - target
                 loss = error.square().mean()
-                # level by level and pass by pass: the next one's activations take the place of this one's
-                torch.autograd.backward(share / len(passes) * (loss + self.means.loss(error, patch)))
+                # level by level and batch by batch: the next one's activations take the place of this one's
+                torch.autograd.backward(share / len(batches) * (loss + self.means.loss(error, patch)))
                 found.append(velocity.detach())
                 losses.append(loss.detach())
             self.run.note(f"level {patch}", torch.stack(losses).mean() / variance)
-            velocities[patch] = states.velocity(found)
+            velocities[patch] = states.velocity(torch.cat(found).chunk(len(passes)))
         return velocities
+
+
+def joined(passes: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The inputs of several passes as those of one, with as many times its rows."""
+    return {name: torch.cat([inputs[name] for inputs in passes]) for name in passes[0]}

@@ -19,6 +19,17 @@ from ddit.runtime.files import whole
 REPORT_SECONDS = 10.0
 FIRST_REPORT = 10  # steps; they compile and allocate, so the rate leaves them out
 WARM_UP = 200  # steps
+GRAPHS = 64  # that torch.compile may make of one block: with and without gradients, LoRA and so on
+
+
+def load_flags() -> None:
+    """How torch is to compute, in all trainings."""
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass crashed (torch 2.11, CUDA 13.0, H200)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch._dynamo.config.recompile_limit = GRAPHS
+    torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs all the same, if slower
+    # an assertion of this analysis fails for shapes that are free (torch 2.11)
+    torch._inductor.config.triton.coalesce_tiling_analysis = False
 
 
 @dataclass
