@@ -61,6 +61,7 @@ def _machine_table(machine: Machine) -> Table:
     table.add_row("ONNX Runtime's providers", ", ".join(machine.providers) or red("none"))
     missing = "not found" if machine.gpu is None else red("not found: pip install 'ddit[cuda]'")
     table.add_row("cuDNN", machine.cudnn or missing)
+    table.add_row("ddit's kernels for CUDA", "installed" if machine.kernels else "not built: there was no C++ compiler")
     return table
 
 

@@ -10,6 +10,7 @@ from ddit.runtime.backends.device.cuda import Gpu, driver_version, why_no_gpu
 from ddit.runtime.backends.onnxruntime import cuda
 from ddit.runtime.backends.onnxruntime.cuda import CudaBackend
 from ddit.runtime.backends.onnxruntime.host import import_onnxruntime
+from ddit.runtime.backends.onnxruntime.kernels import find_library
 from ddit.runtime.backends.registry import kinds
 from ddit.runtime.bundle import Bundle
 from ddit.runtime.errors import BackendError, DditError
@@ -42,6 +43,7 @@ class Machine:
     libraries: dict[str, str]  # versions of those that are installed
     providers: tuple[str, ...]  # ONNX Runtime's execution providers; empty without ONNX Runtime
     cudnn: str | None  # the version that ONNX Runtime finds
+    kernels: bool  # whether ddit was installed with its own for CUDA
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def look_at_machine() -> Machine:
         libraries={name: its for name in LIBRARIES if (its := _version(name))},
         providers=providers,
         cudnn=".".join(map(str, cudnn)) if cudnn else None,
+        kernels=find_library() is not None,
     )
 
 

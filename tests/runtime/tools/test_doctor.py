@@ -5,6 +5,7 @@ import json
 import onnxruntime
 
 from conftest import run
+from ddit.runtime.backends.onnxruntime import kernels
 from ddit.runtime.backends.registry import kinds
 from ddit.runtime.cli import main
 from ddit.runtime.tools import doctor
@@ -19,6 +20,7 @@ def test_what_is_here(monkeypatch):
     assert (machine["gpu"], machine["no_gpu"]) == (None, "no NVIDIA driver is installed")
     assert machine["libraries"]["onnxruntime"] == onnxruntime.__version__
     assert "CPUExecutionProvider" in machine["providers"]
+    assert machine["kernels"] == (kernels.find_library() is not None)
     assert (report["backends"], report["levels"]) == ([], [])
     assert "none: no NVIDIA driver is installed" in run(main, "doctor").stdout
 
