@@ -12,6 +12,7 @@ holds. Who is first follows from virtual time (`ddit.runtime.serving.fairness`).
 but the one that it is given: whoever drives it owns the pipeline's session.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from heapq import nsmallest
 from time import perf_counter
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from ddit.runtime import shapes
@@ -85,6 +87,8 @@ class Ticket:
     job: Job
     arrived: float  # seconds on the room's clock
     finish: float  # the virtual time at which its work would be done if everybody shared the engines
+    started: float = math.nan  # seconds on the clock
+    closed: float = math.nan
     state: State = State.WAITING
     sample: Sample | None = field(default=None, repr=False)
     partial_images: int = 0  # asked of the decoder so far
@@ -109,6 +113,7 @@ class Stepped:
 
     ticket: Ticket
     record: StepRecord
+    preview: NDArray[np.uint8] | None = None  # the estimate, small, (H, W, 3), where one was wanted
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,11 @@ class EngineRoom:
     def idle(self) -> bool:
         """Whether there is nothing to do."""
         return not self._open
+
+    @property
+    def open(self) -> int:
+        """How many tickets are open."""
+        return len(self._open)
 
     def count(self, state: State) -> int:
         """How many open tickets are in a state."""
@@ -309,6 +319,8 @@ class EngineRoom:
         """Encode prompts and start their samples."""
         limit = self._limit(tickets[0].run.sizes)
         begin = self.clock()
+        for ticket in tickets:
+            ticket.started = begin
         runs: dict[Ticket, Run] = {}
         with self._in_the_engines():
             for ticket in tickets:
@@ -378,7 +390,7 @@ class EngineRoom:
             del self._tickets[ticket.sample]
         self._paintings = [one for one in self._paintings if one.ticket is not ticket]
         del self._open[ticket]
-        ticket.sample, ticket.state = None, state
+        ticket.sample, ticket.state, ticket.closed = None, state, self.clock()
         return Closed(ticket, result, error)
 
     def _limit(self, sizes: Mapping[str, int]) -> int:
