@@ -121,9 +121,9 @@ class Session:
     def groups(self) -> list[list[tuple[Sample, Decision]]]:
         """The samples that are not done with what they do next, those together that can share a call.
 
-        Raises `StepError` when the gate fails that some policies look at.
+        Raises `StepError` when the gate fails.
         """
-        self._run_gates()
+        self.run_gates()
         groups: defaultdict[tuple[int | None, bool, tuple[int, ...]], list[tuple[Sample, Decision]]] = defaultdict(list)
         for sample in self.samples:
             if not sample.done:
@@ -169,8 +169,11 @@ class Session:
             sample.decision = policy.decide(sample.history)
         return sample.decision
 
-    def _run_gates(self) -> None:
-        """Find how much the next step will differ from the one before, for the samples whose policy looks at it."""
+    def run_gates(self) -> None:
+        """Find how much the next step will differ from the one before, for the samples whose policy looks at it.
+
+        `groups` does so itself. Raises `StepError` when the gate fails.
+        """
         waiting: defaultdict[object, list[Sample]] = defaultdict(list)
         for sample in self.samples:
             # once a step, however often somebody asks for the groups

@@ -54,6 +54,7 @@ def serve(
     """
     try:
         from ddit.runtime.serving.schema import Limits
+        from ddit.runtime.serving.server import listen
         from ddit.runtime.serving.server import serve as run
     except ImportError as error:
         raise BackendError(f"{error.name} is not installed; run: pip install 'ddit[serve]'") from None
@@ -64,10 +65,13 @@ def serve(
     if token is None and not _is_loopback(host):
         say(f"warning: anyone who reaches {host} may use this server; set {TOKEN} to ask for a key")
     logging.getLogger("ddit.access").setLevel(logging.INFO)
+    pipeline = Pipeline(opened, open_backend(backend, opened, threads))
+    listening = listen(host, port)
+    address, bound = listening.getsockname()[:2]
+    say(f"http://{f'[{address}]' if ':' in address else address}:{bound} serves {opened.manifest.model.id}")
     run(
-        Pipeline(opened, open_backend(backend, opened, threads)),
-        host=host,
-        port=port,
+        pipeline,
+        listening,
         limits=Limits(prompt=max_prompt, pixels=max_pixels, steps=max_steps, seconds=timeout),
         in_flight=in_flight,
         waiting=waiting,

@@ -139,7 +139,7 @@ def _pictures(app: FastAPI, worker: Worker, limits: Limits) -> None:
         seconds = min(asked.timeout or limits.seconds, limits.seconds)
         deadline = worker.room.clock() + seconds
         weight = WEIGHTS[asked.priority or "normal"]
-        return [Job(run, deadline, weight, asked.partial_images or 0) for run in runs]
+        return [Job(run, deadline, weight, asked.partial_images or 0, bool(asked.progress)) for run in runs]
 
     @app.post(
         "/v1/images/generations",

@@ -31,12 +31,14 @@ from ddit.runtime.pipeline import Pipeline, Result
 from ddit.runtime.policies import Decision
 from ddit.runtime.request import Request, Run
 from ddit.runtime.serving.fairness import VirtualTime, Workload
+from ddit.runtime.serving.preview import Colours
 from ddit.runtime.session import Sample, StepError
 from ddit.runtime.trace import StepRecord
 
 IN_FLIGHT = 32  # samples that denoise at once, each with buffers of its own
 WAITING = 256  # that are accepted beyond them
 LARGEST_BATCH = 64  # of any profile
+PREVIEW_SECONDS = 0.2  # between two of one picture
 
 Members = list[tuple[Sample, Decision]]
 
@@ -78,6 +80,7 @@ class Job:
     deadline: float | None = None  # seconds on the room's clock; it is given up then, wherever it is
     weight: float = 1.0  # its share of the engines, against others' 1
     partial_images: int = 0  # pictures of the estimate to decode on the way, evenly spaced
+    previews: bool = False  # whether steps come with a small preview now and then
 
 
 @dataclass(eq=False)
@@ -92,6 +95,7 @@ class Ticket:
     state: State = State.WAITING
     sample: Sample | None = field(default=None, repr=False)
     partial_images: int = 0  # asked of the decoder so far
+    previewed: float = -math.inf  # seconds on the clock, when the last preview was made
     work: float = 0.0  # done for it, in tokens
 
     @property
@@ -175,6 +179,7 @@ class EngineRoom:
         self.session = pipeline.session()
         self.in_flight, self.room_to_wait, self.largest_batch = in_flight, waiting, largest_batch
         self.clock = clock
+        self.colours = Colours()
         self.last = Tick(None, 0, 0, 0.0, 0.0)
         self._time = VirtualTime()
         self._workload = Workload(manifest.latent, manifest.native)
@@ -257,8 +262,9 @@ class EngineRoom:
         return (Work.STEP, *self._step(min(steps, key=self._first), events))
 
     def _groups(self) -> list[Members]:
-        with self._in_the_engines():  # a policy's gate runs here
-            return self.session.groups()
+        with self._in_the_engines():
+            self.session.run_gates()
+        return self.session.groups()
 
     def _first(self, group: Members) -> float:
         """The earliest virtual finish time in a group."""
@@ -282,11 +288,20 @@ class EngineRoom:
             work = self._workload.step(sample.run, decision.level, sample.sizes)
             ticket.work += work
             done += work
-            events.append(Stepped(ticket, sample.trace.steps[-1]))
+            events.append(Stepped(ticket, sample.trace.steps[-1], self._preview(ticket, sample)))
             self._after_step(ticket, sample)
         if self._open:
             self._time.spend(done, sum(ticket.job.weight for ticket in self._open))
         return len(members), limit
+
+    def _preview(self, ticket: Ticket, sample: Sample) -> NDArray[np.uint8] | None:
+        """What the estimate looks like, where that was asked for and is not known from just before."""
+        now = self.clock()
+        if not ticket.job.previews or (now - ticket.previewed < PREVIEW_SECONDS and not sample.done):
+            return None
+        estimate = sample.history.estimate()
+        ticket.previewed = now
+        return None if estimate is None else self.colours(estimate)
 
     def _after_step(self, ticket: Ticket, sample: Sample) -> None:
         """Hand a sample that is done to the decoder, and the estimates of others when they are due."""
@@ -367,6 +382,7 @@ class EngineRoom:
                 assert one.ticket.sample is not None
                 trace = one.ticket.sample.trace
                 trace.decode_milliseconds = milliseconds
+                self.colours.learn(one.latent, frames[0])
                 result = Result(frames, trace, one.latent)
                 events.append(self._close(one.ticket, State.FINISHED, result=result))
             else:

@@ -123,7 +123,7 @@ class Worker:
                 raise BackendError(self.broken)
             tickets = self.room.accept(jobs)
         except DditError as error:
-            order.refuse(error)
+            order.refuse(error, len(jobs))
             return
         order.tickets = tickets
         self._orders |= {ticket: (order, index) for index, ticket in enumerate(tickets)}
@@ -143,7 +143,7 @@ class Order:
         self._worker = worker
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event] | DditError] = asyncio.Queue()
-        self._left = len(jobs)
+        self._open = self._unread = len(jobs)  # jobs that are not closed, and those of whose end nobody has read
         worker.call(lambda: worker.accept(self, jobs))
 
     async def __aenter__(self) -> "Order":
@@ -152,42 +152,45 @@ class Order:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._left:
-            self._give_back(self._left)
+        if self._open:
             self._worker.call(lambda: self._worker.cancel(self))
-
-    async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
-        """The jobs' numbers with what happens to them. Raises `DditError` where the order was refused."""
-        while self._left:
-            yield await self.next()
-
-    async def next(self) -> tuple[int, Event]:
-        """The next event."""
-        item = await self._events.get()
-        if isinstance(item, DditError):
-            self._give_back(self._left)
-            raise item
-        if isinstance(item[1], Closed):
-            self._give_back(1)
-        return item
+            self._close(self._open)
 
     @property
     def done(self) -> bool:
-        """Whether every job is closed."""
-        return not self._left
+        """Whether the end of every job was read."""
+        return not self._unread
 
-    def _give_back(self, count: int) -> None:
-        self._left -= count
-        self._worker.open -= count
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
+        """The jobs' numbers with what happens to them, until every job is closed. Raises as `next` does."""
+        while not self.done:
+            yield await self.next()
+
+    async def next(self) -> tuple[int, Event]:
+        """The next event. Raises `DditError` where the order was refused."""
+        item = await self._events.get()
+        if isinstance(item, DditError):
+            self._unread = 0
+            raise item
+        self._unread -= isinstance(item[1], Closed)
+        return item
 
     def tell(self, index: int, event: Event) -> None:
         """Hand an event over; in the worker's thread."""
-        self._put((index, event))
+        self._put((index, event), closes=int(isinstance(event, Closed)))
 
-    def refuse(self, error: DditError) -> None:
+    def refuse(self, error: DditError, jobs: int) -> None:
         """Hand a refusal over; in the worker's thread."""
-        self._put(error)
+        self._put(error, closes=jobs)
 
-    def _put(self, item: tuple[int, Event] | DditError) -> None:
+    def _put(self, item: tuple[int, Event] | DditError, closes: int) -> None:
+        def arrive() -> None:
+            self._close(min(closes, self._open))  # fewer where the client has left meanwhile
+            self._events.put_nowait(item)
+
         with suppress(RuntimeError):  # the loop has ended, and nobody waits
-            self._loop.call_soon_threadsafe(self._events.put_nowait, item)
+            self._loop.call_soon_threadsafe(arrive)
+
+    def _close(self, count: int) -> None:
+        self._open -= count
+        self._worker.open -= count
