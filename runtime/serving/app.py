@@ -20,7 +20,7 @@ from ddit.runtime.bundle import Manifest
 from ddit.runtime.errors import DditError, UsageError
 from ddit.runtime.serving.about import describe
 from ddit.runtime.serving.engine_room import Closed, Job, RoomFullError, State
-from ddit.runtime.serving.guard import Guard, error_response
+from ddit.runtime.serving.guard import INVALID, Guard, error_response
 from ddit.runtime.serving.metrics import Metrics
 from ddit.runtime.serving.pictures import Stream, image_data, size_text, sse, usage
 from ddit.runtime.serving.schema import (
@@ -33,13 +33,14 @@ from ddit.runtime.serving.schema import (
     ModelInfo,
     ModelList,
 )
+from ddit.runtime.serving.static import add_page
 from ddit.runtime.serving.worker import Order, Worker
 
 log = logging.getLogger(__name__)
 
 GONE = 499  # the status in our own figures of a response to nobody
 SILENCE = 15.0  # seconds after which a stream sends a comment, so that proxies keep it open
-INVALID, SERVER = "invalid_request_error", "server_error"
+SERVER = "server_error"
 ERRORS = {
     400: "The request cannot be met as asked.",
     401: "The token is missing or wrong.",
@@ -76,10 +77,23 @@ def create_app(worker: Worker, metrics: Metrics, *, limits: Limits | None = None
         body_seconds=limits.body_seconds,
         on_response=lambda method, path, status: metrics.responses.labels(method, path, str(status)).inc(),
     )
+    app.openapi = lambda: _description(app)  # type: ignore[method-assign]
     _errors(app)
     _pictures(app, worker, limits)
     _about(app, worker, metrics)
+    add_page(app)
     return app
+
+
+def _description(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI description, without the status that FastAPI adds and `_errors` changes."""
+    described = FastAPI.openapi(app)
+    for path in described["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        described["components"]["schemas"].pop(name, None)
+    return described
 
 
 def _documented(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -220,12 +220,9 @@ class EngineRoom:
         self._open |= dict.fromkeys(tickets)
         return tickets
 
-    def cancel(self, ticket: Ticket) -> bool:
-        """Give a ticket up, wherever it is; False for one that is closed already. No event tells of it."""
-        if not ticket.state.open:
-            return False
-        self._close(ticket, State.CANCELLED)
-        return True
+    def cancel(self, ticket: Ticket) -> Closed | None:
+        """Give a ticket up, wherever it is, and return its end, which no tick tells of; None if it was closed."""
+        return self._close(ticket, State.CANCELLED) if ticket.state.open else None
 
     def tick(self) -> list[Event]:
         """Do one piece of work, and say what came of it."""

@@ -15,7 +15,14 @@ from ddit.runtime.serving.schema import ErrorBody, ErrorResponse
 
 access = logging.getLogger("ddit.access")
 
-OPEN = ("/", "/page", "/healthz", "/readyz")  # need no token
+OPEN = ("/", "/healthz", "/readyz")  # need no token
+OPEN_BELOW = "/page/"
+
+INVALID = "invalid_request_error"
+LONGEST_PATH = 200  # characters of one in the log
+
+INVALID = "invalid_request_error"
+LONGEST_PATH = 200  # characters of one in the log
 
 OnResponse = Callable[[str, str, int], None]  # method, path and status
 
@@ -32,8 +39,8 @@ class TooLargeError(Exception):
     """A body is larger than it may be."""
 
 
-class TooSlowError(Exception):
-    """A body takes longer than it may."""
+class ClientGoneError(Exception):
+    """The client went before its body had arrived."""
 
 
 class Guard:
@@ -57,23 +64,6 @@ class Guard:
             await self._app(scope, receive, send)
             return
         begin, status, number = perf_counter(), 0, secrets.token_hex(8)
-        received, ended = 0, False
-
-        async def counted() -> Message:
-            nonlocal received, ended
-            if ended:
-                return await receive()
-            left = self._body_seconds - (perf_counter() - begin)
-            try:
-                message = await asyncio.wait_for(receive(), max(left, 0.001))
-            except asyncio.TimeoutError:
-                raise TooSlowError from None
-            if message["type"] == "http.request":
-                received += len(message.get("body", b""))
-                ended = not message.get("more_body", False)
-                if received > self._body:
-                    raise TooLargeError
-            return message
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -84,34 +74,50 @@ class Guard:
 
         try:
             answer = self._refuse(scope)
-            if answer is not None:
-                await answer(scope, receive, noted)
-            else:
+            if answer is None:
                 try:
-                    await self._app(scope, counted, noted)
+                    body = await asyncio.wait_for(self._read(receive), self._body_seconds)
                 except TooLargeError:
-                    await self._too_large()(scope, receive, noted)
-                except TooSlowError:
-                    slow = error_response(408, "the body took too long to arrive", "invalid_request_error",
-                                          code="request_timeout", connection="close")  # fmt: skip
-                    await slow(scope, receive, noted)
+                    answer = self._too_large()
+                except ClientGoneError:
+                    return
+                except asyncio.TimeoutError:
+                    message = "the body took too long to arrive"
+                    answer = error_response(408, message, INVALID, code="request_timeout", connection="close")
+            if answer is None:
+                await self._app(scope, _again(body, receive), noted)
+            else:
+                await answer(scope, receive, noted)
         finally:
-            route = getattr(scope.get("route"), "path", "other")
-            self._on_response(scope["method"] if route != "other" else "other", route, status)
+            route = getattr(scope.get("route"), "path", None)
+            self._on_response(scope["method"] if route else "other", route or "other", status)
             client = scope["client"][0] if scope.get("client") else "-"
             milliseconds = (perf_counter() - begin) * 1000
-            path = printable(scope["path"][:200])
+            path = printable(scope["path"][:LONGEST_PATH])
             access.info("%s %s %s %d %.0f ms %s", client, scope["method"], path, status, milliseconds, number)
+
+    async def _read(self, receive: Receive) -> bytes:
+        """The body. Raises `TooLargeError` or `ClientGoneError`."""
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGoneError
+            body += message.get("body", b"")
+            if len(body) > self._body:
+                raise TooLargeError
+            if not message.get("more_body", False):
+                return bytes(body)
 
     def _refuse(self, scope: Scope) -> JSONResponse | None:
         """The answer to a request that may not pass."""
         headers = dict(scope["headers"])
-        if self._token is not None and scope["path"] not in OPEN:
+        if self._token is not None and scope["path"] not in OPEN and not scope["path"].startswith(OPEN_BELOW):
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
             right = hmac.compare_digest(given.strip(), self._token.encode())
             if scheme.lower() != b"bearer" or not right:
                 message = "the API key is missing or wrong; send it as Authorization: Bearer KEY"
-                return error_response(401, message, "invalid_request_error", code="invalid_api_key",
+                return error_response(401, message, INVALID, code="invalid_api_key",
                                       www_authenticate="Bearer")  # fmt: skip
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length[:20]) > self._body:
@@ -120,4 +126,18 @@ class Guard:
 
     def _too_large(self) -> JSONResponse:
         message = f"the body is larger than {self._body} bytes"
-        return error_response(413, message, "invalid_request_error", code="request_too_large", connection="close")
+        return error_response(413, message, INVALID, code="request_too_large", connection="close")
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """What receives a body that was read already, and after it whatever comes."""
+    given = False
+
+    async def replayed() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replayed

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ddit.runtime.bundle import Manifest
-from ddit.runtime.serving.engine_room import Closed, EngineRoom, Event, Started, State, Stepped
+from ddit.runtime.serving.engine_room import Closed, EngineRoom, Event, Started, State, Stepped, Tick
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 CALL_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
@@ -20,6 +20,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._native = manifest.native
         self._steps, self._coarse = 0, 0
+        self._seen: Tick | None = None  # the last tick that was counted
 
         def made(kind: type, name: str, text: str, labels: Sequence[str] = (), **options: object):  # type: ignore[no-untyped-def]
             return kind(f"ddit_{name}", text, labels, registry=self.registry, **options)
@@ -42,10 +43,11 @@ class Metrics:
         self.waiting.set(waiting)
         self.in_flight.set(room.open - waiting)
         last = room.last
-        if events and last.work is not None:
+        if last is not self._seen and last.work is not None:
             self.fill.labels(last.work.value).observe(last.members / last.limit)
             self.calls.labels(last.work.value).observe(last.seconds - last.own_seconds)
             self.own.observe(last.own_seconds)
+        self._seen = last
         for event in events:
             if isinstance(event, Started):
                 self.queue.observe(event.ticket.started - event.ticket.arrived)

@@ -39,6 +39,7 @@ class Worker:
         self._warm_up, self._on_turn = warm_up, on_turn
         self._orders: dict[Ticket, tuple[Order, int]] = {}
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._cancelled: list[Event] = []
         self._failures = 0
         self._thread = threading.Thread(target=self._run, name="engine-room", daemon=True)
 
@@ -92,7 +93,8 @@ class Worker:
         events = [] if self.room.idle else self.room.tick()
         for event in events:
             self._tell(event)
-        self._on_turn(self.room, events)
+        self._on_turn(self.room, [*self._cancelled, *events])
+        self._cancelled.clear()
         return True
 
     def _tell(self, event: Event) -> None:
@@ -132,7 +134,8 @@ class Worker:
         """Give up what is left of an order; in the thread."""
         for ticket in order.tickets:
             self._orders.pop(ticket, None)
-            self.room.cancel(ticket)
+            if end := self.room.cancel(ticket):
+                self._cancelled.append(end)
 
 
 class Order:
