@@ -5,12 +5,14 @@ from typing import Any
 from ddit.runtime import shapes
 from ddit.runtime.pipeline import Pipeline
 from ddit.runtime.request import DEFAULT_SCHEDULE
+from ddit.runtime.serving.schema import MAX_PICTURES, Limits
 
 
-def describe(pipeline: Pipeline) -> dict[str, Any]:
-    """Levels, sizes and defaults, as `/v1/models` shows them."""
+def describe(pipeline: Pipeline, limits: Limits) -> dict[str, Any]:
+    """Levels, sizes, defaults and limits, as `/v1/models` shows them."""
     manifest = pipeline.bundle.manifest
     size = manifest.size()
+    unit = shapes.units(manifest.latent, manifest.patches)
     return {
         "family": manifest.family,
         "backend": str(pipeline.backend),
@@ -20,15 +22,17 @@ def describe(pipeline: Pipeline) -> dict[str, Any]:
         "schedule": DEFAULT_SCHEDULE,
         "guidance": None if manifest.guidance.kind == "none" else manifest.guidance.default,
         "negative_prompt": manifest.guidance.two_passes,
-        "size": {"width": size.width, "height": size.height, "multiple_of": _units(pipeline)},
+        "size": {"width": size.width, "height": size.height, "multiple_of": unit},
         "sizes": [
             {name: [getattr(entry, name).minimum, getattr(entry, name).maximum] for name in ("width", "height")}
             for entry in manifest.profile.entry
         ],
+        "limits": {
+            "n": MAX_PICTURES,
+            "prompt": limits.prompt,
+            "steps": limits.steps,
+            "pixels": limits.pixels,
+            "seconds": limits.seconds,
+        },
     }
 
-
-def _units(pipeline: Pipeline) -> dict[str, int]:
-    """What every side is a multiple of, in pixels."""
-    manifest = pipeline.bundle.manifest
-    return shapes.units(manifest.latent, manifest.patches)

@@ -80,7 +80,7 @@ def create_app(worker: Worker, metrics: Metrics, *, limits: Limits | None = None
     app.openapi = lambda: _description(app)  # type: ignore[method-assign]
     _errors(app)
     _pictures(app, worker, limits)
-    _about(app, worker, metrics)
+    _about(app, worker, metrics, limits)
     add_page(app)
     return app
 
@@ -253,11 +253,11 @@ def _finished(event: Closed) -> Closed:
     return event
 
 
-def _about(app: FastAPI, worker: Worker, metrics: Metrics) -> None:
+def _about(app: FastAPI, worker: Worker, metrics: Metrics, limits: Limits) -> None:
     """What the server says of itself."""
     pipeline = worker.room.pipeline
     manifest = pipeline.bundle.manifest
-    info = ModelInfo(id=manifest.model.id, created=int(time.time()), ddit=describe(pipeline))
+    info = ModelInfo(id=manifest.model.id, created=int(time.time()), ddit=describe(pipeline, limits))
 
     @app.get("/v1/models", responses=_documented(401))
     async def models() -> ModelList:

@@ -110,7 +110,7 @@ class Stream:
     @staticmethod
     def _progress(event: Stepped) -> dict[str, object]:
         record = event.record
-        values = {
+        values: dict[str, object] = {
             "step": record.step + 1,
             "steps": event.ticket.run.steps,
             "level": record.level,
