@@ -35,4 +35,3 @@ def describe(pipeline: Pipeline, limits: Limits) -> dict[str, Any]:
             "seconds": limits.seconds,
         },
     }
-

@@ -160,7 +160,7 @@ def _pictures(app: FastAPI, worker: Worker, limits: Limits) -> None:
         response_model=ImagesResponse,
         response_model_exclude_none=True,
         responses={
-            200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+            200: {"content": {"text/event-stream": {}}},
             **_documented(400, 401, 408, 413, 429, 500, 503),
         },
     )
