@@ -245,7 +245,7 @@ class EngineRoom:
         # a predicted step costs next to nothing and brings its samples to where they can share a level's call
         steps = [group for group in groups if group[0][1].level is None] or groups
         predicting = bool(steps) and steps[0][0][1].level is None
-        waiting = self._next_to_encode()
+        waiting = self.starters()
         # between two steps there is at most one call of the text encoders and one of the decoder
         if not predicting:
             for kind, wanted in ((Work.DECODE, bool(self._paintings)), (Work.ENCODE, bool(waiting))):
@@ -319,8 +319,8 @@ class EngineRoom:
                 self._paintings.append(_Painting(ticket, estimate, done))
                 ticket.partial_images += 1
 
-    def _next_to_encode(self) -> list[Ticket]:
-        """The tickets that may start, with one text length, those first whose turn it is."""
+    def starters(self) -> list[Ticket]:
+        """The waiting tickets that start next, together: of one text length, those first whose turn it is."""
         flying = sum(ticket.state is not State.WAITING for ticket in self._open)
         waiting = [ticket for ticket in self._open if ticket.state is State.WAITING]
         chosen = nsmallest(self.in_flight - flying, waiting, key=lambda ticket: ticket.finish)

@@ -69,16 +69,17 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
+def warmed_up(room: EngineRoom) -> None:
+    """Run every level once, and make a picture of the usual size; previews have their first colours from it."""
+    warm_up(room.pipeline, room.pipeline.bundle.manifest.size())
+    result = room.pipeline(FIRST_PROMPT)
+    room.colours.learn(result.latent, result.image)
+
+
 def make_worker(pipeline: Pipeline, metrics: Metrics, *, in_flight: int, waiting: int) -> Worker:
-    """The worker of a pipeline. Before it is ready it runs every level and makes a picture of the usual size."""
+    """The worker of a pipeline, which warms up before it is ready."""
     room = EngineRoom(pipeline, in_flight=in_flight, waiting=waiting)
-
-    def prepare() -> None:
-        warm_up(pipeline, pipeline.bundle.manifest.size())
-        result = pipeline(FIRST_PROMPT)
-        room.colours.learn(result.latent, result.image)
-
-    return Worker(room, warm_up=prepare, on_turn=metrics.observe)
+    return Worker(room, warm_up=lambda: warmed_up(room), on_turn=metrics.observe)
 
 
 def serve(
