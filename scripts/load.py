@@ -14,7 +14,7 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -72,12 +72,12 @@ def kind(ticket: Ticket) -> tuple[object, ...]:
     return ticket.run.size, ticket.run.steps
 
 
-def rooms(pipeline: Pipeline) -> dict[str, EngineRoom]:
+def rooms(pipeline: Pipeline, clock: Callable[[], float] = time.perf_counter) -> dict[str, EngineRoom]:
     """The ways to batch."""
     return {
-        "one at a time": EngineRoom(pipeline, in_flight=1),
-        "request level": RequestLevel(pipeline),
-        "step level": EngineRoom(pipeline),
+        "one at a time": EngineRoom(pipeline, in_flight=1, clock=clock),
+        "request level": RequestLevel(pipeline, clock=clock),
+        "step level": EngineRoom(pipeline, clock=clock),
     }
 
 
