@@ -40,7 +40,7 @@ from ddit.runtime.bundle.names import (
     VELOCITIES,
 )
 from ddit.runtime.complexity import Complexity
-from ddit.runtime.errors import BackendError, not_finite
+from ddit.runtime.errors import BackendError, NotFiniteError, not_finite
 from ddit.runtime.policies import DIFFERENCE_ORDER, Change, Decision, RunHistory, statistic
 from ddit.runtime.policies.prediction import root_mean_square
 from ddit.runtime.request import Run
@@ -57,6 +57,10 @@ class StepError(BackendError):
     def __init__(self, message: str, samples: Sequence["Sample"]):
         super().__init__(message)
         self.samples = list(samples)
+
+
+class NotFiniteStepError(StepError, NotFiniteError):
+    """A graph gave NaN or infinity for these samples."""
 
 
 @dataclass(eq=False)
@@ -160,7 +164,7 @@ class Session:
         if lost:
             graph = PREDICT if level is None else self.manifest.level(level).graph
             where = f"step {lost[0].history.step + 1} of {lost[0].run.steps}"
-            raise StepError(not_finite(graph, where, self.manifest.graphs[graph].dtype), lost)
+            raise NotFiniteStepError(not_finite(graph, where, self.manifest.graphs[graph].dtype), lost)
 
     def _decide(self, sample: Sample) -> Decision:
         """What a sample's next step does: asked once a step, however often somebody asks for the groups."""
@@ -203,7 +207,7 @@ class Session:
         if lost:
             graph, step = self._programs.gate.name, lost[0].history.step
             where = f"step {step + 1} of {lost[0].run.steps}"
-            raise StepError(not_finite(graph, where, self.manifest.graphs[graph].dtype), lost)
+            raise NotFiniteStepError(not_finite(graph, where, self.manifest.graphs[graph].dtype), lost)
 
     def latent(self, sample: Sample) -> FloatArray:
         """A copy of a sample's latent (C, H, W) as it is now."""
@@ -259,7 +263,7 @@ class Session:
             latent = self.backend.engine(GROW).run(inputs)[NEXT + LATENT][0]
         if not np.isfinite(latent).all():
             where = f"step {history.step + 1} of {run.steps}"
-            raise StepError(not_finite(GROW, where, self.manifest.graphs[GROW].dtype), [sample])
+            raise NotFiniteStepError(not_finite(GROW, where, self.manifest.graphs[GROW].dtype), [sample])
         sample.rows = {**sample.rows, **state, LATENT: latent}
         sample.native_done = False
         self._leave(sample)

@@ -126,13 +126,13 @@ def _errors(app: FastAPI) -> None:
         return error_response(500, "something went wrong here", SERVER)
 
 
-def _answer(error: DditError, retry_after: float = 1.0) -> JSONResponse:
+def _answer(error: DditError) -> JSONResponse:
     """The response for an error of ours."""
     text = str(error)
     if isinstance(error, UsageError):
         return error_response(400, text, INVALID, code="invalid_value")
     if isinstance(error, RoomFullError):
-        wait = str(max(1, math.ceil(retry_after)))
+        wait = str(max(1, math.ceil(error.seconds)))
         return error_response(429, text, "rate_limit_error", code="rate_limit_exceeded", retry_after=wait)
     if isinstance(error, ExpiredError):
         return error_response(408, text, INVALID, code="timeout", x_should_retry="false")

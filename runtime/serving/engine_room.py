@@ -46,6 +46,11 @@ Members = list[tuple[Sample, Decision]]
 class RoomFullError(DditError):
     """More was asked for than may wait."""
 
+    def __init__(self, message: str, seconds: float = 1.0):
+        """``seconds`` after which it may be tried again."""
+        super().__init__(message)
+        self.seconds = seconds
+
 
 class State(Enum):
     """Where a request is. It leaves the first three for exactly one of the others, and stays there."""
@@ -379,7 +384,8 @@ class EngineRoom:
                 assert one.ticket.sample is not None
                 trace = one.ticket.sample.trace
                 trace.decode_milliseconds = milliseconds
-                self.colours.learn(one.latent, frames[0])
+                if one.latent.ndim == 3:  # a picture's
+                    self.colours.learn(one.latent, frames[0])
                 result = Result(frames, trace, one.latent)
                 events.append(self._close(one.ticket, State.FINISHED, result=result))
             else:

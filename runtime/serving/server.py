@@ -61,7 +61,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host, port), family=family, backlog=BACKLOG)
-    except (OSError, UnicodeError) as error:
+    except (OSError, UnicodeError, TypeError) as error:  # a host that cannot be encoded is a TypeError
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"cannot listen at {host}, port {port}: {reason}; choose another --host or --port") from None
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: the kernel drops clients that do not read
@@ -108,6 +108,8 @@ def serve(
         server_header=False,
         timeout_graceful_shutdown=int(drain),
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    server = uvicorn.Server(config)
+    worker.on_break = lambda: setattr(server, "should_exit", True)
+    server.run(sockets=[listening])
     if worker.broken:
         raise BackendError(worker.broken)

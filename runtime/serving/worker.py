@@ -7,13 +7,14 @@ async with worker.order(jobs) as order:      # leaving it gives up what is not d
 
 import asyncio
 import logging
+import math
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from types import TracebackType
 
-from ddit.runtime.errors import BackendError, DditError
+from ddit.runtime.errors import BackendError, DditError, NotFiniteError
 from ddit.runtime.serving.engine_room import Closed, EngineRoom, Event, Job, RoomFullError, Ticket
 
 log = logging.getLogger(__name__)
@@ -22,25 +23,36 @@ Command = Callable[[], None]
 OnTurn = Callable[[EngineRoom, Sequence[Event]], None]
 
 FAILURES = 3  # in a row after which the engines are taken to be broken
+RECENT = 0.1  # share of the newest picture in how fast they are made
 
 
 class Worker:
     """Runs an engine room in a thread of its own."""
 
     def __init__(
-        self, room: EngineRoom, *, warm_up: Command = lambda: None, on_turn: OnTurn = lambda room, events: None
+        self,
+        room: EngineRoom,
+        *,
+        warm_up: Command = lambda: None,
+        on_turn: OnTurn = lambda room, events: None,
+        on_break: Command = lambda: None,
     ):
-        """``warm_up`` is run before the first request, ``on_turn`` after every tick; both in the thread."""
+        """What is run in the thread: ``warm_up`` before the first request, ``on_turn`` after every tick.
+
+        ``on_break``: when the thread has failed, and only another process can help.
+        """
         self.room = room
         self.ready = threading.Event()  # warmed up
         self.broken: str | None = None  # why nothing can be made any more
         self.capacity = room.in_flight + room.room_to_wait
         self.open = 0  # pictures that were ordered and are not closed; counted in the event loop
-        self._warm_up, self._on_turn = warm_up, on_turn
+        self._warm_up, self._on_turn, self.on_break = warm_up, on_turn, on_break
         self._orders: dict[Ticket, tuple[Order, int]] = {}
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._cancelled: list[Event] = []
         self._failures = 0
+        self.seconds_apart = 1.0  # between two finished pictures, lately
+        self._finished = -math.inf  # on the room's clock, when the last one was
         self._thread = threading.Thread(target=self._run, name="engine-room", daemon=True)
 
     def start(self) -> None:
@@ -57,7 +69,10 @@ class Worker:
         if self.broken:
             raise BackendError(self.broken)
         if self.open + len(jobs) > self.capacity:
-            raise RoomFullError(f"{self.open} pictures are being made or wait, of at most {self.capacity}; try later")
+            seconds = len(jobs) * self.seconds_apart  # until so many places are free
+            raise RoomFullError(
+                f"{self.open} pictures are being made or wait, of at most {self.capacity}; try later", seconds
+            )
         self.open += len(jobs)
         return Order(self, jobs)
 
@@ -72,7 +87,8 @@ class Worker:
             while self._turn():
                 pass
         except Exception as error:
-            log.exception("the engine room has stopped")
+            # one of ours says all in its line
+            log.error("the engine room has stopped: %s", error, exc_info=not isinstance(error, DditError))
             self._break(f"the engine room has stopped: {error}")
 
     def _turn(self) -> bool:
@@ -101,14 +117,26 @@ class Worker:
         order, index = self._orders[event.ticket]
         if isinstance(event, Closed):
             del self._orders[event.ticket]
-            self._failures = self._failures + 1 if isinstance(event.error, BackendError) else 0
+            self._judge(event)
+        order.tell(index, event)
+
+    def _judge(self, event: Closed) -> None:
+        """Learn from an end how fast pictures are made, and whether the engines work."""
+        if isinstance(event.error, BackendError) and not isinstance(event.error, NotFiniteError):
+            self._failures += 1
             if self._failures >= FAILURES:
                 self.broken = f"the engines have failed {self._failures} times in a row: {event.error}"
-        order.tell(index, event)
+        elif event.result is not None:
+            self._failures = 0
+            ticket = event.ticket
+            seconds = ticket.closed - max(ticket.arrived, self._finished)
+            self._finished = ticket.closed
+            self.seconds_apart += RECENT * (seconds - self.seconds_apart)
 
     def _break(self, reason: str) -> None:
         """Tell everybody that nothing will come."""
         self.broken = reason
+        self.on_break()
         for ticket, (order, index) in list(self._orders.items()):
             order.tell(index, Closed(ticket, error=BackendError(reason)))
         self._orders.clear()

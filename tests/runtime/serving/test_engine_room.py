@@ -358,3 +358,21 @@ def test_the_room_s_own_time_is_below_a_millisecond_with_64_requests(bundle):
     )
     assert len(own) > 50
     assert median(own) < 1.0
+
+
+def test_clips_with_two_passes_of_guidance(wan_bundle):
+    pipeline = Pipeline.open(wan_bundle, backend="cpu")
+    size = {"height": 64, "width": 64, "frames": 5}
+    requests = [
+        Request("a red circle", 1, 5, "native", guidance=4.0, negative_prompt="stars", **size),
+        Request("a blue star", 2, 5, "native", guidance=4.0, **size),
+        Request("a blue star", 3, 4, "native", guidance=1.0, **size),
+    ]
+    room = EngineRoom(pipeline)
+    tickets = room.accept([Job(room.resolve(request), previews=True) for request in requests])
+    closed = {event.ticket: event for event in run_dry(room) if isinstance(event, Closed)}
+    for ticket, request in zip(tickets, requests, strict=True):
+        (alone,) = pipeline.run([request])
+        latent = closed[ticket].result.latent
+        np.testing.assert_allclose(latent, alone.latent, atol=1e-5 * np.abs(alone.latent).max())
+        assert len(closed[ticket].result.frames) == 5
