@@ -15,8 +15,8 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -30,9 +30,10 @@ from ddit.runtime.console import DditCommand, say, set_up_logging
 from ddit.runtime.errors import BackendError
 from ddit.runtime.files import check_outputs, whole
 from ddit.runtime.serving.app import create_app
-from ddit.runtime.serving.engine_room import EngineRoom, State, Ticket
+from ddit.runtime.serving.engine_room import EngineRoom
 from ddit.runtime.serving.metrics import Metrics
 from ddit.runtime.serving.server import PatientProtocol, listen, warmed_up
+from ddit.runtime.serving.tickets import State, Ticket
 from ddit.runtime.serving.worker import Worker
 from ddit.runtime.tools.plots import figure, save
 
@@ -98,6 +99,12 @@ class Measured:
     def percentile(self, percent: float) -> float:
         """Of the latencies, in seconds."""
         return float(np.percentile(self.latencies, percent))
+
+
+def joined(parts: Sequence[Measured]) -> Measured:
+    """Several rounds as one."""
+    latencies = tuple(seconds for part in parts for seconds in part.latencies)
+    return replace(parts[0], latencies=latencies, seconds=sum(part.seconds for part in parts))
 
 
 @contextmanager
@@ -202,8 +209,11 @@ def plot(results: Sequence[Measured], path: Path) -> None:
 @BUNDLE
 @click.option("--load", "name", type=click.Choice([*LOADS]), default="mixed", show_default=True)
 @click.option("--clients", type=click.IntRange(1, 64), multiple=True, default=(1, 4, 16, 64), show_default=True)
-@click.option("--requests", type=click.IntRange(1, 10_000), default=48, show_default=True,
-              help="Of every measurement; twice as many as there are clients at least.")  # fmt: skip
+@click.option("--requests", type=click.IntRange(1, 10_000), default=24, show_default=True,
+              help="Of a round; twice as many as there are clients at least.")  # fmt: skip
+@click.option(
+    "--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="In which the ways take turns."
+)
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw the figures (.png, .svg, .pdf).")
 @BACKEND
 @THREADS
@@ -212,6 +222,7 @@ def main(
     name: str,
     clients: tuple[int, ...],
     requests: int,
+    rounds: int,
     plot_file: Path | None,
     backend: str | None,
     threads: int | None,
@@ -220,14 +231,17 @@ def main(
     set_up_logging(0)
     check_outputs([plot_file] if plot_file else [])
     pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
-    found: dict[tuple[int, str], Measured] = {}
-    for way, room in rooms(pipeline).items():
-        with serving(room) as port:
+    results = []
+    with ExitStack() as stack:
+        ports = {way: stack.enter_context(serving(room)) for way, room in rooms(pipeline).items()}
+        for way, port in ports.items():
             load(port, way, max(clients), requests_of(name, max(clients)))  # engines see every batch once
-            for count in clients:
-                found[count, way] = load(port, way, count, requests_of(name, max(requests, 2 * count)))
-                say(table([found[count, way]]).splitlines()[-1])
-    results = [found[key] for key in sorted(found, key=lambda key: key[0])]
+        for count in clients:
+            sent = requests_of(name, max(requests, 2 * count))
+            # in turn, so that whatever else the machine does meets all of them
+            parts = [{way: load(port, way, count, sent) for way, port in ports.items()} for _ in range(rounds)]
+            results += [joined([part[way] for part in parts]) for way in ports]
+            say(table(results[-len(ports) :]))
     click.echo(table(results))
     if plot_file:
         with whole(plot_file) as part:

@@ -19,7 +19,6 @@ from ddit.runtime import strict_json
 from ddit.runtime.bundle import Manifest
 from ddit.runtime.errors import DditError, UsageError
 from ddit.runtime.serving.about import describe
-from ddit.runtime.serving.engine_room import Closed, Job, RoomFullError, State
 from ddit.runtime.serving.guard import INVALID, Guard, error_response
 from ddit.runtime.serving.metrics import Metrics
 from ddit.runtime.serving.pictures import Stream, image_data, size_text, sse, usage
@@ -34,6 +33,7 @@ from ddit.runtime.serving.schema import (
     ModelList,
 )
 from ddit.runtime.serving.static import add_page
+from ddit.runtime.serving.tickets import Closed, Job, RoomFullError, State
 from ddit.runtime.serving.worker import Order, Worker
 
 log = logging.getLogger(__name__)

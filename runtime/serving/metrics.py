@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ddit.runtime.bundle import Manifest
-from ddit.runtime.serving.engine_room import Closed, EngineRoom, Event, Started, State, Stepped, Tick
+from ddit.runtime.serving.engine_room import EngineRoom
+from ddit.runtime.serving.tickets import Closed, Event, Started, State, Stepped, Tick
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 CALL_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)

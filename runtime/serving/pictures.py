@@ -13,8 +13,8 @@ from PIL import Image
 from ddit.runtime import strict_json
 from ddit.runtime.bundle import Manifest
 from ddit.runtime.request import Run
-from ddit.runtime.serving.engine_room import Closed, Event, PartialImage, Stepped
 from ddit.runtime.serving.schema import ImageData, ImageRequest, InputTokens, Made, Usage
+from ddit.runtime.serving.tickets import Closed, Event, PartialImage, Stepped
 from ddit.runtime.shapes import image_tokens
 
 COMPRESSION = 90  # quality of JPEG and WebP where none was asked for

@@ -15,7 +15,8 @@ from contextlib import suppress
 from types import TracebackType
 
 from ddit.runtime.errors import BackendError, DditError, NotFiniteError
-from ddit.runtime.serving.engine_room import Closed, EngineRoom, Event, Job, RoomFullError, Ticket
+from ddit.runtime.serving.engine_room import EngineRoom
+from ddit.runtime.serving.tickets import Closed, Event, Job, RoomFullError, Ticket
 
 log = logging.getLogger(__name__)
 

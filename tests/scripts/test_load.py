@@ -8,7 +8,8 @@ import pytest
 import load
 from conftest import run
 from ddit.runtime import Bundle, Request
-from ddit.runtime.serving.engine_room import Closed, EngineRoom, Job
+from ddit.runtime.serving.engine_room import EngineRoom
+from ddit.runtime.serving.tickets import Closed, Job
 from fake_engines import Clock, fake_pipeline
 
 SIZE = {"height": 128, "width": 64}
@@ -49,7 +50,7 @@ def test_steps_that_are_shared_are_the_best_way_to_batch(tiny_bundle, name):
 
 def test_a_server_is_measured_in_three_ways(tiny_bundle, tmp_path):
     drawing = tmp_path / "load.png"
-    options = ("--backend", "cpu", "--clients", 1, "--clients", 2, "--requests", 3, "--plot", drawing)
+    options = ("--backend", "cpu", "--clients", 1, "--clients", 2, "--requests", 3, "--rounds", 2, "--plot", drawing)
     result = run(load.main, tiny_bundle, *options)
     assert result.exit_code == 0, result.stderr
     rows = re.findall(r"^\| (\d+) \| (\w+ \w+(?: \w+ \w+)?) \| [\d.]+ \| [\d.]+ s \|", result.stdout, re.MULTILINE)

@@ -11,17 +11,8 @@ from hypothesis import strategies as st
 
 from ddit.runtime import Bundle, Pipeline, Request
 from ddit.runtime.errors import BackendError, UsageError
-from ddit.runtime.serving.engine_room import (
-    Closed,
-    EngineRoom,
-    Job,
-    PartialImage,
-    RoomFullError,
-    Started,
-    State,
-    Stepped,
-    Ticket,
-)
+from ddit.runtime.serving.engine_room import EngineRoom
+from ddit.runtime.serving.tickets import Closed, Job, PartialImage, RoomFullError, Started, State, Stepped, Ticket
 from fake_engines import fake_pipeline
 
 SMALL = {"height": 64, "width": 64}
@@ -285,6 +276,15 @@ def test_partial_images_come_on_the_way(bundle):
             seen.append((event.index, steps))
             assert event.image.size == (64, 64)
     assert seen == [(0, 3), (1, 6), (2, 9)]
+
+
+def test_partial_images_may_come_together_where_steps_are_predicted(bundle):
+    pipeline, backend, clock = fake_pipeline(bundle)
+    room = EngineRoom(pipeline, clock=clock)
+    request = Request("a star", 1, 16, "taylorseer:interval=14,first=2", **SMALL)
+    room.accept([Job(room.resolve(request), partial_images=3)])
+    assert [event.index for event in run_dry(room) if isinstance(event, PartialImage)] == [0, 1, 2]
+    assert backend.calls["vae_decoder", 3] == 1
 
 
 def test_a_request_that_fails_costs_the_others_nothing(bundle):
