@@ -18,7 +18,7 @@ from ddit.runtime.shapes import image_tokens
 REMEMBERED = 256  # kinds of runs whose work is remembered
 RECENT = 0.2  # share of the newest run in what is remembered
 
-Kind = tuple[str, int, tuple[int, ...]]
+Kind = tuple[str, bool, int, tuple[int, ...]]
 
 
 class VirtualTime:
@@ -68,4 +68,4 @@ class Workload:
 
     @staticmethod
     def _kind(run: Run) -> Kind:
-        return str(run.policy), run.steps - run.first_step, tuple(run.sizes.values())
+        return str(run.policy), run.guided, run.steps - run.first_step, tuple(run.sizes.values())
