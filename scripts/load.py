@@ -241,7 +241,7 @@ def main(
             # in turn, so that whatever else the machine does meets all of them
             parts = [{way: load(port, way, count, sent) for way, port in ports.items()} for _ in range(rounds)]
             results += [joined([part[way] for part in parts]) for way in ports]
-            say(table(results[-len(ports) :]))
+            say(f"{count} clients are done")
     click.echo(table(results))
     if plot_file:
         with whole(plot_file) as part:

@@ -56,7 +56,7 @@ def serve(
         from ddit.runtime.serving.schema import Limits
         from ddit.runtime.serving.server import listen
         from ddit.runtime.serving.server import serve as run
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise BackendError(f"{error.name} is not installed; run: pip install 'ddit[serve]'") from None
     opened = Bundle.open(bundle)
     if opened.manifest.latent.has_frames:

@@ -42,6 +42,7 @@ def test_steps_that_are_shared_are_the_best_way_to_batch(tiny_bundle, name):
         pipeline, _, clock = fake_pipeline(Bundle.open(tiny_bundle))
         found[way] = simulate(load.rooms(pipeline, clock)[way], clock, way, 16, name)
         assert len(found[way].latencies) == REQUESTS
+    print(f"\n{name}, in simulated time\n\n{load.table([*found.values()])}")
     assert found["step level"].throughput >= 1.3 * found["one at a time"].throughput
     assert found["step level"].throughput >= 0.99 * found["request level"].throughput
     ratio = found["step level"].percentile(99) / found["request level"].percentile(99)
