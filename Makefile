@@ -1,6 +1,7 @@
-# make demo   set up .venv, export the demo model, make two pictures, print the table
-# make test   set up .venv, lint, type check, tests
-# make clean  remove what these made
+# make demo        set up .venv, export the demo model, make two pictures, print the table
+# make demo-video  set up .venv, export the video demo, make a clip
+# make test        set up .venv, lint, type check, tests
+# make clean       remove what these made
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +15,7 @@ ASK = $(shell $(PYTHON) -c '$(ANSWERS)' 2>/dev/null && echo --extra-index-url $(
 TORCH_INDEX = $(if $(GPU),,$(ASK))
 TORCH := torch>=2.11,<2.14
 
-.PHONY: demo test lint types unit setup clean
+.PHONY: demo demo-video test lint types unit setup clean
 
 setup: $(VENV)/.ready
 
@@ -29,12 +30,17 @@ demo: setup
 	$(BIN)/ddit-export flux --levels 2,4,8 --model demo --out demo.bundle
 	$(BIN)/python scripts/demo.py demo.bundle
 
+demo-video: setup
+	$(BIN)/ddit-export wan --model demo-video --out demo-video.bundle
+	mkdir -p images
+	$(BIN)/ddit-run generate demo-video.bundle "a red star turning on a drifting striped background" --out images/clip.webp
+
 test: lint types unit
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files "runtime/cpp/*.[ch]pp" | xargs $(BIN)/clang-format --dry-run -Werror
+	git ls-files "*.cpp" "*.hpp" "*.cu" "*.cuh" "*/arguments.h" | xargs $(BIN)/clang-format --dry-run -Werror
 
 # The packages live in exporter/, runtime/ and profiles/ and import as ddit.*: links show mypy that layout. Commands
 # and the packages beside them import from scripts/, as they do when they run.
@@ -47,4 +53,4 @@ unit: setup
 	$(BIN)/pytest -n 2
 
 clean:
-	rm -rf $(VENV) build images demo.bundle
+	rm -rf $(VENV) build images demo.bundle demo-video.bundle

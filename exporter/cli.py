@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ddit.exporter.families import families, find_family
 from ddit.exporter.families.base import FamilyInfo
+from ddit.exporter.single.command import single
 from ddit.profiles import Profile, ProfileError, load_profile
 from ddit.runtime import shapes, strict_json
 from ddit.runtime.backends import registry
@@ -88,12 +89,15 @@ def main(verbose: int) -> None:
     set_up_logging(verbose)
 
 
+main.add_command(single)
+
+
 def export_command(info: FamilyInfo) -> click.Command:
     """The command that exports a family's pipelines."""
     levels = ",".join(map(str, info.levels))
     options = [
         click.Option(["--model"], default=info.model, show_default=True,
-                     help="Hub id, local diffusers folder, or 'demo'."),
+                     help="Hub id, local diffusers folder, 'demo', or 'demo-video'."),
         click.Option(["--revision"], help="Branch, tag or commit of the model on the hub."),
         click.Option(["--levels"], type=Levels(),
                      help=f"Patch sizes to export, as in 2,4,8.  [default: the model's, or {levels}]"),

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from ddit.exporter.families.base import Family
 from ddit.exporter.graphs.job import GraphJob, level_name
+from ddit.exporter.memory import fits
 from ddit.exporter.parity import (
     Report,
     accepted,
     exact_float32,
-    fits,
     float32_bytes,
     onnxruntime_runs,
     parity_cases,

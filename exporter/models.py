@@ -1,4 +1,4 @@
-"""Where a pretrained pipeline comes from: the demo model, a local folder, or the hub."""
+"""Where a pretrained pipeline comes from: a demo model, a local folder, or the hub."""
 
 import warnings
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ from ddit.runtime.console import printable
 from ddit.runtime.errors import ModelError
 from ddit.runtime.reading import read_text
 
-DEMO = "demo"
+DEMOS = ("demo", "demo-video")  # of pictures, of clips; folders beside this file
 DEFAULTS_FILE = "ddit.json"
 LONGEST_CONFIG = 16_000_000  # bytes
 
@@ -97,12 +97,12 @@ def quiet_libraries() -> None:
 
 
 def find_model(name: str, revision: str | None = None) -> Source:
-    """The folder of ``demo``, a local path, or a hub id (downloaded into the hub's cache)."""
-    if name == DEMO:
-        folder = Path(str(files("ddit.exporter") / "demo"))
+    """The folder of ``demo`` or ``demo-video``, a local path, or a hub id (downloaded into the hub's cache)."""
+    if name in DEMOS:
+        folder = Path(str(files("ddit.exporter") / name))
         if not (folder / "model_index.json").is_file():
-            raise ModelError("this installation has no demo model; install ddit from its repository")
-        info = ModelInfo(id=DEMO)
+            raise ModelError(f"this installation has no model {name!r}; install ddit from its repository")
+        info = ModelInfo(id=name)
     elif Path(name).is_dir():
         folder, info = Path(name), ModelInfo(id=printable(Path(name).resolve().name))
     elif name.startswith((".", "/", "~")) or name.count("/") != 1:

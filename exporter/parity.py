@@ -8,7 +8,6 @@ together.
 """
 
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from ddit.exporter.graphs.job import GraphJob
 from ddit.exporter.graphs.rewrite import BACKEND, Twin, write_twin
 from ddit.exporter.graphs.trace import export_graph
 from ddit.exporter.graphs.weights import WeightFiles
+from ddit.exporter.memory import ROOM, fits
 from ddit.profiles import Profile
 from ddit.runtime import shapes
 from ddit.runtime.backends.onnxruntime.host import OnnxRuntimeEngine, open_session
@@ -37,8 +37,6 @@ log = logging.getLogger(__name__)
 Array = NDArray[np.float32] | NDArray[np.int64]
 Arrays = dict[str, Array]
 Report = Callable[[str], None]
-
-ROOM = 1.25  # memory that a model needs when it runs, as a multiple of its weights' size
 
 
 @torch.no_grad()
@@ -240,8 +238,3 @@ def onnxruntime_runs(job: GraphJob) -> bool:
     """Whether ONNX Runtime's CPU provider can run a graph here: it has no kernels for bfloat16, and copies weights."""
     size = sum(parameter.numel() * parameter.dtype.itemsize for parameter in job.module.parameters())
     return job.dtype != "bf16" and fits(2 * size)
-
-
-def fits(size: int) -> bool:
-    """Whether this machine's memory holds so many bytes of weights, with some left for the work."""
-    return ROOM * size < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -43,7 +43,8 @@ class Config:
 
     # ---- the pictures ----
     prompts: str = option(
-        required=True, help="A file with a prompt a line, or scenes:N or scenes:START-STOP, the demo's."
+        required=True,
+        help="A file with a prompt a line, or the demos' scenes or clips: scenes:N, clips:START-STOP and so on.",
     )
     background: str | None = option(type=click.Choice(BACKGROUNDS), help="Only scenes with this background.")
     seeds: int = option(type=click.IntRange(1), default=1, help="Pictures of every prompt.")

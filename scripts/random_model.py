@@ -35,6 +35,7 @@ from ddit.runtime.bundle.manifest import Dtype
 from ddit.runtime.console import DditCommand, say, set_up_logging
 from ddit.runtime.errors import ModelError, UsageError
 from demo_model.parts import Sizes, make_clip, make_t5, make_umt5
+from demo_model.scenes import vocabulary
 from training.random_weights import random_level, random_transformer
 
 SCHEDULERS = {EULER: FlowMatchEulerDiscreteScheduler, UNIPC: UniPCMultistepScheduler}
@@ -122,8 +123,7 @@ def flux_pipeline(family: Family, transformer: nn.Module) -> FluxPipeline:
 
 def wan_pipeline(family: Family, transformer: nn.Module) -> WanPipeline:
     """Wan 2.1 around a transformer."""
-    umt5, tokenizer = make_umt5(Sizes(text_width=family.transformer_config["text_dim"], text_layers=1))
-    tokenizer.model_max_length = family.longest_text
+    umt5, tokenizer = make_umt5(family.transformer_config["text_dim"], 1, vocabulary(), family.longest_text)
     return WanPipeline(
         tokenizer=tokenizer,
         text_encoder=umt5.to(TORCH_DTYPES[family.dtype]),

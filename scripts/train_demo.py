@@ -14,7 +14,6 @@ steps a second, 2,150 in all (docs/train.md).
 --initial continues from a saved model. Without it everything begins at random and needs about twice the time.
 
 Stages run in order and leave their results in --out; a run that was interrupted goes on where it was a minute before.
-cuDNN's attention is switched off: its backward pass crashed for these shapes (torch 2.11, CUDA 13.0, H200).
 """
 
 from collections.abc import Callable
@@ -28,7 +27,7 @@ import torch
 from command_line.options import option, options
 from demo_model.buckets import BUCKETS, SHOWN, TINY_BUCKETS
 from demo_model.classifier import SceneClassifier
-from demo_model.course import Course, Run
+from demo_model.course import Course, PictureRun, load_flags
 from demo_model.parts import TINY, Sizes, make_vae
 from demo_model.results import evaluate, save_defaults, save_model
 from demo_model.stages import (
@@ -44,8 +43,7 @@ from demo_model.stages import (
 )
 
 COARSE = (4, 8)  # levels
-GRAPHS = 64  # that torch.compile may make of one block: with and without gradients, LoRA and so on
-Stage = Callable[[Run, float, Denoiser, Data], Course]
+Stage = Callable[[PictureRun, float, Denoiser, Data], Course]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,26 +70,21 @@ class Config:
     guidance_seconds: float = option(default=55.0)
     adapter_seconds: float = option(default=130.0)
 
-    def run(self) -> Run:
+    def run(self) -> PictureRun:
         """What all stages need."""
         common: dict[str, Any] = {"out": self.out, "compile": self.compiled, "dynamic": True}
         if self.preset == "tiny":
-            return Run(
+            return PictureRun(
                 **common, sizes=TINY, buckets=TINY_BUCKETS, shown=TINY_BUCKETS[1:], scenes=16, batch=2, max_steps=2
             )
-        return Run(**common, sizes=Sizes(), buckets=BUCKETS, shown=SHOWN, scenes=self.scenes, batch=self.batch)
+        return PictureRun(**common, sizes=Sizes(), buckets=BUCKETS, shown=SHOWN, scenes=self.scenes, batch=self.batch)
 
 
 @click.command()
 @options(Config)
 def main(**given: Any) -> None:
     """Train the demo model."""
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch._dynamo.config.recompile_limit = GRAPHS
-    torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs all the same, if slower
-    # an assertion of this analysis fails for shapes that are free (torch 2.11)
-    torch._inductor.config.triton.coalesce_tiling_analysis = False
+    load_flags()
     config = Config(**given)
     run = config.run()
     torch.manual_seed(run.rank)

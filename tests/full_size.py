@@ -18,6 +18,7 @@ def trace(folder: Path, configuration: str) -> dict[str, float]:
 
     from ddit.exporter.adapter import Adapter
     from ddit.exporter.families import family_of
+    from ddit.exporter.graphs.rewrite import write_twin
     from ddit.exporter.graphs.trace import export_graph
     from ddit.exporter.graphs.weights import WeightFiles
     from ddit.exporter.levels import AdapterConfig
@@ -48,6 +49,12 @@ def trace(folder: Path, configuration: str) -> dict[str, float]:
         ir.save(graph.model, folder / f"level-{patch}.onnx")
         report[f"level-{patch} kB"] = (folder / f"level-{patch}.onnx").stat().st_size / 1e3
     report["seconds of the processor"] = process_time() - start
+    start = process_time()
+    for patch in model.levels:
+        twin = write_twin(folder / f"level-{patch}.onnx")
+        report[f"level-{patch}'s twin kB"] = (folder / str(twin.file)).stat().st_size / 1e3
+        report[f"level-{patch}'s twin nodes"] = len(ir.load(folder / str(twin.file)).graph)
+    report["seconds of the processor for twins"] = process_time() - start
     for patch in model.levels:
         for text in (512, 128, 64):
             sizes = {"B": 1, "F": 1, "H": 128, "W": 128, "L": text}

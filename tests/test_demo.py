@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from conftest import make_once, run
+from ddit.exporter.cli import main as ddit_export
+from ddit.exporter.single.check import text_inputs, typed
 from ddit.runtime import Bundle, Pipeline
 from ddit.runtime.backends.onnxruntime import host as onnxruntime
 from ddit.runtime.backends.registry import open_backend
@@ -113,3 +115,18 @@ def test_the_schedule_follows_the_content(pipeline):
         return sum(level > 2 for level in levels) / len(levels)
 
     assert coarse_share("plain", "gradient", "plain") > coarse_share("striped", "checkered", "dotted") + 0.1
+
+
+@pytest.mark.parametrize(("schedule", "settings"), [("adaptive", {}), ("dynamic", {"levels": [0], "tolerance": 0})])
+def test_a_single_model_makes_the_same_picture(demo_bundle, pipeline, tmp_path, schedule, settings):
+    out, prompt = tmp_path / "demo.onnx", "a blue cross on a striped background"
+    result = run(ddit_export, "single", demo_bundle, out, "--no-check")
+    assert result.exit_code == 0, result.stderr
+    session = onnxruntime.open_session(out, prepack=True)
+    noise = np.random.default_rng(7).standard_normal((16, 32, 32), dtype=np.float32)
+    given = typed(session, {**text_inputs(pipeline.bundle, prompt), "noise": noise, **settings})
+    image, levels = session.run(["image", "level"], given)
+    expected = pipeline(prompt, seed=7, schedule=schedule)
+    assert levels.tolist() == [level or 0 for level in expected.trace.levels]
+    assert len(set(levels.tolist())) > 1
+    assert abs(image.astype(int) - np.asarray(expected.image)).max() <= 1

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from ddit.exporter.adapter import save_adapter
+from ddit.exporter.families.base import Family
 from ddit.exporter.families.flux.model import Flux
 from ddit.exporter.families.flux.modules import FEED_FORWARD, FluxLevel
 from ddit.exporter.graphs.trace import export_graph
@@ -152,9 +153,9 @@ def save_tiny_adapter(path: Path, pipeline: Path, patches: tuple[int, ...] = (4,
     return path
 
 
-def half_precision_level(pipeline: Path, folder: Path) -> Path:
+def half_precision_level(pipeline: Path, folder: Path, family: type[Family] = Flux) -> Path:
     """The native level's graph in float16, without the rest of a bundle."""
-    job = next(job for job in Flux(find_model(str(pipeline)), (2,), "fp16").jobs() if job.name == "level-2")
+    job = next(job for job in family(find_model(str(pipeline)), (2,), "fp16").jobs() if job.name == "level-2")
     weights = WeightFiles(folder)
     graph = export_graph(job, 23, weights)
     weights.write()

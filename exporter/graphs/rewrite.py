@@ -12,12 +12,13 @@ in float32
 four ``Transpose`` around ``Attention``      ``MultiHeadAttention``, which takes (B, S, heads · size) as it is
 bias, then ``Gelu`` (tanh)                   ``FastGelu`` with the bias
 ``LayerNormalization``, scale, shift         one ``LayerNormalization`` whose scale and bias have a row per sample
+a branch times its scale, if that is 1       the branch
 ``Max``, then ``Min`` (fp16's overflow)      ``Clip``
 tokens cut in two and joined again           nothing
 ===========================================  ====================================================================
 
-The twin names the same tensors of the same weight files, so that sessions share them with every other level. Nothing
-is copied.
+What the library has no operator for is left to a second stage (`fusion`). The twin names the same tensors of the same
+weight files, so that sessions share them with every other level. Nothing is copied.
 """
 
 from dataclasses import dataclass
@@ -28,14 +29,23 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript.rewriter import MatchResult, RewritePass, RewriteRuleClassBase
 
+from ddit.exporter.graphs.fusion import fuse
+from ddit.exporter.graphs.operators import CONTRIB, CONTRIB_VERSION
 from ddit.exporter.graphs.trace import quiet
+from ddit.exporter.graphs.values import (
+    WHOLE_HEADS,
+    constant,
+    has_row_per_sample,
+    heads,
+    integers,
+    is_all_ones,
+    is_bias,
+    number,
+)
 
 OPSET = 23  # the first with Attention as one node
 BACKEND = "cuda"  # that runs the twins, by its name in the registry
-CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
-CONTRIB_VERSION = 1
 TO_THE_END = np.iinfo(np.int64).max  # torch's end of a slice that has none
-WHOLE_HEADS = [0, 0, -1]  # shape (B, S, heads, size) → (B, S, heads · size)
 
 
 @dataclass(frozen=True)
@@ -73,8 +83,10 @@ def rewrite(model: ir.Model) -> None:
             RewritePass([rule.rule()])(model)
         if left := _count(model, "Attention"):
             raise ValueError(f"{left} of its {attentions} attentions are unlike those that can be rewritten")
-        RewritePass([kind.rule() for kind in (Gelu, GeluOfBranch, Modulation, Limits, SplitAndJoined)])(model)
+        RewritePass([kind.rule() for kind in (TimesOne, Gelu, GeluOfBranch, Modulation, Limits, SplitAndJoined)])(model)
         model.opset_imports[CONTRIB] = CONTRIB_VERSION
+        common.IdentityEliminationPass()(model)
+        fuse(model)
         # not `tidy`, which compares initializers by their values: here they have some, in files of many gigabytes
         ir.passes.Sequential(
             common.IdentityEliminationPass(),
@@ -109,9 +121,9 @@ class Rotary(RewriteRuleClassBase):
     def check(self, context, first, second, third, last, shape, cos, sin, **_):
         """Pairs of neighbours, a known number of heads, and tables (S, size) that are the same for all heads."""
         result = MatchResult()
-        if [_integers(value) for value in (first, second, third, last)] != [[0], [1], [2], [-1]]:
+        if [integers(value) for value in (first, second, third, last)] != [[0], [1], [2], [-1]]:
             return result.fail("other elements than neighbours are turned")
-        if _heads(shape) is None:
+        if heads(shape) is None:
             return result.fail("the number of heads is not fixed")
         if _table(cos) is None or _table(sin) is None:
             return result.fail("the tables differ between heads or samples")
@@ -121,12 +133,14 @@ class Rotary(RewriteRuleClassBase):
         """One operator on (B, S, heads · size)."""
         tables = []
         for table in (_table(cos), _table(sin)):
-            halved = op.Slice(table, _constant(op, [0]), _constant(op, [TO_THE_END]), _constant(op, [1]),
-                              _constant(op, [2]))  # fmt: skip
+            assert table is not None
+            halved = op.Slice(table, constant(op, [0]), constant(op, [TO_THE_END]), constant(op, [1]),
+                              constant(op, [2]))  # fmt: skip
+            halved.dtype = table.dtype
             to = rounded.producer().attributes["to"].value if self.in_float32 else None
             tables.append(op.Cast(halved, to=to) if to else halved)
-        joined = op.Reshape(x, _constant(op, WHOLE_HEADS))
-        rotated = op.RotaryEmbedding(joined, _constant(op, [0]), *tables, interleaved=1, _domain=CONTRIB)
+        joined = op.Reshape(x, constant(op, WHOLE_HEADS))
+        rotated = op.RotaryEmbedding(joined, constant(op, [0]), *tables, interleaved=1, _domain=CONTRIB)
         return op.Reshape(rotated, shape)
 
 
@@ -164,6 +178,22 @@ class Attention(RewriteRuleClassBase):
         return op.MultiHeadAttention(*joined, num_heads=_heads_of(query), **options, _domain=CONTRIB)
 
 
+class TimesOne(RewriteRuleClassBase):
+    """The scale of a LoRA whose alpha is its rank."""
+
+    def pattern(self, op, branch, scale):
+        """``branch · scale``."""
+        return op.Mul(branch, scale)
+
+    def check(self, context, scale, **_):
+        """The scale is 1."""
+        return number(scale) == 1
+
+    def rewrite(self, op, branch, **_):
+        """The branch as it is."""
+        return op.Identity(branch)
+
+
 class Gelu(RewriteRuleClassBase):
     """A linear layer's bias, then gelu's tanh form."""
 
@@ -173,7 +203,7 @@ class Gelu(RewriteRuleClassBase):
 
     def check(self, context, bias, **_):
         """The bias is a vector."""
-        return _is_bias(bias)
+        return is_bias(bias)
 
     def rewrite(self, op, product, bias):
         """One operator for both."""
@@ -189,7 +219,7 @@ class GeluOfBranch(RewriteRuleClassBase):
 
     def check(self, context, bias, **_):
         """The bias is a vector."""
-        return _is_bias(bias)
+        return is_bias(bias)
 
     def rewrite(self, op, product, bias, branch):
         """The branch is added first."""
@@ -206,10 +236,9 @@ class Modulation(RewriteRuleClassBase):
     def check(self, context, ones, scale, shift, **_):
         """ONNX Runtime's kernel takes scale and bias of one shape, (B, 1, C) for (B, S, C)."""
         result = MatchResult()
-        weight = ir.convenience.get_const_tensor(ones)
-        if weight is None or isinstance(weight, ir.ExternalTensor) or not np.all(weight.numpy() == 1):
+        if not is_all_ones(ones):
             return result.fail("the norm has weights of its own")
-        if not (_has_row_per_sample(scale) and _has_row_per_sample(shift)):
+        if not (has_row_per_sample(scale) and has_row_per_sample(shift)):
             return result.fail("scale or shift is not one row for every sample")
         return result
 
@@ -228,8 +257,7 @@ class Limits(RewriteRuleClassBase):
 
     def check(self, context, lowest, highest, **_):
         """Both limits are single numbers that are known."""
-        tensors = [ir.convenience.get_const_tensor(value) for value in (lowest, highest)]
-        return all(tensor is not None and len(tensor.shape) == 0 for tensor in tensors)
+        return number(lowest) is not None and number(highest) is not None
 
     def rewrite(self, op, x, lowest, highest):
         """One operator."""
@@ -245,7 +273,7 @@ class SplitAndJoined(RewriteRuleClassBase):
 
     def check(self, context, start, end, axis, step, **_):
         """All of the second axis."""
-        found = [_integers(value) for value in (start, end, axis, step)]
+        found = [integers(value) for value in (start, end, axis, step)]
         return found == [[0], [TO_THE_END], [1], [1]]
 
     def rewrite(self, op, x, **_):
@@ -257,31 +285,13 @@ def _count(model: ir.Model, operator: str) -> int:
     return sum(node.op_type == operator for node in model.graph)
 
 
-def _constant(op, values: list[int]):
-    return op.Constant(value=ir.tensor(values, dtype=ir.DataType.INT64))
-
-
-def _integers(value: ir.Value | None) -> list[int] | None:
-    """A constant vector of integers."""
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    return None if tensor is None or len(tensor.shape) != 1 else [int(one) for one in tensor.numpy()]
-
-
-def _heads(shape: ir.Value) -> int | None:
-    """The heads of a shape (B, S, heads, size) that is put together in the graph, where both are known."""
-    node = shape.producer()
-    if node is None or node.op_type != "Concat" or len(node.inputs) != 4:
-        return None
-    heads, size = (_integers(value) for value in node.inputs[2:])
-    return heads[0] if heads and size and min(heads[0], size[0]) > 0 else None
-
-
 def _heads_of(tensor: ir.Value) -> int | None:
     """The heads of a tensor that was made (B, S, heads, size) just before."""
     node = tensor.producer()
     if node is None or node.op_type != "Reshape" or node.inputs[1] is None:
         return None
-    return _heads(node.inputs[1])
+    found = heads(node.inputs[1])
+    return found[0] if found else None
 
 
 def _joined(op, tensor: ir.Value):
@@ -291,29 +301,15 @@ def _joined(op, tensor: ir.Value):
     made_by = source.producer() if source is not None else None
     if source is not None and made_by is not None and made_by.op_type == "RotaryEmbedding":
         return source
-    return op.Reshape(tensor, _constant(op, WHOLE_HEADS))
+    return op.Reshape(tensor, constant(op, WHOLE_HEADS))
 
 
 def _table(value: ir.Value) -> ir.Value | None:
     """The table (S, size) behind one that was made (1, S, 1, size)."""
     for axes in ([2], [0]):
         node = value.producer()
-        if node is None or node.op_type != "Unsqueeze" or _integers(node.inputs[1]) != axes:
+        if node is None or node.op_type != "Unsqueeze" or integers(node.inputs[1]) != axes:
             return None
         assert node.inputs[0] is not None
         value = node.inputs[0]
     return value
-
-
-def _is_bias(value: ir.Value) -> bool:
-    """Whether a value is a stored vector."""
-    return value.is_initializer() and value.shape is not None and value.shape.rank() == 1
-
-
-def _has_row_per_sample(value: ir.Value) -> bool:
-    """Whether a value is (B, 1, C): made so of (B, C), with a number added or not."""
-    node = value.producer()
-    if node is not None and node.op_type == "Add" and node.inputs[0] is not None and node.inputs[1] is not None:
-        number = ir.convenience.get_const_tensor(node.inputs[1])
-        node = node.inputs[0].producer() if number is not None and number.size == 1 else None
-    return node is not None and node.op_type == "Unsqueeze" and _integers(node.inputs[1]) == [1]

@@ -23,6 +23,7 @@ LATENT_FRAME, FRAMES = "latent_frame", "frames"  # what a video decoder takes an
 # what a session tells a step of every sample, each (B,)
 TIMESTEP, DT, CORRECTION = "timestep", "dt", "correction"
 MODEL_TIMESTEP = "model_timestep"  # the buffer that the levels read their timestep from, as the model knows it
+ESTIMATES = "estimates"  # of the clean latent in the steps before, which a multistep solver keeps, newest first
 SOLVER = "solver"  # coefficients of a multistep solver, in place of dt, (B, order + 1)
 KEEP_ESTIMATE, KEEP_VELOCITY = "keep_estimate", "keep_velocity"
 PREDICTION = "prediction"  # weights of the kept velocities, (B, how many are kept)

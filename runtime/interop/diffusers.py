@@ -1,4 +1,4 @@
-"""A bundle behind a diffusers pipeline of FLUX.1: its loop, callbacks and scheduler, our engines and schedule.
+"""A bundle behind a diffusers pipeline of FLUX.1 or Wan 2.1: its loop and scheduler, our engines and schedule.
 
     from diffusers import FluxPipeline
     from ddit.runtime.interop.diffusers import DDiTTransformer
@@ -7,81 +7,86 @@
     pipe.transformer = DDiTTransformer.open("flux.bundle", pipe.scheduler)
     pipe("a zebra in fog").images[0].save("zebra.png")
 
-The pipeline calls its transformer at every step and moves the latent itself. So what is given back is the velocity that
-takes the latent where our step graph takes it: a predicted one, with carried detail, corrected. The step graph keeps
-its state over the steps of a run; a run begins where the noise level does not fall.
+A model that is guided by two passes is told by the pipeline which pass it is, but not how strongly they count: it is
+opened with the pipeline itself.
+
+    pipe = WanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", transformer=None)
+    pipe.transformer = DDiTTransformer.open("wan.bundle", pipe)
 """
 
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ddit.runtime import shapes
 from ddit.runtime.backends.base import Backend
 from ddit.runtime.backends.registry import open_backend
 from ddit.runtime.bundle import Bundle
-from ddit.runtime.bundle.names import LATENT
-from ddit.runtime.conditioning.guidance import guidance_inputs
+from ddit.runtime.bundle.names import NEGATIVE
 from ddit.runtime.errors import UsageError
-from ddit.runtime.policies.settings import bundle_policy, smooth_curves
-from ddit.runtime.request import DEFAULT_SCHEDULE, Request, Run
-from ddit.runtime.session import Sample, Session
-from ddit.runtime.step import Programs
+from ddit.runtime.interop.borrowed import BorrowedLoop, FloatArray, Levels
+from ddit.runtime.request import DEFAULT_SCHEDULE
 from ddit.runtime.trace import Trace
 
-FloatArray = NDArray[np.float32]
-
-PROMPT = "given to diffusers"  # in traces: what comes here is what the text encoders made of it
-NEAR = 1e-3  # noise levels that are the same, in whatever type a pipeline computes
+CONDITIONAL, UNCONDITIONAL = "cond", "uncond"  # diffusers' names of the two passes
+UNIPC = "UniPCMultistepScheduler"
 
 
-@dataclass(eq=False)
-class DDiTTransformer:
+class DDiTTransformer(ABC):
     """What a pipeline takes for its transformer. Belongs to one thread, as a diffusers pipeline does."""
 
-    backend: Backend
-    scheduler: Any  # the pipeline's: a step's end is the next one's noise level, which a transformer is not told
-    schedule: str = DEFAULT_SCHEDULE
-    traces: list[Trace] = field(default_factory=list)  # what the latest run did, picture by picture
-    _session: Session | None = None
-    _samples: list[Sample] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        manifest = self.backend.bundle.manifest
-        if manifest.latent.has_frames or manifest.guidance.two_passes:
-            raise UsageError(f"a {manifest.family} bundle cannot stand in for FLUX.1's transformer; use ddit-run")
-        self._programs = Programs(manifest)
-        # what pipelines ask of a transformer
-        self.config = SimpleNamespace(
-            in_channels=manifest.latent.channels * manifest.native**2, guidance_embeds=manifest.guidance.embedded
-        )
+    def __init__(self, backend: Backend, pipeline: Any, schedule: str):
+        """Use `open`."""
+        self.backend = backend
+        self._pipeline = pipeline  # or its scheduler: a transformer is not told the noise levels to come
+        self._loop = BorrowedLoop(backend, schedule)
+        self._pass = CONDITIONAL  # which one is called
 
     @classmethod
     def open(
         cls,
         path: Path | str,
-        scheduler: Any,
+        pipeline: Any,
         *,
         schedule: str = DEFAULT_SCHEDULE,
         backend: str | None = None,
         threads: int | None = None,
     ) -> "DDiTTransformer":
-        """Open a bundle's folder for a pipeline with this scheduler.
+        """Open a bundle's folder for a pipeline.
 
         Args:
+            pipeline: the pipeline, or its scheduler, which is enough for a model that is not guided by two passes.
             schedule: a policy in writing, as for ``ddit-run generate``; all but progressive ones.
             backend, threads: as for `ddit.runtime.Pipeline.open`.
 
         Raises:
-            BundleError, BackendError, UsageError: the bundle is damaged, is no FLUX.1, or cannot run here.
+            BundleError, BackendError, UsageError: the bundle is damaged, is for another pipeline, or cannot run here.
         """
-        return cls(open_backend(backend, Bundle.open(path), threads), scheduler, schedule)
+        opened = Bundle.open(path)
+        manifest = opened.manifest
+        kind = WanTransformer if manifest.guidance.two_passes else FluxTransformer
+        if hasattr(pipeline, "scheduler"):
+            clips = hasattr(pipeline, "vae_scale_factor_temporal")
+            if clips != manifest.latent.has_frames:
+                raise UsageError(
+                    f"a {manifest.family} bundle cannot stand in for the transformer of {type(pipeline).__name__}; "
+                    "use ddit-run"
+                )
+        elif manifest.guidance.two_passes:
+            raise UsageError(
+                "this bundle's model is guided by two passes, and their scale is the pipeline's: "
+                "give DDiTTransformer.open the pipeline itself, not its scheduler"
+            )
+        return kind(open_backend(backend, opened, threads), pipeline, schedule)
+
+    @property
+    def traces(self) -> list[Trace]:
+        """What the latest run did, sample by sample."""
+        return self._loop.traces
 
     @property
     def dtype(self) -> Any:
@@ -90,12 +95,35 @@ class DDiTTransformer:
 
         return torch.float32
 
+    @property
+    @abstractmethod
+    def config(self) -> SimpleNamespace:
+        """What pipelines ask of a transformer's configuration."""
+
     @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """diffusers' name for a pass of the model. Raises `UsageError` for a second one."""
-        if name != "cond":
-            raise UsageError("a second pass (true_cfg_scale) is not supported; leave the negative prompt out")
+    def cache_context(self, name: str, **_: Any) -> Iterator[None]:
+        """diffusers' name for a pass of the model."""
+        self._pass = name
         yield
+
+    def _levels(self) -> Levels:
+        """Those of the run that the scheduler is set to."""
+        scheduler = getattr(self._pipeline, "scheduler", self._pipeline)
+        told = _array(scheduler.timesteps) / scheduler.config.num_train_timesteps
+        order = scheduler.config.solver_order if type(scheduler).__name__ == UNIPC else 0
+        return Levels(_array(scheduler.sigmas), told, order)
+
+
+class FluxTransformer(DDiTTransformer):
+    """In the place of diffusers' `FluxTransformer2DModel`."""
+
+    @property
+    def config(self) -> SimpleNamespace:
+        """Channels of a token, and whether the guidance scale is an input."""
+        manifest = self.backend.bundle.manifest
+        return SimpleNamespace(
+            in_channels=manifest.latent.channels * manifest.native**2, guidance_embeds=manifest.guidance.embedded
+        )
 
     def __call__(
         self,
@@ -109,104 +137,26 @@ class DDiTTransformer:
         return_dict: bool = True,
         **others: Any,
     ) -> Any:
-        """The velocity (B, S, C·p·p) of packed latents, as diffusers' `FluxTransformer2DModel` gives it.
+        """The velocity (B, S, C·p·p) of packed latents, as diffusers' model gives it.
 
         The arguments are that model's. Raises `UsageError` for others that mean something, as ControlNet's.
         """
         import torch
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-        if odd := [name for name, value in others.items() if value]:
-            raise UsageError(f"{odd[0]} is not supported by a bundle; leave it out")
+        _refuse(others)
+        if self._pass != CONDITIONAL:
+            raise UsageError("a second pass (true_cfg_scale) is not supported; leave the negative prompt out")
         rows, columns = (int(count) + 1 for count in img_ids.amax(dim=0)[1:3])
-        latents = self._unpacked(_array(hidden_states), rows, columns)
-        conditions = {"context": _array(encoder_hidden_states), "pooled": _array(pooled_projections)}
-        scales = None if guidance is None else _array(guidance)
-        velocities = self._step(latents, float(timestep.flatten()[0]), conditions, scales)
+        velocities = self._loop.step(
+            self._unpacked(_array(hidden_states), rows, columns),
+            float(timestep.flatten()[0]),
+            self._levels(),
+            {"context": _array(encoder_hidden_states), "pooled": _array(pooled_projections)},
+            None if guidance is None else _array(guidance),
+        )
         packed = torch.from_numpy(self._packed(velocities)).to(hidden_states)
         return Transformer2DModelOutput(sample=packed) if return_dict else (packed,)
-
-    def _step(
-        self, latents: FloatArray, sigma: float, conditions: Mapping[str, FloatArray], scales: FloatArray | None
-    ) -> FloatArray:
-        """One step of every picture from these latents (B, C, H, W): by which velocity the latents are to move."""
-        if not self._goes_on(latents, sigma):
-            self._begin(latents, sigma, conditions, scales)
-        assert self._session is not None
-        for sample, latent in zip(self._samples, latents, strict=True):
-            if sample.place is None:
-                sample.rows = {**sample.rows, LATENT: latent}
-            else:
-                workspace, row = sample.place
-                workspace.write(LATENT, row, latent)
-        now, after = self._samples[0].history.sigmas[self._samples[0].history.step :][:2]
-        self._session.step()
-        moved = np.stack([self._session.latent(sample) for sample in self._samples])
-        if self._samples[0].done:
-            self._end()
-        velocities: FloatArray = (moved - latents) / (after - now)
-        return velocities
-
-    def _end(self) -> None:
-        """Give back what the run in flight holds; the next one of its size finds its engines bound."""
-        if self._session is not None:
-            for sample in [*self._session.samples]:
-                self._session.retire(sample)
-        self._session, self._samples = None, []
-
-    def _goes_on(self, latents: FloatArray, sigma: float) -> bool:
-        """Whether these latents are those of the next step of the run in flight."""
-        if self._session is None or len(self._samples) != len(latents):
-            return False
-        first = self._samples[0]
-        if self._session.latent(first).shape != latents[0].shape:
-            return False
-        return abs(float(first.history.sigmas[first.history.step]) - sigma) < NEAR
-
-    def _begin(
-        self, latents: FloatArray, sigma: float, conditions: Mapping[str, FloatArray], scales: FloatArray | None
-    ) -> None:
-        """Start a run at a noise level of the pipeline's scheduler; one in flight was given up."""
-        self._end()
-        sigmas = np.asarray(_array(self.scheduler.sigmas), np.float32)
-        first = int(np.argmin(np.abs(sigmas[:-1] - sigma)))
-        if abs(float(sigmas[first]) - sigma) > NEAR:
-            raise UsageError(
-                f"the noise level {sigma:.3f} is none of the scheduler's; open the transformer with the pipeline's own"
-            )
-        session = Session(self.backend, self._programs)
-        text_length = conditions["context"].shape[1]
-        self._samples = []
-        for row, latent in enumerate(latents):
-            scale = None if scales is None else float(scales[row])
-            run = self._run(latent, sigmas, first, scale, text_length)
-            own = {name: values[row] for name, values in conditions.items()}
-            own |= guidance_inputs(self.backend.bundle.manifest.guidance, run.guidance)
-            self._samples.append(session.admit(run, own))
-        self._session, self.traces = session, [sample.trace for sample in self._samples]
-
-    def _run(self, latent: FloatArray, sigmas: FloatArray, first: int, scale: float | None, text_length: int) -> Run:
-        """One picture's run on the scheduler's noise levels."""
-        manifest, backend = self.backend.bundle.manifest, str(self.backend)
-        size = shapes.to_size(manifest.latent, {"H": latent.shape[1], "W": latent.shape[2]})
-        policy = bundle_policy(self.schedule, manifest, sigmas, size=size, backend=backend)
-        if len(policy.scales()) > 1:
-            raise UsageError(
-                f"{policy} makes the latent grow, which a diffusers pipeline does not know; choose another"
-            )
-        request = Request(
-            prompt=PROMPT,
-            steps=len(sigmas) - 1,
-            schedule=policy,
-            height=size.height,
-            width=size.width,
-            guidance=scale,
-            text_length=text_length,
-            latent=latent,
-            first_step=first,
-        )
-        smooth = smooth_curves(manifest, sigmas, size=size, backend=backend)
-        return replace(request.resolve(manifest, backend), sigmas=sigmas, timesteps=sigmas[:-1], smooth=smooth)
 
     def _unpacked(self, packed: FloatArray, rows: int, columns: int) -> FloatArray:
         """Tokens (B, S, C·p·p) as the pipeline packs them → (B, C, rows·p, columns·p)."""
@@ -224,6 +174,62 @@ class DDiTTransformer:
         return np.ascontiguousarray(
             grid.transpose(0, 2, 4, 1, 3, 5).reshape(count, -1, channels * patch * patch), dtype=np.float32
         )
+
+
+class WanTransformer(DDiTTransformer):
+    """In the place of diffusers' `WanTransformer3DModel`.
+
+    With guidance s above 1 a pipeline calls it twice a step and moves along v₋ + s·(v₊ − v₋). A step has to be decided
+    on once, with the text of both passes. So the first call gives v₊ = 0, and the second, which runs both passes of our
+    level, v₋ = v / (1 − s): together they are the guided velocity v.
+    """
+
+    _text: FloatArray | None = None  # of the pass with the prompt, until the other one is called
+
+    @property
+    def config(self) -> SimpleNamespace:
+        """Channels of the latent and the native patch."""
+        manifest = self.backend.bundle.manifest
+        return SimpleNamespace(in_channels=manifest.latent.channels, patch_size=(1, manifest.native, manifest.native))
+
+    def __call__(
+        self,
+        hidden_states: Any,
+        timestep: Any,
+        encoder_hidden_states: Any,
+        return_dict: bool = True,
+        **others: Any,
+    ) -> Any:
+        """The velocity of latents (B, C, F, H, W), so that the pipeline's guidance makes ours of both passes'.
+
+        The arguments are those of diffusers' model. Raises `UsageError` for others that mean something, as images'.
+        """
+        import torch
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        _refuse(others)
+        if timestep.ndim > 1:
+            raise UsageError("a noise level for every token (Wan 2.2) is not supported; use a Wan 2.1 pipeline")
+        told = float(timestep[0]) / self._pipeline.scheduler.config.num_train_timesteps
+        latents, text = _array(hidden_states), _array(encoder_hidden_states)
+        scale = float(self._pipeline.guidance_scale)
+        if scale > 1 and self._pass == CONDITIONAL:
+            self._text, velocities = text, np.zeros_like(latents)
+        else:
+            conditions, share = {"context": text}, 1.0
+            if scale > 1:
+                assert self._text is not None
+                conditions, share = {"context": self._text, NEGATIVE + "context": text}, 1 - scale
+            scales = np.full(len(latents), scale, np.float32)
+            velocities = self._loop.step(latents, told, self._levels(), conditions, scales) / np.float32(share)
+        found = torch.from_numpy(velocities).to(hidden_states)
+        return Transformer2DModelOutput(sample=found) if return_dict else (found,)
+
+
+def _refuse(others: dict[str, Any]) -> None:
+    """Raise `UsageError` for an argument of a transformer that means something."""
+    if odd := [name for name, value in others.items() if value is not None and value is not False and value != {}]:
+        raise UsageError(f"{odd[0]} is not supported by a bundle; leave it out")
 
 
 def _array(tensor: Any) -> FloatArray:

@@ -1,6 +1,6 @@
 """A training stage on its course: optimiser and average, kept every minute, so that an interrupted run goes on."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -14,18 +14,15 @@ from demo_model.parts import Sizes
 from training.loop import Ema, Progress, Training, keep
 
 KEEP_SECONDS = 60.0
+GRAPHS = 64  # that torch.compile may make of one block: with and without gradients, LoRA and so on
 STARTED = perf_counter()
 
 
 @dataclass(kw_only=True)
 class Run(Training):
-    """What all stages need."""
+    """Where a demo's training runs, and where its results go."""
 
     out: Path
-    sizes: Sizes
-    buckets: tuple[Bucket, ...]
-    shown: tuple[Bucket, ...] = ()  # sizes of pictures that nobody judges, but somebody may look at
-    scenes: int
 
     def test_scenes(self, count: int) -> int:
         """How many scenes to judge: fewer in a smoke test."""
@@ -34,6 +31,45 @@ class Run(Training):
     def say(self, message: str) -> None:
         """Print, once for all processes, after the seconds since the start."""
         super().say(f"{perf_counter() - STARTED:5.0f} s  {message}")
+
+
+@dataclass(kw_only=True)
+class PictureRun(Run):
+    """What all stages of the picture demo need."""
+
+    sizes: Sizes
+    buckets: tuple[Bucket, ...]
+    shown: tuple[Bucket, ...] = ()  # sizes of pictures that nobody judges, but somebody may look at
+    scenes: int
+
+
+def load_flags() -> None:
+    """How torch is to compute, in all trainings of demos."""
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass crashed (torch 2.11, CUDA 13.0, H200)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch._dynamo.config.recompile_limit = GRAPHS
+    torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs all the same, if slower
+    # an assertion of this analysis fails for shapes that are free (torch 2.11)
+    torch._inductor.config.triton.coalesce_tiling_analysis = False
+
+
+def fitting_batch(run: Run, batch: int, attempt: Callable[[int], object]) -> int:
+    """The largest of a batch, its half, its quarter, … that an attempt has memory for; the same for all processes.
+
+    ``attempt``: runs a step's forward and backward passes at a batch, and speaks to no other process.
+    """
+    while True:
+        try:
+            attempt(batch)
+            break
+        except torch.cuda.OutOfMemoryError:
+            if batch == 1:
+                raise
+        batch //= 2
+        torch.cuda.empty_cache()  # not before the exception is gone, which holds the activations
+        run.say(f"not enough memory; trying batches of {batch}")
+    found = run.accelerator.gather(torch.tensor([batch], device=run.device))
+    return int(found.min().item())
 
 
 class Course:
@@ -50,14 +86,17 @@ class Course:
         weight_decay: float = 0.0,
         groups: Sequence[dict[str, Any]] | None = None,
         fused: bool = True,
+        optimizer: torch.optim.Optimizer | None = None,
     ):
         """``lr``: the highest learning rate. ``decay``: of the average. ``groups``: parameters clipped together.
+
+        ``optimizer``: one with that rate, in place of AdamW.
 
         ``fused``: one kernel for the optimiser's step, which needs gradients to lie in memory as their parameters do.
         """
         self.run, self.name, self.trained, self.lr = run, name, trained, lr
         run.start_together(trained.parameters())
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = optimizer or torch.optim.AdamW(
             groups or trained.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=fused
         )
         self.ema, self.progress = Ema(trained, decay), Progress()

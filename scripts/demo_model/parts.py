@@ -1,5 +1,6 @@
 """The demo model's parts: a small FLUX pipeline for scenes, before training."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,10 +135,10 @@ def make_clip(sizes: Sizes) -> tuple[CLIPTextModel, PreTrainedTokenizerFast]:
     return CLIPTextModel(config), fast
 
 
-def make_t5_tokenizer() -> PreTrainedTokenizerFast:
-    """A unigram tokenizer over the captions' words, with T5's marks."""
+def make_t5_tokenizer(words: Sequence[str], length: int) -> PreTrainedTokenizerFast:
+    """A unigram tokenizer over these words, with T5's marks, for texts of so many tokens at most."""
     special = ["<pad>", "</s>", "<unk>"]
-    pieces = [(token, 0.0) for token in special] + [(f"▁{word}", -4.0) for word in vocabulary()]
+    pieces = [(token, 0.0) for token in special] + [(f"▁{word}", -4.0) for word in words]
     pieces += [(letter, -9.0) for letter in ["▁", *(chr(code) for code in range(ord("a"), ord("z") + 1))]]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=special.index("<unk>")))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -149,19 +150,19 @@ def make_t5_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="</s>",
         pad_token="<pad>",
         unk_token="<unk>",
-        model_max_length=TEXT_LENGTH,
+        model_max_length=length,
     )
 
 
-def t5_settings(sizes: Sizes, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+def t5_settings(width: int, layers: int, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """The configuration of a T5 encoder, of either kind."""
     return {
         "vocab_size": len(tokenizer),
-        "d_model": sizes.text_width,
+        "d_model": width,
         "d_kv": 32,
-        "d_ff": 2 * sizes.text_width,
-        "num_layers": sizes.text_layers,
-        "num_heads": max(1, sizes.text_width // 32),
+        "d_ff": 2 * width,
+        "num_layers": layers,
+        "num_heads": max(1, width // 32),
         "feed_forward_proj": "gated-gelu",
         "dropout_rate": 0.0,
     }
@@ -169,11 +170,13 @@ def t5_settings(sizes: Sizes, tokenizer: PreTrainedTokenizerFast) -> dict[str, A
 
 def make_t5(sizes: Sizes) -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
     """A T5 encoder and its tokenizer."""
-    tokenizer = make_t5_tokenizer()
-    return T5EncoderModel(T5Config(**t5_settings(sizes, tokenizer))), tokenizer
+    tokenizer = make_t5_tokenizer(vocabulary(), TEXT_LENGTH)
+    return T5EncoderModel(T5Config(**t5_settings(sizes.text_width, sizes.text_layers, tokenizer))), tokenizer
 
 
-def make_umt5(sizes: Sizes) -> tuple[UMT5EncoderModel, PreTrainedTokenizerFast]:
-    """A UMT5 encoder and its tokenizer."""
-    tokenizer = make_t5_tokenizer()
-    return UMT5EncoderModel(UMT5Config(**t5_settings(sizes, tokenizer))), tokenizer
+def make_umt5(
+    width: int, layers: int, words: Sequence[str], length: int
+) -> tuple[UMT5EncoderModel, PreTrainedTokenizerFast]:
+    """A UMT5 encoder and its tokenizer, for texts of these words and of so many tokens at most."""
+    tokenizer = make_t5_tokenizer(words, length)
+    return UMT5EncoderModel(UMT5Config(**t5_settings(width, layers, tokenizer))), tokenizer

@@ -17,7 +17,7 @@ from ddit.exporter.levels import Level
 from ddit.runtime.files import whole
 from demo_model.buckets import Bucket
 from demo_model.classifier import SceneClassifier
-from demo_model.course import Run
+from demo_model.course import PictureRun
 from demo_model.parts import PATCH, STEPS, make_scheduler, make_tables
 from demo_model.scenes import Scene, sample_scenes
 from demo_model.stages import TEST_SEED, Denoiser, load_vae
@@ -35,7 +35,7 @@ GRID = 24  # pictures
 
 @torch.no_grad()
 def sample(
-    run: Run,
+    run: PictureRun,
     denoiser: Denoiser,
     level: nn.Module,
     patch: int,
@@ -61,7 +61,7 @@ def sample(
 
 
 @torch.no_grad()
-def decode(run: Run, vae: AutoencoderKL, latent: Tensor) -> Tensor:
+def decode(run: PictureRun, vae: AutoencoderKL, latent: Tensor) -> Tensor:
     """Latents → pictures (B, 3, H, W) in [-1, 1]."""
     with run.autocast():
         parts = [
@@ -70,7 +70,7 @@ def decode(run: Run, vae: AutoencoderKL, latent: Tensor) -> Tensor:
     return torch.cat(parts).float().clamp(-1, 1)
 
 
-def evaluate(run: Run, denoiser: Denoiser, levels: Mapping[int, Level], classifier: SceneClassifier) -> float:
+def evaluate(run: PictureRun, denoiser: Denoiser, levels: Mapping[int, Level], classifier: SceneClassifier) -> float:
     """How many prompts the pictures show: the best guidance scale on some, then every level on 500 others.
 
     Judged at the size that the classifier knows; some prompts are drawn at others, to be looked at. Writes
@@ -132,7 +132,7 @@ def draw_grid(scenes: list[Scene], pictures: Tensor, columns: int = 6) -> Image.
     return grid
 
 
-def save_model(run: Run, denoiser: Denoiser, levels: Mapping[int, Level]) -> Path:
+def save_model(run: PictureRun, denoiser: Denoiser, levels: Mapping[int, Level]) -> Path:
     """Write the pipeline in half precision, with its adapter where there are levels, as a diffusers folder."""
     folder = run.out / "model"
     pipeline = FluxPipeline(

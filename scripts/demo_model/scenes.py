@@ -12,7 +12,7 @@ GPU draws thousands of pictures a second.
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +84,11 @@ class Scene:
         """Whether the background needs no detail."""
         return self.background in PLAIN
 
+    @property
+    def kind(self) -> str:
+        """``plain`` or ``busy``."""
+        return "plain" if self.plain else "busy"
+
 
 def sample_scenes(count: int, seed: int) -> list[Scene]:
     """Random scenes; the same for the same seed."""
@@ -111,20 +116,23 @@ def sample_scene(rng: random.Random) -> Scene:
         size = rng.choice(list(RADII))
         position = rng.choice([*POSITIONS, ""])
         x, y = POSITIONS.get(position) or (rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.7))
-        things = [_thing(rng, shape, colour, x, y, RADII[size])]
+        things = [make_thing(rng, shape, colour, x, y, RADII[size])]
         words = " ".join(filter(None, ("a", size, colour, shape, position)))
     elif kind < 0.75:
         shape2, colour2 = rng.choice([s for s in SHAPES if s != shape]), rng.choice([c for c in COLOURS if c != colour])
         first, second = rng.choice(LAYOUTS[2])
-        things = [_thing(rng, shape, colour, *first, RADII[""]), _thing(rng, shape2, colour2, *second, RADII[""])]
+        things = [
+            make_thing(rng, shape, colour, *first, RADII[""]),
+            make_thing(rng, shape2, colour2, *second, RADII[""]),
+        ]
         words = f"a {colour} {shape} and a {colour2} {shape2}"
     else:
         count = rng.choice((2, 3))
         size = rng.choice(("small", ""))
         radius = RADII[size] * (0.85 if count == 3 else 1.0)  # three do not fit side by side otherwise
-        things = [_thing(rng, shape, colour, *place, radius) for place in rng.choice(LAYOUTS[count])]
+        things = [make_thing(rng, shape, colour, *place, radius) for place in rng.choice(LAYOUTS[count])]
         words = " ".join(filter(None, (NUMBERS[count], size, colour, PLURALS.get(shape, shape + "s"))))
-    light, dark = _background_colours(rng)
+    light, dark = background_colours(rng)
     return Scene(
         tuple(things),
         background,
@@ -137,7 +145,7 @@ def sample_scene(rng: random.Random) -> Scene:
     )
 
 
-def _thing(rng: random.Random, shape: str, colour: str, x: float, y: float, radius: float) -> Thing:
+def make_thing(rng: random.Random, shape: str, colour: str, x: float, y: float, radius: float) -> Thing:
     return Thing(
         shape,
         colour,
@@ -148,7 +156,7 @@ def _thing(rng: random.Random, shape: str, colour: str, x: float, y: float, radi
     )
 
 
-def _background_colours(rng: random.Random) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+def background_colours(rng: random.Random) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Two muted colours, a light and a darker one: never mistaken for a thing's colour, never as light as white."""
     hue, saturation = rng.uniform(0, 2 * math.pi), rng.uniform(0.0, 0.10)
     red, green, blue = (saturation * math.cos(hue + shift) for shift in (0.0, 2.1, 4.2))
@@ -178,7 +186,7 @@ def render(scenes: Sequence[Scene], size: int | tuple[int, int] = SIZE, device: 
                 [[scenes[r].frequency, scenes[r].angle, scenes[r].seed] for r in rows], device=device
             )
             frequency, angle, seed = (column[:, None, None] for column in numbers.double().unbind(1))
-            pattern[rows] = _pattern(kind, x, y, frequency.float(), angle.float(), seed.long(), short)
+            pattern[rows] = background_pattern(kind, x, y, frequency.float(), angle.float(), seed.long(), short)
     first = torch.tensor([scene.first for scene in scenes], device=device)[..., None, None]
     second = torch.tensor([scene.second for scene in scenes], device=device)[..., None, None]
     picture = first + (second - first) * pattern[:, None]
@@ -193,16 +201,29 @@ def render(scenes: Sequence[Scene], size: int | tuple[int, int] = SIZE, device: 
                 [[t.x * (width / short), t.y * (height / short), t.radius, t.angle] for t in things], device=device
             )
             centre_x, centre_y, radius, angle = (column[:, None, None] for column in numbers.unbind(1))
-            dx, dy = (x - centre_x) / radius, (y - centre_y) / radius
-            cos, sin = angle.cos(), angle.sin()
-            distance = _distance(shape, dx * cos + dy * sin, dy * cos - dx * sin)
-            alpha = (0.5 - distance * radius * short).clamp(0, 1)[:, None]
+            alpha = cover({shape: 1.0}, (x - centre_x) / radius, (y - centre_y) / radius, angle, radius * short)[
+                :, None
+            ]
             colour = torch.tensor([COLOURS[t.colour] for t in things], device=device)[..., None, None]
             picture[chosen] = picture[chosen] * (1 - alpha) + colour * alpha
     return picture * 2 - 1
 
 
-def _pattern(kind: str, x: Tensor, y: Tensor, frequency: Tensor, angle: Tensor, seed: Tensor, size: int) -> Tensor:
+def cover(shapes: Mapping[str, float | Tensor], x: Tensor, y: Tensor, angle: Tensor, radius: Tensor) -> Tensor:
+    """How much of every pixel a thing covers, in [0, 1].
+
+    ``shapes``: shares of shapes that it is between, usually one. ``x``, ``y``: pixels seen from its centre, in units of
+    its radius. ``angle``: that it is turned by. ``radius``: in pixels.
+    """
+    cos, sin = angle.cos(), angle.sin()
+    along, across = x * cos + y * sin, y * cos - x * sin
+    distances = (share * _distance(shape, along, across) for shape, share in shapes.items())
+    return (0.5 - sum(distances, torch.zeros_like(along)) * radius).clamp(0, 1)
+
+
+def background_pattern(
+    kind: str, x: Tensor, y: Tensor, frequency: Tensor, angle: Tensor, seed: Tensor, size: int
+) -> Tensor:
     """A background's pattern in [0, 1]: how much of its second colour shows. ``size``: pixels of a unit of length."""
     along, across = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
     sharp = size / frequency / 3  # edges one or two pixels wide

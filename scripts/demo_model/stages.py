@@ -20,7 +20,7 @@ from ddit.exporter.families.flux.modules import FEED_FORWARD, FluxLevel
 from ddit.exporter.levels import AdapterConfig, Level
 from ddit.runtime.bundle.manifest import FlowMatchEulerInfo
 from demo_model.buckets import Bucket, bucket_of
-from demo_model.course import Course, Run
+from demo_model.course import Course, PictureRun
 from demo_model.parts import (
     PATCH,
     STEPS,
@@ -67,7 +67,7 @@ class Denoiser(nn.Module):
         return self.t5(ids[:, 1])[0], self.clip(ids[:, 0]).pooler_output
 
 
-def share_tokenizers(run: Run, denoiser: Denoiser, start: Path | None = None) -> None:
+def share_tokenizers(run: PictureRun, denoiser: Denoiser, start: Path | None = None) -> None:
     """Give all processes, and every later run, the tokenizers of the first one, or of a saved pipeline.
 
     Training a tokenizer twice gives the tokens other numbers: equal counts come in no fixed order.
@@ -129,7 +129,7 @@ def random_sigma(count: int, shift: float, device: torch.device) -> Tensor:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def noisy_batch(run: Run, bucket: Bucket, latents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def noisy_batch(run: PictureRun, bucket: Bucket, latents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A random batch: rows of the data, z = (1 − σ) x + σ noise, σ, and the velocity noise − x that leads there."""
     count = bucket.rows(run.batch)
     rows = torch.randint(len(latents), (count,), device=run.device)
@@ -141,7 +141,7 @@ def noisy_batch(run: Run, bucket: Bucket, latents: Tensor) -> tuple[Tensor, Tens
 # ---- stages ----
 
 
-def stage_vae(run: Run, seconds: float, vae: AutoencoderKL) -> None:
+def stage_vae(run: PictureRun, seconds: float, vae: AutoencoderKL) -> None:
     """Restore scenes, drawn on the fly, from latents that are a little off, as the transformer's will be."""
     vae.to(run.device, memory_format=torch.channels_last)
     course = Course(run, "vae", vae, lr=1e-3, decay=0.998, weight_decay=1e-4, fused=False)
@@ -180,7 +180,7 @@ def restoration_loss(error: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def finish_vae(run: Run, vae: AutoencoderKL) -> None:
+def finish_vae(run: PictureRun, vae: AutoencoderKL) -> None:
     """Fill in what follows from the trained weights, and say how well unseen scenes are restored."""
     scenes = sample_scenes(256 if run.device.type == "cuda" else 8, TEST_SEED)
     with run.autocast():
@@ -201,13 +201,13 @@ def finish_vae(run: Run, vae: AutoencoderKL) -> None:
         run.say(f"vae: {kind} scenes {10 * torch.log10(4 / mse).item():.1f} dB, colours off by {hue / 2:.2%}")
 
 
-def load_vae(run: Run) -> AutoencoderKL:
+def load_vae(run: PictureRun) -> AutoencoderKL:
     """The trained VAE, frozen."""
     return AutoencoderKL.from_pretrained(run.out / "vae").to(run.device).eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def encode_scenes(run: Run, denoiser: Denoiser) -> Data:
+def encode_scenes(run: PictureRun, denoiser: Denoiser) -> Data:
     """The training scenes, each at one size; a size has as many as it has pictures in training."""
     vae = load_vae(run)
     scenes = sample_scenes(run.scenes // run.world, TRAIN_SEED + 100 * run.rank)
@@ -226,7 +226,7 @@ def encode_scenes(run: Run, denoiser: Denoiser) -> Data:
     return data
 
 
-def stage_flow(run: Run, seconds: float, denoiser: Denoiser, data: Data) -> Course:
+def stage_flow(run: PictureRun, seconds: float, denoiser: Denoiser, data: Data) -> Course:
     """Flow matching, with some captions left empty so that guidance has something to lead away from."""
     empty = denoiser.tokenize([""]).to(run.device)
     course = Course(run, "flow", denoiser, lr=1e-3, decay=0.9995, weight_decay=0.01)
@@ -243,7 +243,7 @@ def stage_flow(run: Run, seconds: float, denoiser: Denoiser, data: Data) -> Cour
     return course
 
 
-def stage_guidance(run: Run, seconds: float, denoiser: Denoiser, data: Data) -> Course:
+def stage_guidance(run: PictureRun, seconds: float, denoiser: Denoiser, data: Data) -> Course:
     """Guidance distillation, as FLUX.1-dev had it: one call with guidance g gives v_empty + g (v_caption − v_empty)."""
     empty = denoiser.tokenize([""]).to(run.device)
     teacher = make_transformer(run.sizes).to(run.device)
@@ -276,7 +276,7 @@ def random_guidance(count: int, device: torch.device) -> Tensor:
 
 
 def stage_adapter(
-    run: Run, seconds: float, denoiser: Denoiser, data: Data, patches: tuple[int, ...]
+    run: PictureRun, seconds: float, denoiser: Denoiser, data: Data, patches: tuple[int, ...]
 ) -> dict[int, Level]:
     """Distil coarse levels from the frozen native one, on states that its own sampler comes through."""
     denoiser.requires_grad_(False)
@@ -300,7 +300,7 @@ def stage_adapter(
     return levels
 
 
-def teacher_states(run: Run, denoiser: Denoiser, bucket: Bucket, encoded: Encoded) -> Trajectories:
+def teacher_states(run: PictureRun, denoiser: Denoiser, bucket: Bucket, encoded: Encoded) -> Trajectories:
     """Trajectories of the native level at one size, from training pictures with noise on."""
     parts = []
     with run.autocast(), torch.no_grad():

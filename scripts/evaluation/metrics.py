@@ -43,6 +43,7 @@ class Sample:
     prompt: str
     seed: int
     scene: Scene | None = None  # what the prompt describes, where the prompts are scenes
+    kind: str = ""  # of scene, ``plain`` or ``busy``, or of clip, ``still, plain`` or another
 
 
 # ---- paired ----

@@ -80,6 +80,11 @@ def coarse_shares(measured: Measured, native: int) -> list[float]:
     ]
 
 
+def kinds(samples: Sequence[Sample]) -> list[str]:
+    """The kinds of scenes or clips that there are, in their order."""
+    return list(dict.fromkeys(sample.kind for sample in samples if sample.kind))
+
+
 def computed(measured: Measured, facts: Facts) -> list[float]:
     """Operations of every picture's transformer steps: the sum of their levels' (see `flops.level_flops`)."""
     return [
@@ -101,10 +106,9 @@ def summarize(
     seeds = facts.seeds
     shares = coarse_shares(one, facts.native)
     row: Row = {"schedule": one.schedule, "pictures": len(samples), "coarse_share": estimate(shares, seeds)}
-    for name, plain in (("plain", True), ("busy", False)):
-        chosen = [s for s, sample in zip(shares, samples, strict=True) if sample.scene and sample.scene.plain == plain]
-        if chosen:
-            row[f"coarse_share_{name}"] = estimate(chosen, seeds)
+    for kind in kinds(samples):
+        chosen = [share for share, sample in zip(shares, samples, strict=True) if sample.kind == kind]
+        row[share_column(kind)] = estimate(chosen, seeds)
     row["compute_speedup"] = estimate_ratio(computed(native, facts), computed(one, facts), seeds)
     native_times, times = ([record.milliseconds for record in which.records] for which in (native, one))
     row["wall_speedup"] = estimate_ratio(native_times, times, seeds)
@@ -165,7 +169,7 @@ def picture_rows(
                     "schedule": one.schedule,
                     "prompt": sample.prompt,
                     "seed": sample.seed,
-                    "scene": ("plain" if sample.scene.plain else "busy") if sample.scene else "",
+                    "kind": sample.kind,
                     "file": str(store.picture_file(one.schedule, sample).relative_to(out)),
                     "coarse_share": shares[i],
                     "tflop": compute[i] / 1e12,
@@ -179,8 +183,6 @@ def picture_rows(
 TITLES = {
     "schedule": "schedule",
     "coarse_share": "coarse steps",
-    "coarse_share_plain": "plain scenes",
-    "coarse_share_busy": "busy scenes",
     "compute_speedup": "compute",
     "wall_speedup": "wall clock",
     "milliseconds": "ms",
@@ -191,9 +193,14 @@ TIMES = "_speedup"
 DIFFERENCE = "_minus_native"
 
 
-def titles(metrics: Sequence[Metric]) -> dict[str, str]:
-    """Column → heading of the Markdown table."""
-    found = dict(TITLES)
+def share_column(kind: str) -> str:
+    """The column of a kind's coarse steps: ``still, plain`` → ``coarse_share_still_plain``."""
+    return f"coarse_share_{kind.replace(', ', '_')}"
+
+
+def titles(metrics: Sequence[Metric], samples: Sequence[Sample], noun: str) -> dict[str, str]:
+    """Column → heading of the Markdown table. ``noun``: what is made, scenes or clips."""
+    found = {**TITLES, **{share_column(kind): f"{kind} {noun}" for kind in kinds(samples)}}
     for metric in metrics:
         found[metric.name] = f"{metric.title} {'↑' if metric.better == 'higher' else '↓'}"
         found[metric.name + DIFFERENCE] = "− native"
@@ -225,7 +232,7 @@ def markdown(
     rows: Sequence[Row], samples: Sequence[Sample], metrics: Sequence[Metric], facts: Facts, steps: int
 ) -> str:
     """The report: the table, what its columns are, and what the run was."""
-    headings = titles(metrics)
+    headings = titles(metrics, samples, "clips" if facts.settings.frames else "scenes")
     shown = [name for name in columns(rows) if name in headings]
     table = [
         "| " + " | ".join(headings[name] for name in shown) + " |",

@@ -47,12 +47,14 @@ class Config:
     """What was asked for. None leaves a value to the model, the profile or the optimizer."""
 
     # ---- the model and what it is trained on ----
-    model: str = option(default=FLUX.model, help="Hub id, local diffusers folder, or 'demo'.")
+    model: str = option(default=FLUX.model, help="Hub id, local diffusers folder, 'demo', or 'demo-video'.")
     revision: str | None = option(help="Branch, tag or commit of the model on the hub.")
     levels: tuple[int, ...] | None = option(
         type=Levels(), help="Patch sizes to train, as in 4,8.  [default: the model's, or 4]"
     )
-    prompts: str | None = option(help="A file with a prompt a line, or scenes:N or scenes:START-STOP, the demo's.")
+    prompts: str | None = option(
+        help="A file with a prompt a line, or the demos' scenes or clips: scenes:N, clips:START-STOP and so on."
+    )
     latents: str = option(
         default="teacher",
         help="teacher: states that the native level's sampler goes through; student: the same with coarse steps among "

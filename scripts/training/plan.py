@@ -18,12 +18,13 @@ from ddit.runtime.errors import DditError, UsageError
 from ddit.runtime.files import whole
 from ddit.runtime.shapes import Size
 from demo_model.scenes import sample_scenes
+from demo_video.clips import sample_clips
 from training.config import MAX_STEPS, RATES, Config
 from training.encoding import Picture, find_pictures
 from training.states import Sampling
 
 SETTINGS = "run.json"
-SCENES_SEED = 1  # the demo model's training scenes; the evaluation takes others
+SCENES_SEED = 1  # the demo models' training scenes and clips; the evaluation takes others
 RANDOM_PROMPTS = 16
 
 
@@ -198,8 +199,13 @@ def find_captions(prompts: str | None, latents: str, random_weights: bool) -> tu
     if random_weights:
         return [f"prompt {number}" for number in range(RANDOM_PROMPTS)], []
     if not prompts:
-        raise UsageError("--prompts is missing; give a text file with a prompt a line, or scenes:N")
-    asked = read_prompts(prompts)
-    if isinstance(asked, range):
-        return [scene.caption for scene in sample_scenes(asked.stop, SCENES_SEED)[asked.start :]], []
-    return asked, []
+        raise UsageError("--prompts is missing; give a text file with a prompt a line, or scenes:N or clips:N")
+    found = read_prompts(prompts)
+    if isinstance(found, list):
+        return found, []
+    count = found.asked.stop
+    if found.kind == "clips":
+        captions = [clip.caption for clip in sample_clips(count, SCENES_SEED)]
+    else:
+        captions = [scene.caption for scene in sample_scenes(count, SCENES_SEED)]
+    return captions[found.asked.start :], []

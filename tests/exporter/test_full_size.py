@@ -15,6 +15,9 @@ def traced(folder, configuration) -> dict[str, float]:
     assert report["level-2 kB"] < 4000
     assert report["level-4 kB"] < 4000
     assert report["peak MB"] < 4000
+    # a twin of thousands of nodes is a matter of seconds
+    assert report["seconds of the processor for twins"] < 30
+    assert report["level-2's twin kB"] < 1000
     return report
 
 
@@ -28,6 +31,9 @@ def test_tracing_flux_dev_is_quick_and_lean(tmp_path):
     tokens, width = 4096 + 512, 3072
     counted = tokens * 2 * width**2 * (3 + 4 + 5) * 57 + 4 * tokens**2 * width * 57
     assert report["level-2 TFLOP at 1024×1024 with 512 text tokens"] == pytest.approx(counted / 1e12, rel=0.01)
+
+    # a double block is 39 nodes, a single one 16; the rest stands before and after
+    assert report["level-2's twin nodes"] < 19 * 39 + 38 * 16 + 110
 
 
 def test_tracing_wan_1_3b_is_quick_and_lean(tmp_path):

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from ddit.profiles import ProfileError, Range, built_in, load_profile
 
-CLIPS = ("wan-480",)
+CLIPS = {"wan-480": (81, 480, 832, 512), "demo-video": (17, 128, 128, 24)}  # frames, height, width, text
 
 
 @pytest.mark.parametrize("name", sorted({*built_in()} - {*CLIPS}))
@@ -30,7 +30,8 @@ def test_built_in_profiles_of_clips_fit_wan_s_latents_and_levels_up_to_four(name
         for side in (entry.height, entry.width):
             assert all(value % 32 == 0 for value in (side.minimum, side.optimum, side.maximum))
         assert all(value % 4 == 1 for value in (entry.frames.minimum, entry.frames.optimum, entry.frames.maximum))
-    assert profile.contains(frames=81, height=480, width=832, text=512, batch=1)
+    frames, height, width, text = CLIPS[name]
+    assert profile.contains(frames=frames, height=height, width=width, text=text, batch=1)
 
 
 def test_a_profile_of_one_s_own(tmp_path):

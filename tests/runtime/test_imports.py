@@ -44,6 +44,10 @@ def test_building_engines_needs_no_torch():
     }
 
 
+def test_writing_a_single_model_needs_no_torch():
+    assert not loaded_after("import ddit.exporter.single.write") & {"torch", "diffusers", "transformers"}
+
+
 def test_every_package_is_installed():
     """A package that pyproject.toml leaves out works from the repository and is missing from a wheel."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

@@ -66,7 +66,7 @@ def test_a_row_a_schedule_with_intervals(finished):
 def test_a_row_a_picture(finished):
     rows = read(finished[0] / "pictures.csv")
     assert [row["schedule"] for row in rows] == [name for name in NAMES for _ in range(3)]
-    assert [row["scene"] for row in rows[:3]] == ["plain", "busy", "plain"]
+    assert [row["kind"] for row in rows[:3]] == ["plain", "busy", "plain"]
     assert {row["seed"] for row in rows} == {"0", "1", "2"}
     for row in rows:
         assert Image.open(finished[0] / row["file"]).size == (64, 64)
@@ -179,6 +179,8 @@ def test_missing_weights_end_before_anything_is_made(tiny_bundle, tmp_path, monk
     [
         (("--prompts", "scenes:none"), "write scenes:N"),
         (("--prompts", "scenes:7-7"), "write scenes:N"),
+        (("--prompts", "clips:x"), "write clips:N"),
+        (("--prompts", "clips:4", "--background", "noisy"), "--background chooses among scenes"),
         (("--prompts", "scenes:1", "--background", "dotted"), "none of scenes:1 has a dotted background"),
         (("--prompts", __file__, "--background", "dotted"), "--background chooses among scenes"),
         (("--prompts", "no-such-file"), "no-such-file cannot be read"),
@@ -260,3 +262,14 @@ def test_clips_are_kept_whole_and_measured_frame_by_frame(wan_bundle, tmp_path):
     result = run(evaluate.main, wan_bundle, *other, *measured)
     assert result.exit_code == 2
     assert "holds pictures made with frames 5, not 9; choose another --out" in result.stderr
+
+
+def test_coarse_steps_are_told_for_every_kind_of_clip(wan_bundle, tmp_path):
+    options = ("--frames", 5, *SIZE, "--steps", 4, "--schedule", "fixed:4x2,2x2", "--metric", "ssim")
+    result = run(evaluate.main, wan_bundle, "--prompts", "clips:0-2", *options, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    _, fixed = read(tmp_path / "out" / "results.csv")
+    assert float(fixed["coarse_share_still_plain"]) == float(fixed["coarse_share_moving_busy"]) == 0.5
+    assert [row["kind"] for row in read(tmp_path / "out" / "pictures.csv")[:2]] == ["still, plain", "moving, busy"]
+    report_lines = (tmp_path / "out" / "report.md").read_text().splitlines()
+    assert "still, plain clips | moving, busy clips" in report_lines[2]

@@ -19,7 +19,7 @@ from ddit.profiles import load_profile
 from demo_model import parts
 from demo_model.buckets import TINY_BUCKETS
 from demo_model.classifier import SceneClassifier
-from demo_model.course import Course, Run
+from demo_model.course import Course, PictureRun
 from demo_model.results import sample, save_model
 from demo_model.scenes import render, sample_scenes
 from demo_model.stages import TEST_SEED, Denoiser, encode_scenes, share_tokenizers, start_from
@@ -38,12 +38,14 @@ def trained(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def saved(trained, tmp_path) -> tuple[Run, Denoiser]:
+def saved(trained, tmp_path) -> tuple[PictureRun, Denoiser]:
     """A pipeline with random weights everywhere; two steps leave the velocity near 0, which would hide mistakes."""
     (tmp_path / "vae").symlink_to(trained / "vae")
     AcceleratorState._reset_state(reset_partial_state=True)  # the training before may have been in bfloat16
     exact = Accelerator(mixed_precision="no")
-    settings = Run(out=tmp_path, sizes=SIZES, buckets=TINY_BUCKETS, scenes=16, batch=2, max_steps=2, accelerator=exact)
+    settings = PictureRun(
+        out=tmp_path, sizes=SIZES, buckets=TINY_BUCKETS, scenes=16, batch=2, max_steps=2, accelerator=exact
+    )
     denoiser = Denoiser(SIZES)
     with torch.no_grad():
         for parameter in denoiser.parameters():

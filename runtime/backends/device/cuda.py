@@ -123,7 +123,12 @@ class Stream:
         # kernels of the default stream, another library's, for instance, must not hold up this one's
         stream = call(cuda.cudaStreamCreateWithFlags, cuda.cudaStreamNonBlocking)
         self.handle = int(stream)
+        self._cuda = cuda
         _release_with(self, cuda.cudaStreamDestroy, stream)
+
+    def drain(self) -> None:
+        """Wait until everything that was queued is done, whether well or not: something that it uses will go."""
+        self._cuda.cudaStreamSynchronize(self.handle)
 
 
 class CudaGraph:

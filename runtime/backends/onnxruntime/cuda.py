@@ -20,6 +20,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from ddit.runtime.backends.device.cuda import BFloat16, DeviceArray, DeviceMemory, Stream
 from ddit.runtime.backends.device.workspace import Bound, DeviceBackend, DeviceEngine
+from ddit.runtime.backends.onnxruntime import kernels
 from ddit.runtime.backends.onnxruntime.host import (
     CUDA,
     check_names,
@@ -65,6 +66,8 @@ class Sessions:
 
     def close(self) -> None:
         """Let go of everything, in order."""
+        if self._stream is not None:
+            self._stream.drain()  # sessions free memory that queued copies may still read
         self.runs.clear()
         self.opened.clear()
         self.weights.clear()
@@ -131,6 +134,7 @@ class CudaBackend(DeviceBackend):
         super().__init__(bundle)
         if find_cudnn() is None:
             log.warning("cuDNN 9 is not found, and attention may take twice as long; run: pip install 'ddit[cuda]'")
+        self._kernels = kernels.load_kernels(self.gpu.capability)
         manifest = bundle.manifest
         self._levels = {level.graph for level in manifest.levels}
         self._sessions = Sessions(self.gpu.stream_owner)
@@ -182,6 +186,9 @@ class CudaBackend(DeviceBackend):
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")  # for `on_cpu`
         for name, value in weights.items():
             options.add_initializer(name, value)
+        if self._kernels:
+            with engine_errors(f"load {self._kernels.name}"):
+                options.register_custom_ops_library(str(self._kernels))
         provider = {"device_id": "0", "user_compute_stream": str(self.gpu.stream)}
         if replays:
             provider["enable_cuda_graph"] = "1"

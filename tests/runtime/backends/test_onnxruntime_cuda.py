@@ -96,6 +96,7 @@ def machine(monkeypatch) -> FakeOnnxRuntime:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
     monkeypatch.setattr(onnxruntime_cuda, "find_cudnn", lambda: fake.cudnn)
+    monkeypatch.setattr(onnxruntime_cuda.kernels, "load_kernels", lambda _: None)  # test_load_kernels.py
     backend_init = CudaBackend.__init__
 
     def init(self, bundle):

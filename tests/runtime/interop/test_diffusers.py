@@ -109,4 +109,4 @@ def test_what_it_cannot_do_is_refused(tiny_pipeline, tiny_bundle, wan_bundle, pl
     with pytest.raises(UsageError, match="a second pass"):
         native("a red circle", negative_prompt="blue", true_cfg_scale=2.0, **few, **SIZE)
     with pytest.raises(UsageError, match="a wan bundle cannot stand in"):
-        DDiTTransformer.open(wan_bundle, plain.scheduler, backend="cpu")
+        DDiTTransformer.open(wan_bundle, plain, backend="cpu")
