@@ -7,6 +7,7 @@ from ddit.runtime.commands.calibrate import calibrate
 from ddit.runtime.commands.doctor import doctor
 from ddit.runtime.commands.generate import generate
 from ddit.runtime.commands.inspect import inspect
+from ddit.runtime.commands.serve import serve
 from ddit.runtime.commands.spectrum import spectrum
 from ddit.runtime.commands.verify import verify
 from ddit.runtime.console import DditGroup, set_up_logging
@@ -20,7 +21,7 @@ def main(verbose: int) -> None:
     set_up_logging(verbose)
 
 
-for command in (generate, inspect, verify, doctor, bench, calibrate, spectrum):
+for command in (generate, inspect, verify, doctor, bench, calibrate, spectrum, serve):
     main.add_command(command)
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from ddit.runtime.backends.base import Backend, FloatArray
 from ddit.runtime.bundle.manifest import DecoderInfo, VideoDecoderInfo
 from ddit.runtime.bundle.names import FRAMES, IMAGE, LATENT, LATENT_FRAME
-from ddit.runtime.errors import BackendError, not_finite
+from ddit.runtime.errors import NotFiniteError, not_finite
 from ddit.runtime.step import Call, Program, call, renamed
 
 FIRST = "first_frame"  # a buffer
@@ -89,7 +89,7 @@ def _program(one: Call) -> Program:
 
 def _check(backend: Backend, graph: str, values: FloatArray) -> None:
     if not np.isfinite(values).all():
-        raise BackendError(not_finite(graph, "the end", backend.bundle.manifest.graphs[graph].dtype))
+        raise NotFiniteError(not_finite(graph, "the end", backend.bundle.manifest.graphs[graph].dtype))
 
 
 def to_image(picture: FloatArray) -> Image.Image:

@@ -21,6 +21,10 @@ class BackendError(DditError):
     """The inference engine is not installed, or failed to load or run a graph."""
 
 
+class NotFiniteError(BackendError):
+    """A graph gave NaN or infinity: for what it was asked, or always."""
+
+
 class AdapterError(DditError):
     """An adapter file cannot be read or does not fit the model."""
 

@@ -1,6 +1,6 @@
 """Prompts to pictures and clips: encode, denoise, decode."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +26,7 @@ from ddit.runtime.policies.budget import plan
 from ddit.runtime.policies.settings import bundle_policy
 from ddit.runtime.request import Request, Run
 from ddit.runtime.samplers.sigmas import run_sigmas
-from ddit.runtime.session import Session
+from ddit.runtime.session import Sample, Session
 from ddit.runtime.step import Programs
 from ddit.runtime.trace import Trace
 
@@ -176,12 +176,12 @@ class Pipeline:
             BackendError: when an engine fails.
         """
         runs = self.resolve(requests)
-        costs = [None if run.budget is None else self._costs(run.size) for run in runs]
+        for run in runs:
+            if run.budget is not None:
+                self._costs(run.size)  # measured before the clock starts, where they are not known
         start = perf_counter()
-        runs = [self._within_budget(run, one, start) if one else run for run, one in zip(runs, costs, strict=True)]
-        conditions = self.encode([run.prompt for run in runs], runs[0].text_length)
-        if any(run.guided for run in runs):
-            conditions |= self.encode_negative([run.negative_prompt for run in runs], runs[0].text_length)
+        runs = [self.within_budget(run, start) for run in runs]
+        conditions = self.conditions(runs)
         encoded = perf_counter()
         latents, traces = self.denoise(runs, conditions, on_step)
         denoised = perf_counter()
@@ -217,14 +217,23 @@ class Pipeline:
         """The same for negative prompts, whose inputs have names of their own."""
         return {NEGATIVE + name: values for name, values in self.encode(prompts, text_length).items()}
 
-    def denoise(
-        self, runs: Sequence[Run], conditions: Mapping[str, FloatArray], on_step: OnStep | None = None
-    ) -> tuple[FloatArray, list[Trace]]:
-        """Run all steps; returns the latents (B, C, H, W) and what every run did.
+    def conditions(self, runs: Sequence[Run]) -> dict[str, FloatArray]:
+        """The levels' inputs that text feeds, a row a run: of the prompts, and of negative ones where a run has one.
 
-        ``runs`` comes from `resolve`, ``conditions`` from `encode`, a row a run.
+        The runs have one text length.
         """
-        session = Session(self.backend, self._programs)
+        length = runs[0].text_length
+        conditions = self.encode([run.prompt for run in runs], length)
+        if any(run.guided for run in runs):
+            conditions |= self.encode_negative([run.negative_prompt for run in runs], length)
+        return conditions
+
+    def session(self) -> Session:
+        """A session on this pipeline's backend, with nothing in flight."""
+        return Session(self.backend, self._programs)
+
+    def admit(self, session: Session, runs: Sequence[Run], conditions: Mapping[str, FloatArray]) -> list[Sample]:
+        """Start runs in a session. ``conditions`` has a row a run."""
         guidance = self.bundle.manifest.guidance
         samples = []
         for row, run in enumerate(runs):
@@ -232,6 +241,17 @@ class Pipeline:
                 name: values[row] for name, values in conditions.items() if run.guided or not name.startswith(NEGATIVE)
             }
             samples.append(session.admit(run, {**own, **guidance_inputs(guidance, run.guidance)}))
+        return samples
+
+    def denoise(
+        self, runs: Sequence[Run], conditions: Mapping[str, FloatArray], on_step: OnStep | None = None
+    ) -> tuple[FloatArray, list[Trace]]:
+        """Run all steps; returns the latents (B, C, H, W) and what every run did.
+
+        ``runs`` comes from `resolve`, ``conditions`` from `encode`, a row a run.
+        """
+        session = self.session()
+        samples = self.admit(session, runs, conditions)
         denoise(session, samples, on_step)
         return np.stack([session.retire(sample) for sample in samples]), [sample.trace for sample in samples]
 
@@ -265,9 +285,15 @@ class Pipeline:
     def _find_costs(self, size: shapes.Size) -> Costs:
         return find_costs(self, size)
 
-    def _within_budget(self, run: Run, costs: Costs, start: float) -> Run:
-        """The run under the policy that a time budget leaves it, from the clock's ``start`` on."""
-        assert run.budget is not None
+    def within_budget(self, run: Run, start: float, clock: Callable[[], float] = perf_counter) -> Run:
+        """The run under the policy that its time budget leaves it, from ``start`` on the clock on.
+
+        The run itself where it has none. Measures the levels where their costs are not known. Raises `UsageError` for a
+        budget that is too short.
+        """
+        if run.budget is None:
+            return run
+        costs = self._costs(run.size)
         manifest, backend = self.bundle.manifest, str(self.backend)
         info = manifest.prediction(steps=run.steps, size=run.size, backend=backend)
         known = manifest.calibration("adaptive", steps=run.steps, size=run.size, backend=backend)
@@ -279,4 +305,4 @@ class Pipeline:
             default=Adaptive(info.tolerance, info.order),
             curve=known.curve if known else (),
         )
-        return run.under(Budgeted(wanted, costs, run.steps, start + run.budget - costs.decode / 1000))
+        return run.under(Budgeted(wanted, costs, run.steps, start + run.budget - costs.decode / 1000, clock))

@@ -6,7 +6,8 @@ latent grows moves to buffers of the larger size and starts anew there, with no 
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
@@ -39,7 +40,7 @@ from ddit.runtime.bundle.names import (
     VELOCITIES,
 )
 from ddit.runtime.complexity import Complexity
-from ddit.runtime.errors import BackendError, not_finite
+from ddit.runtime.errors import BackendError, NotFiniteError, not_finite
 from ddit.runtime.policies import DIFFERENCE_ORDER, Change, Decision, RunHistory, statistic
 from ddit.runtime.policies.prediction import root_mean_square
 from ddit.runtime.request import Run
@@ -48,6 +49,18 @@ from ddit.runtime.samplers.sigmas import model_timestep
 from ddit.runtime.samplers.unipc import coefficients
 from ddit.runtime.step import Programs, deviations, sample_buffers
 from ddit.runtime.trace import StepRecord, Trace
+
+
+class StepError(BackendError):
+    """An engine failed, or gave numbers that are none. Only these samples are lost; the others can go on."""
+
+    def __init__(self, message: str, samples: Sequence["Sample"]):
+        super().__init__(message)
+        self.samples = list(samples)
+
+
+class NotFiniteStepError(StepError, NotFiniteError):
+    """A graph gave NaN or infinity for these samples."""
 
 
 @dataclass(eq=False)
@@ -59,6 +72,7 @@ class Sample:
     history: RunHistory
     rows: Mapping[str, FloatArray]  # what its rows of the buffers are at first, and where its latent has grown
     native_done: bool = False  # whether there is a native step's estimate, whose detail coarse steps carry on
+    decision: Decision | None = None  # what its next step does, once the policy has been asked
     place: tuple[Workspace, int] | None = field(default=None, repr=False)  # where its rows are, once it has stepped
 
     @property
@@ -109,19 +123,22 @@ class Session:
             self.advance(members)
 
     def groups(self) -> list[list[tuple[Sample, Decision]]]:
-        """The samples that are not done with what they do next, those together that can share a call."""
-        self._run_gates()
+        """The samples that are not done with what they do next, those together that can share a call.
+
+        Raises `StepError` when the gate fails.
+        """
+        self.run_gates()
         groups: defaultdict[tuple[int | None, bool, tuple[int, ...]], list[tuple[Sample, Decision]]] = defaultdict(list)
         for sample in self.samples:
             if not sample.done:
-                decision = sample.run.policy.decide(sample.history)
+                decision = self._decide(sample)
                 sizes = sample.run.scales[decision.scale]
                 passes = sample.run.guided and decision.level is not None
                 groups[decision.level, passes, tuple(sizes.values())].append((sample, decision))
         return list(groups.values())
 
     def advance(self, members: Sequence[tuple[Sample, Decision]]) -> None:
-        """One step of samples of the same size at the same level. Raises `BackendError` when an engine fails."""
+        """One step of samples of the same size at the same level. Raises `StepError` when an engine fails."""
         begin = perf_counter()
         samples, decisions = zip(*members, strict=True)
         for sample, decision in members:
@@ -132,14 +149,35 @@ class Session:
             program = self._programs.predicted
         else:
             program = self._programs.level(level, samples[0].sizes, guided=guided)
-        workspace = self._gather(samples)
-        results = workspace.run(program, self._inputs(members))
+        with _losing(samples):
+            workspace = self._gather(samples)
+            results = workspace.run(program, self._inputs(members))
         milliseconds = (perf_counter() - begin) * 1000
+        lost = []
         for row, (sample, decision) in enumerate(members):
-            self._record(sample, decision, milliseconds, {name: values[row] for name, values in results.items()})
+            own = {name: values[row] for name, values in results.items()}
+            # whatever is not finite in the latent or the velocity is not in these, which are on the host anyway
+            if all(np.isfinite(values).all() for values in own.values()):
+                self._record(sample, decision, milliseconds, own)
+            else:
+                lost.append(sample)
+        if lost:
+            graph = PREDICT if level is None else self.manifest.level(level).graph
+            where = f"step {lost[0].history.step + 1} of {lost[0].run.steps}"
+            raise NotFiniteStepError(not_finite(graph, where, self.manifest.graphs[graph].dtype), lost)
 
-    def _run_gates(self) -> None:
-        """Find how much the next step will differ from the one before, for the samples whose policy looks at it."""
+    def _decide(self, sample: Sample) -> Decision:
+        """What a sample's next step does: asked once a step, however often somebody asks for the groups."""
+        policy = sample.run.policy
+        if sample.decision is None or policy.timed:
+            sample.decision = policy.decide(sample.history)
+        return sample.decision
+
+    def run_gates(self) -> None:
+        """Find how much the next step will differ from the one before, for the samples whose policy looks at it.
+
+        `groups` does so itself. Raises `StepError` when the gate fails.
+        """
         waiting: defaultdict[object, list[Sample]] = defaultdict(list)
         for sample in self.samples:
             # once a step, however often somebody asks for the groups
@@ -157,14 +195,19 @@ class Session:
         for row, sample in rows.items():
             sigmas[row] = sample.told(self.manifest.sampler)
         assert self._programs.gate is not None
-        results = workspace.run(self._programs.gate, {GATE_TIMESTEP: sigmas})
+        with _losing(samples):
+            results = workspace.run(self._programs.gate, {GATE_TIMESTEP: sigmas})
+        lost = []
         for row, sample in rows.items():
             found = [float(results[name][row]) for name in GATE_CHANGES]
-            if not np.isfinite(found).all():
-                graph, step = self._programs.gate.name, sample.history.step
-                where = f"step {step + 1} of {sample.run.steps}"
-                raise BackendError(not_finite(graph, where, self.manifest.graphs[graph].dtype))
-            sample.history.changes.append(Change(*found))
+            if np.isfinite(found).all():
+                sample.history.changes.append(Change(*found))
+            else:
+                lost.append(sample)
+        if lost:
+            graph, step = self._programs.gate.name, lost[0].history.step
+            where = f"step {step + 1} of {lost[0].run.steps}"
+            raise NotFiniteStepError(not_finite(graph, where, self.manifest.graphs[graph].dtype), lost)
 
     def latent(self, sample: Sample) -> FloatArray:
         """A copy of a sample's latent (C, H, W) as it is now."""
@@ -202,7 +245,7 @@ class Session:
         return estimate
 
     def _grow(self, sample: Sample, decision: Decision) -> None:
-        """Make a sample's latent as large as its next step needs it. Raises `BackendError` when the engine fails."""
+        """Make a sample's latent as large as its next step needs it. Raises `StepError` when the engine fails."""
         run, history, small = sample.run, sample.history, self.latent(sample)
         sigma = history.sigmas[history.step]
         sample.history = history.grown(decision.scale, decision.gain)
@@ -216,10 +259,11 @@ class Session:
             GAIN: np.array([decision.gain], np.float32),
             **growing_tables(small.shape[-2:], shape[-2:]),
         }
-        latent = self.backend.engine(GROW).run(inputs)[NEXT + LATENT][0]
+        with _losing([sample]):
+            latent = self.backend.engine(GROW).run(inputs)[NEXT + LATENT][0]
         if not np.isfinite(latent).all():
             where = f"step {history.step + 1} of {run.steps}"
-            raise BackendError(not_finite(GROW, where, self.manifest.graphs[GROW].dtype))
+            raise NotFiniteStepError(not_finite(GROW, where, self.manifest.graphs[GROW].dtype), [sample])
         sample.rows = {**sample.rows, **state, LATENT: latent}
         sample.native_done = False
         self._leave(sample)
@@ -299,10 +343,7 @@ class Session:
         """Keep what a step did: for the policy, for the trace and for the complexity map."""
         run, history, manifest = sample.run, sample.history, self.manifest
         step = history.step
-        # whatever is not finite in the latent or the velocity is not in these, which are on the host anyway
-        if any(not np.isfinite(values).all() for values in results.values()):
-            graph = PREDICT if decision.level is None else manifest.level(decision.level).graph
-            raise BackendError(not_finite(graph, f"step {step + 1} of {run.steps}", manifest.graphs[graph].dtype))
+        sample.decision = None
         measured = deviations(results)
         history.record(decision, results[PREDICTION_ERROR], measured)
         sample.native_done |= decision.level == manifest.native
@@ -333,3 +374,14 @@ class Session:
         """Height and width of the picture that a sample's latent is now."""
         size = shapes.to_size(self.manifest.latent, sample.sizes)
         return size.height, size.width
+
+
+@contextmanager
+def _losing(samples: Sequence[Sample]) -> Iterator[None]:
+    """Say of an engine's failure which samples it cost."""
+    try:
+        yield
+    except StepError:
+        raise
+    except BackendError as error:
+        raise StepError(str(error), samples) from error

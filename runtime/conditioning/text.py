@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from ddit.runtime.backends.base import Backend, FloatArray
 from ddit.runtime.bundle.manifest import TokenizerInfo
-from ddit.runtime.errors import BackendError, BundleError
+from ddit.runtime.errors import BundleError, NotFiniteError
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +79,6 @@ class TextConditioner:
             ids = np.stack([ids for ids, _ in rows])
             outputs = self._backend.engine(info.graph).run({"input_ids": ids})
             if not all(np.isfinite(value).all() for value in outputs.values()):
-                raise BackendError(f"{info.graph} gave NaN or infinity for the prompt; check it with ddit-run verify")
+                raise NotFiniteError(f"{info.graph} gave NaN or infinity for the prompt; check it with ddit-run verify")
             conditions |= {info.feeds[name]: value for name, value in outputs.items()}
         return conditions

@@ -125,6 +125,11 @@ class Policy(ABC):
         """Whether it needs what the bundle's gate finds before every step (`RunHistory.changes`)."""
         return False
 
+    @property
+    def timed(self) -> bool:
+        """Whether it looks at the clock, so that a decision is only good at the moment."""
+        return False
+
     def quantile(self) -> float | None:
         """The quantile ρ of the deviations that it looks at; None for a policy that looks at none."""
         return None

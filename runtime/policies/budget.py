@@ -49,6 +49,11 @@ class Budgeted(Policy):
         """Whether the wanted policy needs it."""
         return self.wanted.gate
 
+    @property
+    def timed(self) -> bool:
+        """Always."""
+        return True
+
     def quantile(self) -> float | None:
         """That of the wanted policy."""
         return self.wanted.quantile()

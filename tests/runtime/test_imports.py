@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 HEAVY = (
     *("torch", "diffusers", "transformers", "onnx", "onnxruntime", "matplotlib", "ddit.exporter"),
-    *("tensorrt", "polygraphy", "cuda", "filelock"),
+    *("tensorrt", "polygraphy", "cuda", "filelock", "fastapi", "uvicorn", "prometheus_client"),
 )
 
 
@@ -26,7 +26,7 @@ def loaded_after(statement: str) -> set[str]:
 def test_importing_the_runtime_imports_nothing_heavy():
     modules = (
         *("", ".cli", ".tools.verify", ".tools.bench", ".backends.artifacts", ".backends.tensorrt.backend"),
-        *(".backends.registry", ".backends.building", ".backends.onnxruntime.cuda"),
+        *(".backends.registry", ".backends.building", ".backends.onnxruntime.cuda", ".serving.engine_room"),
     )
     loaded = loaded_after("import " + ", ".join(f"ddit.runtime{module}" for module in modules))
     assert not loaded & set(HEAVY)
