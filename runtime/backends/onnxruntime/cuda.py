@@ -77,17 +77,22 @@ class Sessions:
 class CudaBound(Bound):
     """A session and its binding to buffers."""
 
-    def __init__(self, sessions: Sessions, run: Callable[[], None], file: str):
+    def __init__(self, sessions: Sessions, run: Callable[[], None], file: str, replay: Callable[[], None] | None):
+        """``run`` is waited for. ``replay`` takes its place after the first one; None for the same again."""
         self._sessions = sessions
         self._number = next(_numbers)
         self._file = file
+        self._replay = replay
         sessions.runs[self._number] = run
         weakref.finalize(self, sessions.runs.pop, self._number, None).atexit = False
 
     def enqueue(self) -> None:
-        """Queue one run; with a graph id, ONNX Runtime captures the first runs and replays them afterwards."""
+        """Queue one run; with a graph id, ONNX Runtime captures the first one and replays it afterwards."""
+        runs = self._sessions.runs
         with engine_errors(f"run {self._file}"):
-            self._sessions.runs[self._number]()
+            runs[self._number]()
+        if self._replay:
+            runs[self._number], self._replay = self._replay, None
 
 
 class CudaEngine(DeviceEngine):
@@ -112,13 +117,18 @@ class CudaEngine(DeviceEngine):
                 for spec in specs:
                     array = arrays[spec.name]
                     bind(spec.name, DEVICE, 0, array.dtype.type, array.shape, array.address)
-            options = ort.RunOptions()
-            # whatever reads the outputs is on the same stream
-            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+            # A run that is not waited for keeps its pinned memory, and so do all such runs until the session ends,
+            # which then may end the process: the memory is freed where CUDA cannot be called (ONNX Runtime 1.31).
+            # A replay has none, and whatever reads its outputs is on the same stream.
+            waiting, queueing = ort.RunOptions(), ort.RunOptions()
+            queueing.add_run_config_entry("disable_synchronize_execution_providers", "1")
             if self._replays:
-                options.add_run_config_entry("gpu_graph_id", str(next(_graph_ids)) if replayed else NO_GRAPH)
-        run = partial(session.run_with_iobinding, binding, options)
-        return CudaBound(self._sessions, run, self.info.file)
+                graph = str(next(_graph_ids)) if replayed else NO_GRAPH
+                for options in (waiting, queueing):
+                    options.add_run_config_entry("gpu_graph_id", graph)
+        run = partial(session.run_with_iobinding, binding)
+        replay = partial(run, queueing) if replayed and self._replays else None
+        return CudaBound(self._sessions, partial(run, waiting), self.info.file, replay)
 
 
 class CudaBackend(DeviceBackend):

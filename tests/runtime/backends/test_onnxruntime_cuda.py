@@ -40,6 +40,7 @@ class Session:
         weakref.finalize(self, ort.cuda.events.append, "a session ended")
         self.session = onnxruntime.InferenceSession(path, options)
         self.replays = "enable_cuda_graph" in settings
+        self.captured: set[str] = set()  # graphs
         self.get_inputs, self.get_outputs = self.session.get_inputs, self.session.get_outputs
 
     def io_binding(self):
@@ -65,10 +66,21 @@ class Session:
         return [part("CUDAExecutionProvider", "MatMul", "Add"), part("CPUExecutionProvider", "Shape", "Concat", *odd)]
 
     def run_with_iobinding(self, binding, options):
-        assert options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
+        graph = options.get_run_config_entry("gpu_graph_id") if self.replays else onnxruntime_cuda.NO_GRAPH
         if self.replays:
-            self.ort.graph_ids.append(options.get_run_config_entry("gpu_graph_id"))
+            self.ort.graph_ids.append(graph)
+        # only a replay may go on without being waited for: other runs would keep their pinned memory
+        assert waits(options) == (graph == onnxruntime_cuda.NO_GRAPH or graph not in self.captured)
+        self.captured.add(graph)
         self.ort.cuda.submit(lambda: self.session.run_with_iobinding(binding.real))
+
+
+def waits(options) -> bool:
+    """Whether a run with these options is waited for."""
+    try:
+        return options.get_run_config_entry("disable_synchronize_execution_providers") != "1"
+    except RuntimeError:  # it is not set
+        return True
 
 
 class FakeOnnxRuntime:
