@@ -11,6 +11,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -94,14 +95,16 @@ def facts(pipeline: Pipeline) -> Iterator[str]:
     """What made the numbers."""
     manifest = pipeline.bundle.manifest
     yield f"bundle: {manifest.model.id}, {manifest.dtype}, opset {manifest.opset}, levels {manifest.patches}"
-    found = [f"Python {platform.python_version()}"]
-    for name in ("ddit", "tensorrt", "onnxruntime-gpu", "onnxruntime", "cuda-bindings", "numpy"):
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
-    yield "versions: " + ", ".join(found)
+    packages = versions("ddit", "tensorrt", "onnxruntime-gpu", "onnxruntime", "cuda-bindings", "numpy")
+    yield f"versions: Python {platform.python_version()}, {', '.join(packages)}"
     yield f"command: `{shlex.join(['python', *sys.argv])}`"
+
+
+def versions(*packages: str) -> Iterator[str]:
+    """Those of the packages that are installed, as in ``"numpy 2.2.0"``."""
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            yield f"{name} {version(name)}"
 
 
 # ---- agreement ----

@@ -14,7 +14,6 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -24,7 +23,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from benchmark import Table, read_size, section
+from benchmark import Table, read_size, section, versions
 from command_line.options import option, options
 from ddit.runtime import Pipeline
 from ddit.runtime.console import DditCommand, say, set_up_logging
@@ -89,13 +88,7 @@ def main(model: Path, bundle: Path, **given: Any) -> None:
 
 def facts() -> Iterator[str]:
     """What made the numbers."""
-    found = []
-    for name in ("ddit", "diffusers", "torch", "onnxruntime-gpu", "cuda-bindings"):
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
-    yield "versions: " + ", ".join(found)
+    yield "versions: " + ", ".join(versions("ddit", "diffusers", "torch", "onnxruntime-gpu", "cuda-bindings"))
     yield f"cuDNN {cudnn.version()}"
 
 

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "arguments.h"
-#include "onnxruntime_c_api.h"
+#include "third_party/onnxruntime_c_api.h"
 
 #ifdef _WIN32
 #include <windows.h>
