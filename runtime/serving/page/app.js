@@ -220,7 +220,7 @@ function showFacts(ddit) {
 
 function showPlot() {
   const width = $("plot").clientWidth;
-  if (made && width) $("plot").replaceChildren(...plotSchedule(made.trace, width));
+  if (made && width) $("plot").replaceChildren(...plotSchedule(made.trace, Math.max(width, 200)));
 }
 
 function showMap() {
