@@ -37,6 +37,7 @@ export async function* generate(body, signal) {
       if (!line) continue;
       const event = JSON.parse(line.slice("data: ".length));
       if (event.type === "error") throw new ApiError(response.status, event.error.message);
+      signal.throwIfAborted(); // events may have come with the last one
       yield event;
     }
   }

@@ -40,14 +40,13 @@ async function act(event, what) {
   try {
     await what();
   } catch (error) {
-    if (error.name === "AbortError") return say("Cancelled.");
+    if (error.name === "AbortError") return;
     if (!(error instanceof ApiError)) throw error;
     if (error.status === 401) {
       $("key-form").hidden = false;
       $("key").focus();
     }
     $("error").textContent = error.message;
-    $("status").textContent = "";
   }
 }
 
@@ -103,18 +102,11 @@ function bodyOfForm() {
 
 async function makePicture() {
   if (!strip) await showModel();
-  asked = bodyOfForm();
-  made = null;
-  for (const id of ["result", "native", "map", "picture", "slider-row"]) $(id).hidden = true;
-  $("stage").className = "";
-  const [width, height] = asked.size.split("x");
-  $("stage").style.setProperty("aspect-ratio", `${width} / ${height}`);
-  $("run").style.setProperty("--width", `${width}px`);
-  $("run").hidden = false;
-  say("Waiting for its turn…");
-  made = await follow({ ...asked, trace: true, partial_images: 1 }, $("picture"), {
+  const body = bodyOfForm();
+  made = await follow({ ...body, trace: true, partial_images: 1 }, $("picture"), {
     "ddit.accepted": (event) => {
-      asked.seed = event.seed;
+      asked = { ...body, seed: event.seed };
+      clear(event.size.split("x"));
       strip.start(event.steps);
       say(`Seed ${event.seed}, ${event.steps} steps: ${event.schedule}`);
     },
@@ -125,6 +117,16 @@ async function makePicture() {
   });
   $("picture").alt = asked.prompt;
   showResult();
+}
+
+/** Make room for a picture that the server has accepted; a refused one leaves the last where it is. */
+function clear([width, height]) {
+  made = null;
+  for (const id of ["result", "native", "map", "picture", "slider-row"]) $(id).hidden = true;
+  $("stage").className = "";
+  $("stage").style.setProperty("aspect-ratio", `${width} / ${height}`);
+  $("run").style.setProperty("--width", `${width}px`);
+  $("run").hidden = false;
 }
 
 /** The native picture of the same seed, beside the one that is shown. */
@@ -153,14 +155,20 @@ async function compare() {
 async function follow(body, image, on) {
   running = new AbortController();
   showBusy();
+  let accepted = false;
   try {
     for await (const event of generate({ ...body, output_format: "webp", output_compression: 95 }, running.signal)) {
+      accepted = true;
       on[event.type]?.(event);
       if (event.preview) show(image, `data:image/jpeg;base64,${event.preview}`);
       if (event.b64_json) show(image, `data:image/webp;base64,${event.b64_json}`);
       if (event.type === "image_generation.completed") return event;
     }
     throw new ApiError(0, "the server ended the stream before the picture was done; try again");
+  } catch (error) {
+    if (error.name === "AbortError") say("Cancelled.");
+    else if (accepted) say("Not finished.");
+    throw error;
   } finally {
     running = null;
     showBusy();
