@@ -56,7 +56,7 @@ function figuresOf({ steps, schedule }) {
   });
   if (schedule.tau && !schedule.smooth) curves.push(["τ", "limit", flat(schedule.tau)]);
   for (const [patch, smooth] of Object.entries((schedule.tau && schedule.smooth) || {}))
-    curves.push([`τ of level ${patch}`, "limit", smooth.map((value, step) => [step, schedule.tau * value])]);
+    curves.push([`τ of level ${patch}`, `limit curve-${patches.indexOf(patch) % 3}`, smooth.map((value, step) => [step, schedule.tau * value])]);
   return { name: "third difference", curves: curves.filter(([, , points]) => points.length) };
 }
 
