@@ -16,7 +16,7 @@ export function drawMap(canvas, complexity, kind) {
   canvas.getContext("2d").putImageData(pixels, 0, 0);
   return kind === "where"
     ? [`${low.toFixed(2)} ×`, `${high.toFixed(2)} × the picture’s mean detail`]
-    : [`step ${(low + 1).toFixed(0)}`, `step ${(high + 1).toFixed(0)}, the mean step of the detail`];
+    : [`step ${(low + 1).toFixed(1)}`, `step ${(high + 1).toFixed(1)}, the mean step of the detail`];
 }
 
 /** The colour of a share between 0 and 1. */
