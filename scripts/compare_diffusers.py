@@ -59,8 +59,8 @@ class Config:
 
 
 @click.command(cls=DditCommand, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("model", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.argument("bundle", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("bundle", type=click.Path(path_type=Path))
 @options(Config)
 def main(model: Path, bundle: Path, **given: Any) -> None:
     """Time BUNDLE beside MODEL, the diffusers folder that it was exported from."""
@@ -68,6 +68,8 @@ def main(model: Path, bundle: Path, **given: Any) -> None:
     config = Config(**given)
     if not torch.cuda.is_available():
         raise UsageError("torch finds no GPU here; this comparison needs one")
+    if not (model / "model_index.json").is_file():
+        raise UsageError(f"{model} is no diffusers folder; give the one that the bundle was exported from")
     torch._dynamo.config.recompile_limit = GRAPHS
     ours = Pipeline.open(bundle, backend=config.backend)
     manifest = ours.bundle.manifest
