@@ -23,7 +23,7 @@ PROMPTS = {
     "busy": "a blue cross on a striped background",
 }
 CLIPS = {
-    "simple": "a large blue ring on a plain background",
+    "simple": "a yellow triangle changing into a circle on a gradient background",
     "busy": "a purple circle at the top shrinking on a drifting striped background",
 }
 SCHEDULES = ("native", "adaptive", "adaptive:0.2", "dynamic")
