@@ -1,5 +1,5 @@
 # make demo        set up .venv, export the demo model, make two pictures, print the table
-# make demo-video  set up .venv, export the video demo, make a clip
+# make demo-video  set up .venv, export the video demo, make two clips
 # make test        set up .venv, lint, type check, tests
 # make clean       remove what these made
 
@@ -32,8 +32,7 @@ demo: setup
 
 demo-video: setup
 	$(BIN)/ddit-export wan --model demo-video --out demo-video.bundle
-	mkdir -p images
-	$(BIN)/ddit-run generate demo-video.bundle "a red star turning on a drifting striped background" --out images/clip.webp
+	$(BIN)/python scripts/demo.py demo-video.bundle
 
 test: lint types unit
 

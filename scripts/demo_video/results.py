@@ -19,7 +19,7 @@ from demo_video.clips import balanced_clips
 from demo_video.parts import STEPS, decode_latents, latent_scale, make_scheduler, make_tables, sampler_info
 from demo_video.stages import ClipRun, Denoiser, load_vae
 
-GUIDANCE = 3.0
+GUIDANCE = 2.0  # more of it changes hues in the course of a clip
 # what ddit-export takes for this model where the command line says nothing
 EXPORT_DEFAULTS = {
     "levels": [NATIVE_PATCH, 4],
