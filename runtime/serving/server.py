@@ -3,6 +3,8 @@
 import asyncio
 import logging
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import h11
@@ -96,8 +98,6 @@ def serve(
 
     Raises `BackendError` where the engines have failed for good.
     """
-    # it says which part of a prompt was too long
-    logging.getLogger("ddit.runtime.conditioning.text").setLevel(logging.ERROR)
     metrics = Metrics(pipeline.bundle.manifest)
     worker = make_worker(pipeline, metrics, in_flight=in_flight, waiting=waiting)
     config = uvicorn.Config(
@@ -110,6 +110,19 @@ def serve(
     )
     server = uvicorn.Server(config)
     worker.on_break = lambda: setattr(server, "should_exit", True)
-    server.run(sockets=[listening])
+    with without_prompts():
+        server.run(sockets=[listening])
     if worker.broken:
         raise BackendError(worker.broken)
+
+
+@contextmanager
+def without_prompts() -> Iterator[None]:
+    """Keep prompts out of the log: a warning says which part of one was too long."""
+    log = logging.getLogger("ddit.runtime.conditioning.text")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
