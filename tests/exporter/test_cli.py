@@ -176,20 +176,30 @@ def test_a_failed_parity_leaves_the_old_bundle(tiny_pipeline, tmp_path, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == ["out.bundle"]
 
 
+def killed_while_tracing(command, how) -> tuple[int, str]:
+    """The exit code of an export that gets a signal while it traces, and what it says after that."""
+    # whoever runs the tests in the background of a shell has SIGINT ignored, and children inherit that
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    assert process.stderr is not None
+    while "tracing" not in process.stderr.readline():
+        time.sleep(0.01)
+    process.send_signal(how)
+    _, errors = process.communicate()
+    return process.returncode, errors
+
+
 @pytest.mark.usefixtures("only_the_step_graph")
 def test_a_killed_export_leaves_nothing_and_the_next_one_tidies_up(tiny_pipeline, tmp_path):
     out = tmp_path / "out.bundle"
     command = [sys.executable, "-m", "ddit.exporter.cli", "flux", "--model", tiny_pipeline, *FAST, "--out", out]
     for how in (signal.SIGINT, signal.SIGKILL):
-        # whoever runs the tests in the background of a shell has SIGINT ignored, and children inherit that
-        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
-        assert process.stderr is not None
-        while "tracing" not in process.stderr.readline():
-            time.sleep(0.01)
-        process.send_signal(how)
-        _, errors = process.communicate()
-        assert process.returncode != 0
+        for _ in range(3):
+            code, errors = killed_while_tracing(command, how)
+            if code != 0:
+                break
+            shutil.rmtree(out)  # Python drops an interrupt that falls into a finalizer
+        assert code != 0
         assert "Traceback" not in errors
         assert not out.exists()
         assert bool(list(tmp_path.iterdir())) == (how == signal.SIGKILL)
