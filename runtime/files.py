@@ -14,6 +14,11 @@ from ddit.runtime.errors import DditError, UsageError
 PARTIAL = ".partial-"  # in the names of files and folders that are being written
 
 
+def user_cache() -> Path:
+    """The folder for what this user's runs need not make again; it need not be there yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddit"
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A file to write into, which takes the place of ``path`` when all went well: nobody ever sees half a file.

@@ -163,8 +163,7 @@ class Session:
                 lost.append(sample)
         if lost:
             graph = PREDICT if level is None else self.manifest.level(level).graph
-            where = f"step {lost[0].history.step + 1} of {lost[0].run.steps}"
-            raise NotFiniteStepError(not_finite(graph, where, self.manifest.graphs[graph].dtype), lost)
+            raise self._not_finite(graph, lost)
 
     def _decide(self, sample: Sample) -> Decision:
         """What a sample's next step does: asked once a step, however often somebody asks for the groups."""
@@ -205,9 +204,13 @@ class Session:
             else:
                 lost.append(sample)
         if lost:
-            graph, step = self._programs.gate.name, lost[0].history.step
-            where = f"step {step + 1} of {lost[0].run.steps}"
-            raise NotFiniteStepError(not_finite(graph, where, self.manifest.graphs[graph].dtype), lost)
+            raise self._not_finite(self._programs.gate.name, lost)
+
+    def _not_finite(self, graph: str, samples: Sequence[Sample]) -> NotFiniteStepError:
+        """What to raise for samples, of which the first names the step."""
+        first = samples[0]
+        where = f"step {first.history.step + 1} of {first.run.steps}"
+        return NotFiniteStepError(not_finite(graph, where, self.manifest.graphs[graph].dtype), samples)
 
     def latent(self, sample: Sample) -> FloatArray:
         """A copy of a sample's latent (C, H, W) as it is now."""
@@ -262,8 +265,7 @@ class Session:
         with _losing([sample]):
             latent = self.backend.engine(GROW).run(inputs)[NEXT + LATENT][0]
         if not np.isfinite(latent).all():
-            where = f"step {history.step + 1} of {run.steps}"
-            raise NotFiniteStepError(not_finite(GROW, where, self.manifest.graphs[GROW].dtype), [sample])
+            raise self._not_finite(GROW, [sample])
         sample.rows = {**sample.rows, **state, LATENT: latent}
         sample.native_done = False
         self._leave(sample)

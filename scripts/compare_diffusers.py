@@ -25,6 +25,7 @@ from torch import nn
 
 from benchmark import Table, read_size, section, versions
 from command_line.options import option, options
+from ddit.exporter.components import TORCH_DTYPES
 from ddit.runtime import Pipeline
 from ddit.runtime.console import DditCommand, say, set_up_logging
 from ddit.runtime.errors import UsageError
@@ -35,7 +36,6 @@ PROMPT, SEED = "a red circle on a striped background", 7
 WARM_UP = 3
 TIMED = 5  # calls of one kind before the next kind has its turn
 GRAPHS = 64  # that torch may compile of one block, for every size its own
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 Call = Callable[[], Any]
 cuda: Any = torch.cuda  # torch has no types for some of it
 cudnn: Any = torch.backends.cudnn
@@ -73,7 +73,7 @@ def main(model: Path, bundle: Path, **given: Any) -> None:
     torch._dynamo.config.recompile_limit = GRAPHS
     ours = Pipeline.open(bundle, backend=config.backend)
     manifest = ours.bundle.manifest
-    theirs = DiffusionPipeline.from_pretrained(model, torch_dtype=DTYPES[manifest.dtype]).to("cuda")
+    theirs = DiffusionPipeline.from_pretrained(model, torch_dtype=TORCH_DTYPES[manifest.dtype]).to("cuda")
     theirs.set_progress_bar_config(disable=True)
     size = Size(*read_size(config.size), config.frames if config.frames > 1 else None)
     title = f"# {manifest.model.id} on {torch.cuda.get_device_name()}"

@@ -20,6 +20,7 @@ from ddit.runtime.backends.tensorrt.engines import OPTIMIZATION_LEVEL, BuilderOp
 from ddit.runtime.bundle import Bundle, Manifest
 from ddit.runtime.bundle.manifest import GraphInfo
 from ddit.runtime.errors import BackendError, UsageError
+from ddit.runtime.files import user_cache
 
 OPSETS = "opset 23 is for TensorRT 10.15 and newer, 18 to 22 for 10.0 and newer, 17 for 8.6 (ddit-export flux --opset)"
 
@@ -209,9 +210,8 @@ def parser_error(parser: Any) -> str:
 
 def default_timing_cache(target: Target) -> Path:
     """A file in the user's cache folder, for every GPU model and TensorRT version one of its own."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = re.sub(r"[^\w.]+", "-", f"{target.needs['gpu']}-{target.needs['tensorrt']}")
-    return root / "ddit" / f"timing-{name}.cache"
+    return user_cache() / f"timing-{name}.cache"
 
 
 def read_or_empty(path: Path) -> bytes:

@@ -8,12 +8,11 @@ missing, ONNX Runtime runs the functions of the same names that every twin holds
 import ctypes
 import hashlib
 import logging
-import os
 from contextlib import suppress
 from pathlib import Path
 
 from ddit.runtime.errors import DditError
-from ddit.runtime.files import whole
+from ddit.runtime.files import user_cache, whole
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +53,7 @@ def _compiled(arch: str) -> bytes:
     """The kernels' code for an architecture, as in ``"sm_90"``: from the user's cache, or compiled and kept there."""
     source = "".join((FOLDER / name).read_text(encoding="utf-8") for name in SOURCES)
     key = hashlib.sha256(f"{arch}\n{source}".encode()).hexdigest()[:16]
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = root / "ddit" / f"kernels-{arch}-{key}.cubin"
+    path = user_cache() / f"kernels-{arch}-{key}.cubin"
     with suppress(OSError):
         return path.read_bytes()
     from cuda.core import Program, ProgramOptions
