@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from time import perf_counter
 
 import numpy as np
@@ -326,12 +327,14 @@ class Session:
             if workspace.sizes["B"] == len(members) and rows == [*range(len(members))]:
                 return workspace
         workspace = self.backend.workspace(self._buffers, {**members[0].sizes, "B": len(members)})
+        for same in _neighbours(members):  # a GPU copies them in one piece
+            (row, first), count = same[0], len(same)
+            assert first.place is not None
+            workspace.take(tuple(first.rows), row, *first.place, count)
         for row, sample in enumerate(members):
             if sample.place is None:
                 for name, values in sample.rows.items():
                     workspace.write(name, row, values)
-            else:
-                workspace.take(tuple(sample.rows), row, *sample.place)
             sample.place = workspace, row
         for left in here.values():
             self._vacate(left)
@@ -374,6 +377,19 @@ class Session:
         """Height and width of the picture that a sample's latent is now."""
         size = shapes.to_size(self.manifest.latent, sample.sizes)
         return size.height, size.width
+
+
+def _neighbours(members: Sequence[Sample]) -> list[list[tuple[int, Sample]]]:
+    """Samples that have a place, with their new rows: those together that are one after another here and there."""
+
+    def where(numbered: tuple[int, tuple[int, Sample]]) -> tuple[object, ...]:
+        number, (row, sample) = numbered
+        assert sample.place is not None
+        source, source_row = sample.place
+        return tuple(sample.rows), id(source), row - number, source_row - number
+
+    placed = [(row, sample) for row, sample in enumerate(members) if sample.place]
+    return [[one for _, one in same] for _, same in groupby(enumerate(placed), where)]
 
 
 def _statistics(samples: Sequence[Sample]) -> list[dict[int, float]]:

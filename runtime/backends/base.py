@@ -48,8 +48,8 @@ class Workspace(ABC):
         """A copy of a sample's row of a buffer."""
 
     @abstractmethod
-    def take(self, names: Sequence[str], row: int, source: "Workspace", source_row: int) -> None:
-        """Copy a sample's rows of buffers from another workspace of the same backend and size."""
+    def take(self, names: Sequence[str], row: int, source: "Workspace", source_row: int, count: int = 1) -> None:
+        """Copy rows of buffers, ``count`` in a row, from another workspace of the same backend and size."""
 
     @abstractmethod
     def run(self, program: Program, inputs: Mapping[str, FloatArray]) -> dict[str, FloatArray]:

@@ -40,6 +40,7 @@ NUMPY_TYPES = {"float32": np.float32, "int64": np.int64}
 STORED_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64}  # by safetensors' names
 ALIGNMENT = 256  # of every weight, as cudaMalloc aligns: kernels read several numbers at once
 NO_GRAPH = "-1"
+CAPTURED = 128  # CUDA graphs of a level: ONNX Runtime keeps each as long as the session
 CUDNN = "cudnn64_9.dll" if sys.platform == "win32" else "libcudnn.so.9"
 CUDNN_ATTENTION = (9, 3)  # the first cuDNN whose attention ONNX Runtime takes
 # What computes sizes runs on the host by right, so that these say nothing; a level has thousands of others.
@@ -103,6 +104,7 @@ class CudaEngine(DeviceEngine):
         self._sessions = sessions
         self._graph = graph
         self._replays = replays
+        self._captured = 0
 
     def dtype(self, spec: TensorSpec) -> DTypeLike:
         """The graph's own type."""
@@ -111,6 +113,8 @@ class CudaEngine(DeviceEngine):
     def bind(self, arrays: Mapping[str, DeviceArray], *, replayed: bool) -> Bound:
         """Bind inputs and outputs by address. Every binding has a CUDA graph of its own, where graphs are used."""
         ort, session = import_onnxruntime(), self._sessions.opened[self._graph]
+        replayed = replayed and self._replays and self._captured < CAPTURED
+        self._captured += replayed
         with engine_errors(f"bind {self.info.file}"):
             binding = session.io_binding()
             for specs, bind in ((self.info.inputs, binding.bind_input), (self.info.outputs, binding.bind_output)):
@@ -127,7 +131,7 @@ class CudaEngine(DeviceEngine):
                 for options in (waiting, queueing):
                     options.add_run_config_entry("gpu_graph_id", graph)
         run = partial(session.run_with_iobinding, binding)
-        replay = partial(run, queueing) if replayed and self._replays else None
+        replay = partial(run, queueing) if replayed else None
         return CudaBound(self._sessions, partial(run, waiting), self.info.file, replay)
 
 
@@ -193,13 +197,19 @@ class CudaBackend(DeviceBackend):
     def _session(self, info: GraphInfo, weights: Mapping[str, Any], *, replays: bool) -> Any:
         """A session on our stream that uses ``weights``, on the GPU already, instead of loading its own."""
         options = session_options()
+        # A plan of all buffers as one block would lie beside what the first run took, and so need the memory twice.
+        options.enable_mem_pattern = False
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")  # for `on_cpu`
         for name, value in weights.items():
             options.add_initializer(name, value)
         if self._kernels:
             with engine_errors(f"load {self._kernels.name}"):
                 options.register_custom_ops_library(str(self._kernels))
-        provider = {"device_id": "0", "user_compute_stream": str(self.gpu.stream)}
+        provider = {
+            "device_id": "0",
+            "user_compute_stream": str(self.gpu.stream),
+            "arena_extend_strategy": "kSameAsRequested",  # otherwise every piece is as large as all before it
+        }
         if replays:
             provider["enable_cuda_graph"] = "1"
         self.bundle.verify_small(info.file)
