@@ -1,7 +1,7 @@
 """FP8 twins of a bundle's levels: written into the bundle beside the others, and compared with them."""
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,8 +14,7 @@ from ddit.exporter.graphs.rewrite import BACKEND as TWIN
 from ddit.exporter.graphs.stored import Stored, write_tensors
 from ddit.runtime import shapes
 from ddit.runtime.backends.base import Array
-from ddit.runtime.backends.onnxruntime.host import CPU, OnnxRuntimeEngine, open_session
-from ddit.runtime.backends.onnxruntime.host import FLOAT8 as BACKEND
+from ddit.runtime.backends.onnxruntime.host import CPU, FLOAT8, OnnxRuntimeEngine, open_session
 from ddit.runtime.bundle import Bundle, file_info
 from ddit.runtime.bundle.manifest import GraphInfo, ParityResult
 from ddit.runtime.bundle.names import FP8, FP8_SCALE, GUIDANCE, TABLES, TIMESTEP
@@ -25,7 +24,7 @@ from ddit.runtime.tools.verify import FP8_TOLERANCE, load_references, relative_e
 
 Report = Callable[[str], None]
 
-WEIGHTS = f"{BACKEND}.safetensors"  # of all levels
+WEIGHTS = f"{FLOAT8}.safetensors"  # of all levels
 CHECKED = f"against the {TWIN} twin"  # what `ParityResult` says of them
 DTYPES = {"F8_E4M3": ir.DataType.UINT8, "F32": ir.DataType.FLOAT}  # in the graphs, by safetensors' names
 
@@ -51,7 +50,7 @@ def add_float8(bundle: Bundle, report: Report) -> tuple[ParityResult, ...]:
         raise UsageError(f"{folder} has no products that are large enough for FP8; the {TWIN} backend is as fast")
     tensors = layout(weights)
     _check_space(folder, sum(tensor.nbytes for tensor in tensors.values()))
-    twins = {name: f"{Path(info.file).stem}.{BACKEND}.onnx" for name, info in graphs.items()}
+    twins = {name: f"{Path(info.file).stem}.{FLOAT8}.onnx" for name, info in graphs.items()}
     with _removed_on_failure([folder / file for file in (WEIGHTS, *twins.values())]):
         report(f"writing {len(weights)} weights in FP8")
         with whole(folder / WEIGHTS) as path:
@@ -70,7 +69,7 @@ def add_float8(bundle: Bundle, report: Report) -> tuple[ParityResult, ...]:
         bundle.keep(
             lambda current: {
                 "graphs": current.graphs | {name: _with_twin(current.graphs[name], twins[name]) for name in twins},
-                "parity": (*(one for one in current.parity if one.twin != BACKEND), *results),
+                "parity": (*(one for one in current.parity if one.twin != FLOAT8), *results),
                 "files": current.files | added,
             }
         )
@@ -78,7 +77,7 @@ def add_float8(bundle: Bundle, report: Report) -> tuple[ParityResult, ...]:
 
 
 def _with_twin(info: GraphInfo, file: str) -> GraphInfo:
-    more = {"twins": {**info.twins, BACKEND: file}, "twin_weights": {**info.twin_weights, BACKEND: (WEIGHTS,)}}
+    more = {"twins": {**info.twins, FLOAT8: file}, "twin_weights": {**info.twin_weights, FLOAT8: (WEIGHTS,)}}
     return info.model_copy(update=more)
 
 
@@ -119,7 +118,7 @@ def _compare(bundle: Bundle, graph: str, info: GraphInfo, file: str) -> Iterator
             error = relative_error(found[spec.name], wanted[spec.name])
             result = ParityResult(
                 graph=graph, tensor=spec.name, case=case, sizes=sizes, error=error, tolerance=FP8_TOLERANCE,
-                checked=CHECKED, twin=BACKEND,
+                checked=CHECKED, twin=FLOAT8,
             )  # fmt: skip
             if not error < FP8_TOLERANCE:
                 raise ParityError(
@@ -134,7 +133,7 @@ def _engine(bundle: Bundle, file: str) -> OnnxRuntimeEngine:
     return OnnxRuntimeEngine(open_session(bundle.file(file), CPU, fold=False), file)
 
 
-def _cases(bundle: Bundle, graph: str, info: GraphInfo) -> list[tuple[dict[str, int], Mapping[str, Array]]]:
+def _cases(bundle: Bundle, graph: str, info: GraphInfo) -> Sequence[tuple[dict[str, int], Mapping[str, Array]]]:
     """Inputs with their sizes: those that the exporter kept of this level, or else random ones at the smallest size."""
     manifest = bundle.manifest
     sizes = {one.case: one.sizes for one in manifest.parity if one.graph == graph and one.twin is None}

@@ -34,8 +34,8 @@ SAME_RANK |= {"Slice", "Split"}
 class Rounded:
     """A product's weight in FP8 and its scales, as tensors of a file."""
 
-    weight: ir.TensorProtocol  # (N, K) of FLOAT8E4M3FN, in bytes
-    scale: ir.TensorProtocol  # (N) of float32
+    weight: ir.ExternalTensor  # (N, K) of FLOAT8E4M3FN, in bytes
+    scale: ir.ExternalTensor  # (N) of float32
 
 
 def find_weights(models: Sequence[ir.Model], files: Collection[str]) -> dict[str, ir.ExternalTensor]:
@@ -130,7 +130,7 @@ def use_float8(model: ir.Model, rounded: Mapping[str, Rounded]) -> None:
             node = ir.node("Float8MatMul", inputs, domain=DOMAIN, name=product.name)
             model.graph.insert_before(product, node)
             output = product.outputs[0]
-            node.outputs[0].name, node.outputs[0].dtype = output.name, output.dtype
+            node.outputs[0].name, node.outputs[0].type = output.name, output.type
             ir.convenience.replace_all_uses_with(output, node.outputs[0])
             model.graph.remove(product, safe=True)
         del model.graph.initializers[name]
@@ -138,8 +138,8 @@ def use_float8(model: ir.Model, rounded: Mapping[str, Rounded]) -> None:
     add_functions(model)
 
 
-def _initializer(model: ir.Model, tensor: ir.TensorProtocol) -> ir.Value:
-    value = ir.Value(name=tensor.name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype))
+def _initializer(model: ir.Model, tensor: ir.ExternalTensor) -> ir.Value:
+    value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
     value.const_value = tensor
     model.graph.register_initializer(value)
     return value

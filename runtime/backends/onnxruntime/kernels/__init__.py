@@ -57,7 +57,7 @@ def why_no_float8(capability: str) -> str | None:
     library = find_library()
     if library is None:
         return "ddit was installed without its kernels"
-    if not ctypes.CDLL(str(library)).ddit_float8():
+    if not getattr(ctypes.CDLL(str(library)), "ddit_float8", int)():  # one that is older than this has none
         return "cuBLASLt of CUDA 12 or 13 is not found; run: pip install 'ddit[cuda]'"
     return None
 
