@@ -249,7 +249,7 @@ def seconds(call: Call, warm_up: Call) -> float:
 
 
 def step_table(steps: Mapping[str, Mapping[int, float]], own: Sequence[str]) -> Table:
-    """Milliseconds by kind and level; each of ``own``, the kinds that are ours, against every one that stands before."""
+    """Milliseconds by kind and level; each of ``own``, which are ours, against all that stand before it."""
     names, levels = list(steps), list(steps[own[0]])
     table = [["ms", *(f"level {patch}" for patch in levels)]]
     table += [[name, *(f"{times[patch]:.3f}" for patch in levels)] for name, times in steps.items()]
