@@ -23,21 +23,25 @@ from ddit.runtime.backends.device.workspace import Bound, DeviceBackend, DeviceE
 from ddit.runtime.backends.onnxruntime import kernels
 from ddit.runtime.backends.onnxruntime.host import (
     CUDA,
+    FLOAT8,
     check_names,
     check_provider,
     engine_errors,
     import_onnxruntime,
+    require_twins,
     session_options,
 )
 from ddit.runtime.bundle import Bundle
 from ddit.runtime.bundle.manifest import Dtype, GraphInfo, TensorSpec
+from ddit.runtime.bundle.names import FP8
 from ddit.runtime.errors import BackendError, BundleError
 
 log = logging.getLogger(__name__)
 
 DEVICE = "cuda"
 NUMPY_TYPES = {"float32": np.float32, "int64": np.int64}
-STORED_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64}  # by safetensors' names
+# by safetensors' names; FP8 goes into the graph as bytes
+STORED_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64, "F8_E4M3": np.uint8}
 ALIGNMENT = 256  # of every weight, as cudaMalloc aligns: kernels read several numbers at once
 NO_GRAPH = "-1"
 CAPTURED = 128  # CUDA graphs of a level: ONNX Runtime keeps each as long as the session
@@ -139,6 +143,7 @@ class CudaBackend(DeviceBackend):
     """One session per graph. Raises `BackendError` without a GPU or enough of its memory, `UsageError` without CUDA."""
 
     name = "cuda"
+    twins = "cuda"  # the backend whose twins of the levels run
 
     def __init__(self, bundle: Bundle):
         ort = import_onnxruntime()
@@ -153,16 +158,40 @@ class CudaBackend(DeviceBackend):
         self._levels = {level.graph for level in manifest.levels}
         self._sessions = Sessions(self.gpu.stream_owner)
         weakref.finalize(self, self._sessions.close)
-        files = {name for graph in manifest.graphs.values() for name in graph.weights}
-        needed, free = sum(manifest.files[name].size for name in files), self.gpu.free_bytes()
+        self._choose_twins()
+        files = {name for graph in manifest.graphs.values() for name in graph.on(self.twins).weights}
+        more = {name for graph in manifest.graphs.values() for name in graph.twin_weights.get(self.twins, ())}
+        self._replaced = {name.removesuffix(FP8) for file in more for name in self._sizes(file) if name.endswith(FP8)}
+        unused = sum(
+            size
+            for file in files
+            if self._replaced
+            for name, size in self._sizes(file).items()
+            if name in self._replaced
+        )
+        needed, free = sum(manifest.files[name].size for name in files) - unused, self.gpu.free_bytes()
         if needed > free:
             raise BackendError(
                 f"GPU memory is too small: the weights need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB of "
                 f"{self.gpu.name} are free; stop other programs, or use --backend cpu"
             )
 
+    def _choose_twins(self) -> None:
+        """Look whether the twins can run here."""
+
+    def _sizes(self, file: str) -> dict[str, int]:
+        """Bytes of a weight file's tensors by name."""
+        return {name: nbytes for name, *_, nbytes in self._entries(np.memmap(self.bundle.file(file), mode="r"), file)}
+
+    @staticmethod
+    def _entries(content: NDArray[np.uint8], path: Path | str) -> list[tuple[str, str, tuple[int, ...], int, int]]:
+        try:
+            return [*safetensors_entries(content)]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise BundleError(f"{path} is no safetensors file; export the bundle again") from None
+
     def _open(self, graph: str) -> DeviceEngine:
-        info, opened = self.bundle.graph(graph).on(self.name), self._sessions.opened
+        info, opened = self.bundle.graph(graph).on(self.twins), self._sessions.opened
         log.info("opening %s with %s", info.file, CUDA)
         replays = graph in self._levels
         weights = (
@@ -228,10 +257,7 @@ class CudaBackend(DeviceBackend):
 
     def _upload(self, path: Path) -> dict[str, Any]:
         content = np.memmap(path, mode="r")
-        try:
-            entries = [*safetensors_entries(content)]
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise BundleError(f"{path} is no safetensors file; export the bundle again") from None
+        entries = [entry for entry in self._entries(content, path) if entry[0] not in self._replaced]
         starts = np.cumsum([0, *(-(-nbytes // ALIGNMENT) * ALIGNMENT for *_, nbytes in entries)]).tolist()
         memory = DeviceMemory(self.gpu, starts[-1])
         values = {}
@@ -243,6 +269,26 @@ class CudaBackend(DeviceBackend):
                 values[name] = import_onnxruntime().OrtValue.from_dlpack(BFloat16(view) if dtype == "BF16" else view)
         self.gpu.synchronize()  # the mapping may go
         return values
+
+
+class CudaFloat8Backend(CudaBackend):
+    """The same with the levels' large products in FP8. Without FP8 on this machine the other twins run, with a warning.
+
+    Raises also `BackendError` for a bundle without FP8 twins.
+    """
+
+    name = FLOAT8
+    twins = FLOAT8
+
+    def __init__(self, bundle: Bundle):
+        require_twins(bundle, FLOAT8)
+        super().__init__(bundle)
+
+    def _choose_twins(self) -> None:
+        why_not = kernels.why_no_float8(self.gpu.capability) if self._kernels else "its kernels are not loaded"
+        if why_not:
+            log.warning("no FP8 here, and the levels run as on --backend cuda: %s", why_not)
+            self.twins = CudaBackend.twins
 
 
 def find_cudnn() -> tuple[int, ...] | None:
