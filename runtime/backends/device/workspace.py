@@ -122,6 +122,13 @@ class DeviceBackend(Backend):
                     return workspace
             return DeviceWorkspace(self, buffers, sizes)
 
+    def release(self) -> None:
+        """Of kept workspaces too, which are bound to engines."""
+        with self.busy:
+            self.gpu.synchronize()
+            self._workspaces.clear()
+            super().release()
+
     def give_back(self, workspace: Workspace) -> None:
         """Keep the latest for the groups to come, as many as take little memory, and one in any case."""
         assert isinstance(workspace, DeviceWorkspace)

@@ -8,7 +8,7 @@ import json
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from itertools import count
 from math import prod
@@ -70,13 +70,17 @@ class Sessions:
         self._stream: Stream | None = stream
 
     def close(self) -> None:
+        """Let go of everything, the stream included."""
+        self.clear()
+        self._stream = None
+
+    def clear(self) -> None:
         """Let go of everything, in order."""
         if self._stream is not None:
             self._stream.drain()  # sessions free memory that queued copies may still read
         self.runs.clear()
         self.opened.clear()
         self.weights.clear()
-        self._stream = None
 
 
 class CudaBound(Bound):
@@ -159,9 +163,22 @@ class CudaBackend(DeviceBackend):
         self._sessions = Sessions(self.gpu.stream_owner)
         weakref.finalize(self, self._sessions.close)
         self._choose_twins()
-        files = {name for graph in manifest.graphs.values() for name in graph.on(self.twins).weights}
         more = {name for graph in manifest.graphs.values() for name in graph.twin_weights.get(self.twins, ())}
         self._replaced = {name.removesuffix(FP8) for file in more for name in self._sizes(file) if name.endswith(FP8)}
+        needed, free = [self._weight_bytes(graphs) for graphs in self.phases()], self.gpu.free_bytes()
+        if max(needed) > free:
+            raise BackendError(
+                f"GPU memory is too small: the weights need {max(needed) / 1e9:.2f} GB, {free / 1e9:.2f} GB of "
+                f"{self.gpu.name} are free; stop other programs, or use --backend cpu"
+            )
+        if sum(needed) > free:
+            self.low_memory = True
+            log.warning("GPU memory is short: text encoders and levels take turns, and are loaded anew for each")
+
+    def _weight_bytes(self, graphs: Collection[str]) -> int:
+        """What graphs keep on the GPU, a file that several have counted once."""
+        manifest = self.bundle.manifest
+        files = {file for graph in graphs for file in manifest.graphs[graph].on(self.twins).weights}
         unused = sum(
             size
             for file in files
@@ -169,12 +186,13 @@ class CudaBackend(DeviceBackend):
             for name, size in self._sizes(file).items()
             if name in self._replaced
         )
-        needed, free = sum(manifest.files[name].size for name in files) - unused, self.gpu.free_bytes()
-        if needed > free:
-            raise BackendError(
-                f"GPU memory is too small: the weights need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB of "
-                f"{self.gpu.name} are free; stop other programs, or use --backend cpu"
-            )
+        return sum(manifest.files[file].size for file in files) - unused
+
+    def release(self) -> None:
+        """Of sessions and weights too."""
+        with self.busy:
+            super().release()
+            self._sessions.clear()
 
     def _choose_twins(self) -> None:
         """Look whether the twins can run here."""
