@@ -158,13 +158,8 @@ class CudaBackend(DeviceBackend):
         files = {name for graph in manifest.graphs.values() for name in graph.on(self.twins).weights}
         more = {name for graph in manifest.graphs.values() for name in graph.twin_weights.get(self.twins, ())}
         self._replaced = {name.removesuffix(FP8) for file in more for name in self._sizes(file) if name.endswith(FP8)}
-        unused = sum(
-            size
-            for file in files
-            if self._replaced
-            for name, size in self._sizes(file).items()
-            if name in self._replaced
-        )
+        sizes = [self._sizes(file) for file in files] if self._replaced else []
+        unused = sum(size for tensors in sizes for name, size in tensors.items() if name in self._replaced)
         needed, free = sum(manifest.files[name].size for name in files) - unused, self.gpu.free_bytes()
         if needed > free:
             raise BackendError(
