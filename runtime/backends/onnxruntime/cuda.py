@@ -179,13 +179,8 @@ class CudaBackend(DeviceBackend):
         """What graphs keep on the GPU, a file that several have counted once."""
         manifest = self.bundle.manifest
         files = {file for graph in graphs for file in manifest.graphs[graph].on(self.twins).weights}
-        unused = sum(
-            size
-            for file in files
-            if self._replaced
-            for name, size in self._sizes(file).items()
-            if name in self._replaced
-        )
+        sizes = [self._sizes(file) for file in files] if self._replaced else []
+        unused = sum(size for tensors in sizes for name, size in tensors.items() if name in self._replaced)
         return sum(manifest.files[file].size for file in files) - unused
 
     def release(self) -> None:
