@@ -9,7 +9,7 @@ import click
 
 from ddit.runtime.backends.registry import open_backend
 from ddit.runtime.bundle import Bundle
-from ddit.runtime.commands.options import BACKEND, BUNDLE, THREADS, Seconds
+from ddit.runtime.commands.options import BACKEND, BUNDLE, IN_FLIGHT, THREADS, Seconds
 from ddit.runtime.console import DditCommand, say
 from ddit.runtime.errors import BackendError, UsageError
 from ddit.runtime.pipeline import Pipeline
@@ -21,8 +21,7 @@ TOKEN = "DDIT_API_KEY"
 @BUNDLE
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 for all.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
-@click.option("--in-flight", type=click.IntRange(1, 1024), default=32, show_default=True,
-              help="Pictures that denoise at once.")  # fmt: skip
+@IN_FLIGHT
 @click.option("--waiting", type=click.IntRange(0, 100_000), default=256, show_default=True,
               help="Pictures that may wait; more are refused with 429.")  # fmt: skip
 @click.option("--max-steps", type=click.IntRange(1, 1000), default=100, show_default=True)

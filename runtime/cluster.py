@@ -1,0 +1,59 @@
+"""A Ray cluster: the one that is running here or that ``RAY_ADDRESS`` names, or a new one on this machine alone."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ddit.runtime.backends.registry import kinds
+from ddit.runtime.errors import BackendError, UsageError
+
+
+@contextmanager
+def cluster() -> Iterator[None]:
+    """Be connected to it. Raises `BackendError` where Ray is not installed or there is no such cluster."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # which would tell somebody else
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise BackendError("ray is not installed; run: pip install 'ddit[ray]'") from None
+    if ray.is_initialized():  # by whoever calls us from Python
+        yield
+        return
+    try:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        where = os.environ.get("RAY_ADDRESS", "this machine")
+        raise BackendError(f"cannot reach or start a Ray cluster at {where}: {error}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def on_gpus(backend: str | None) -> bool:
+    """Whether a process with the model takes one of the cluster's GPUs."""
+    import ray
+
+    device = next((kind.device for kind in kinds() if kind.name == backend), None)
+    if device is None and backend != "CPUExecutionProvider":  # chosen by every process, or another provider
+        return bool(ray.cluster_resources().get("GPU", 0) >= 1)
+    return device == "gpu"
+
+
+def processes(backend: str | None, replicas: tuple[int, int] | None) -> tuple[tuple[int, int], dict[str, Any]]:
+    """The fewest and the most processes with the model, and what each takes of the cluster, as Ray's options.
+
+    One a GPU unless ``replicas`` says otherwise. Raises `UsageError` where the cluster cannot hold the fewest.
+    """
+    import ray
+
+    gpus = on_gpus(backend)
+    kind, option = ("GPU", "num_gpus") if gpus else ("CPU", "num_cpus")
+    there = int(ray.cluster_resources().get(kind, 0))
+    least, most = replicas or (1, max(there, 1) if gpus else 1)
+    if least > there:
+        raise UsageError(f"{least} processes with the model need as many {kind}s, and the Ray cluster has {there}; "
+                         "choose fewer --replicas, or another --backend")  # fmt: skip
+    return (least, most), {option: 1}
