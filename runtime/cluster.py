@@ -42,18 +42,23 @@ def on_gpus(backend: str | None) -> bool:
     return device == "gpu"
 
 
-def processes(backend: str | None, replicas: tuple[int, int] | None) -> tuple[tuple[int, int], dict[str, Any]]:
-    """The fewest and the most processes with the model, and what each takes of the cluster, as Ray's options.
+def of_a_process(backend: str | None) -> dict[str, Any]:
+    """What a process with the model takes of the cluster, as Ray's options."""
+    return {"num_gpus": 1} if on_gpus(backend) else {"num_cpus": 1}
 
-    One a GPU unless ``replicas`` says otherwise. Raises `UsageError` where the cluster cannot hold the fewest.
+
+def pool(backend: str | None, replicas: tuple[int, int] | None, models: int = 1) -> tuple[int, int]:
+    """The fewest and the most processes with each of so many models: up to all GPUs unless ``replicas`` says otherwise.
+
+    Raises `UsageError` where the cluster cannot hold the fewest.
     """
     import ray
 
     gpus = on_gpus(backend)
-    kind, option = ("GPU", "num_gpus") if gpus else ("CPU", "num_cpus")
+    kind = "GPU" if gpus else "CPU"
     there = int(ray.cluster_resources().get(kind, 0))
     least, most = replicas or (1, max(there, 1) if gpus else 1)
-    if least > there:
-        raise UsageError(f"{least} processes with the model need as many {kind}s, and the Ray cluster has {there}; "
-                         "choose fewer --replicas, or another --backend")  # fmt: skip
-    return (least, most), {option: 1}
+    if least * models > there:
+        raise UsageError(f"processes with the model: {least * models}, as many as they need {kind}s; the Ray cluster "
+                         f"has {there}; choose fewer --replicas, or another --backend")  # fmt: skip
+    return least, most

@@ -16,7 +16,7 @@ from typing import Any
 from ddit.runtime.batch.lines import Wanted
 from ddit.runtime.batch.make import OnDone, its_own, write
 from ddit.runtime.batch.results import Results
-from ddit.runtime.cluster import cluster, processes
+from ddit.runtime.cluster import cluster, of_a_process, pool
 from ddit.runtime.errors import BackendError, DditError
 from ddit.runtime.pipeline import Pipeline, Result
 from ddit.runtime.serving.engine_room import EngineRoom
@@ -47,7 +47,7 @@ def spread(
         from ray.data import ActorPoolStrategy, DataContext
         from ray.exceptions import RayError
 
-        (least, most), resources = processes(backend, replicas)
+        least, most = pool(backend, replicas)
         for handler in logging.getLogger("ray.data").handlers:  # its files have the rest
             if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
                 handler.setLevel(logging.ERROR)
@@ -61,7 +61,7 @@ def spread(
             rows = min(ROWS, math.ceil(len(some) / most))
             tasks = math.ceil(2 * at_once / rows)
             blocks = math.ceil(len(some) / rows)
-            pool = ActorPoolStrategy(
+            actors = ActorPoolStrategy(
                 min_size=min(least, blocks),
                 max_size=min(most, blocks),
                 max_concurrent_calls_per_actor=tasks,
@@ -70,7 +70,9 @@ def spread(
             arguments = (str(bundle.resolve()), backend, threads, at_once, str(folder.resolve()), frames_per_second)
             lines = ray.data.from_items([{"wanted": one.to_json()} for one in some], override_num_blocks=blocks)
             try:
-                for row in lines.map(Maker, fn_constructor_args=arguments, compute=pool, **resources).iter_rows():
+                for row in lines.map(
+                    Maker, fn_constructor_args=arguments, compute=actors, **of_a_process(backend)
+                ).iter_rows():
                     on_done(by_id[row["id"]], DditError(row["error"]) if row["error"] else None)
             except RayError as error:
                 raise _ours(error) from None

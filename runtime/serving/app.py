@@ -269,4 +269,4 @@ def _about(app: FastAPI, models: Sequence[Model], figures: Figures) -> None:
     @app.get("/metrics", responses=_documented(401), response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Figures for Prometheus."""
-        return Response(figures.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await figures.text(), media_type=CONTENT_TYPE_LATEST)

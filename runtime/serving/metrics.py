@@ -22,7 +22,7 @@ class Figures:
         labels = ("method", "path", "status")
         self.responses = Counter("ddit_responses", "HTTP responses", labels, registry=self.registry)
 
-    def text(self) -> bytes:
+    async def text(self) -> bytes:
         """All figures, as Prometheus reads them."""
         return generate_latest(self.registry)
 
