@@ -33,8 +33,8 @@ TOKEN = "DDIT_API_KEY"
               help="To finish what was accepted, after SIGTERM.")  # fmt: skip
 @click.option("--ray", is_flag=True, help="Serve on a Ray cluster: processes with the model on many GPUs and hosts, "
               "of several bundles too.")  # fmt: skip
-@click.option("--replicas", type=Replicas(), help="With --ray: processes with each model, as in 4, or in 1-8 for as many "
-              "as the queue asks for.  [default: 1 to the number of GPUs]")  # fmt: skip
+@click.option("--replicas", type=Replicas(), help="With --ray: processes with each model, as in 4, or in 1-8 for as "
+              "many as the queue asks for.  [default: 1 to the number of GPUs]")  # fmt: skip
 @BACKEND
 @THREADS
 def serve(

@@ -24,7 +24,7 @@ class ClusterFigures(Figures):
         self.engines: dict[str, DeploymentHandle] = {}  # by model
 
     async def text(self) -> bytes:
-        """All figures; those of replicas with their model's and their own name. One that does not answer is left out."""
+        """All figures; replicas' with the names of model and replica, without those of replicas that do not answer."""
         found: dict[tuple[str, str], str] = {}
         for model, handle in self.engines.items():
             answers = await handle.broadcast("figures").results_async(timeout_s=PATIENCE, return_exceptions=True)
@@ -56,4 +56,5 @@ class _Joined(Collector):
                     sample._replace(labels={**sample.labels, "model": model, "replica": replica})
                     for sample in family.samples
                 ]
-        yield from families.values()
+        # a family of the ingress's own may stand without samples in a replica's, and no text may name it twice
+        yield from (family for family in families.values() if family.samples)
