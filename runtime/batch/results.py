@@ -15,7 +15,7 @@ from typing import Any
 from ddit.runtime import strict_json
 from ddit.runtime.batch.lines import Wanted
 from ddit.runtime.errors import UsageError
-from ddit.runtime.files import whole
+from ddit.runtime.files import PARTIAL, whole
 from ddit.runtime.pipeline import Result
 
 RESULTS = "results.jsonl"
@@ -79,14 +79,16 @@ def read_results(folder: Path) -> dict[str, Record]:
 
 
 def gather(folder: Path, found: dict[str, Record], order: Iterable[str]) -> None:
-    """Write records to ``results.jsonl``, the ids of ``order`` first and in it, and remove the processes' own files."""
+    """Write records to ``results.jsonl``, the ids of ``order`` first and in it.
+
+    The processes' own files go, and whatever killed ones had not finished writing.
+    """
     ids = dict.fromkeys([*(one for one in order if one in found), *found])
     with whole(folder / RESULTS) as part:
         part.write_text("".join(strict_json.dump(found[one]) + "\n" for one in ids), encoding="utf-8")
-    for path in _files(folder):
-        if path.name != RESULTS:
-            with suppress(OSError):
-                path.unlink()
+    for path in (*folder.glob(f"{OF_A_PROCESS}*.jsonl"), *folder.glob(f".*{PARTIAL}*")):
+        with suppress(OSError):
+            path.unlink()
 
 
 def _files(folder: Path) -> Sequence[Path]:

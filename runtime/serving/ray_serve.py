@@ -9,11 +9,12 @@ from pathlib import Path
 
 from ray import serve
 from ray.serve.config import HTTPOptions
+from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus
 
 from ddit.runtime.cluster import cluster, pool
 from ddit.runtime.console import say
-from ddit.runtime.errors import BackendError
+from ddit.runtime.errors import BackendError, UsageError
 from ddit.runtime.serving.ray_engines import EngineOptions, engines
 from ddit.runtime.serving.ray_ingress import IngressOptions, ingress
 from ddit.runtime.serving.schema import Limits
@@ -37,8 +38,6 @@ def serve_on_ray(
     drain: float,
 ) -> None:
     """Serve until a signal. Raises `BackendError` where replicas refuse a bundle."""
-    with listen(host, port) as free:  # Serve's proxies would only log that it is not
-        port = free.getsockname()[1]
     stopped = threading.Event()
     with cluster():
         least, most = pool(backend, replicas, len(bundles))
@@ -50,20 +49,30 @@ def serve_on_ray(
             for bundle in bundles
         ]  # fmt: skip
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        alone = not serve.status().applications
+        others = serve.status().applications
+        if INGRESS in others:
+            raise UsageError("this Ray cluster serves bundles already; end that server first, or name all bundles here")
+        if not others:
+            with listen(host, port) as free:  # Serve's proxies would only log that it is not
+                port = free.getsockname()[1]
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stopped.set())
-        serve.start(http_options=HTTPOptions(host=host, port=port))
-        names = deploy(options, IngressOptions(applications=[INGRESS], limits=limits, drain=drain))
-        say(f"http://{f'[{host}]' if ':' in host else host}:{port} serves {', '.join(map(str, bundles))}; "
-            f"{least if least == most else f'{least} to {most}'} replicas of each")  # fmt: skip
+        names: list[str] = []
         try:
+            serve.start(http_options=HTTPOptions(host=host, port=port))
+            there = _get_global_client().http_config  # whoever started Serve on this cluster has chosen it
+            if (there.host, there.port) != (host, port):
+                raise UsageError(f"Serve runs on this cluster already, at {there.host}, port {there.port}; "
+                                 f"give --host {there.host} --port {there.port}, or end it")  # fmt: skip
+            names = deploy(options, IngressOptions(applications=[INGRESS], limits=limits, drain=drain))
+            say(f"http://{f'[{host}]' if ':' in host else host}:{port} serves {', '.join(map(str, bundles))}; "
+                f"{least if least == most else f'{least} to {most}'} replicas of each")  # fmt: skip
             stopped.wait()
             say("finishing what was accepted")
         finally:
             for name in names:
                 serve.delete(name)
-            if alone:
+            if not others:
                 serve.shutdown()
 
 
