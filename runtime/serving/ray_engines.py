@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from ddit.runtime.backends.registry import open_backend
 from ddit.runtime.bundle import Bundle
@@ -24,6 +25,8 @@ from ddit.runtime.serving.server import make_worker, without_prompts
 log = logging.getLogger(__name__)
 
 HEALTH_SECONDS = 5.0  # between two questions whether a replica works
+QUEUE = 2  # times the pictures in flight: what a replica takes, so that it has work while the router looks for room
+BACKOFF_SECONDS = 0.1  # at most, before the router looks again for a replica that has room
 BUSY_SHARE = 0.5  # of the pictures in flight that a replica has on average when one more is started
 
 
@@ -35,8 +38,8 @@ class EngineOptions(BaseModel):
     bundle: str  # its folder, at the same path on every machine
     backend: str | None = None
     threads: int | None = Field(None, ge=1)
-    in_flight: int = Field(32, ge=1, le=1024)  # requests that a replica has at once
-    waiting: int = Field(256, ge=0)  # that wait in the ingress beyond them
+    in_flight: int = Field(32, ge=1, le=1024)  # pictures that a replica denoises at once
+    waiting: int = Field(256, ge=0)  # requests that wait in the ingress while all replicas are full
     replicas: Annotated[tuple[int, int], Field(description="the fewest and the most")] = (1, 1)
     limits: Limits = Limits()
     drain: float = Field(60.0, gt=0)  # seconds to finish what was accepted
@@ -53,7 +56,8 @@ def engines(options: EngineOptions) -> Application:
         name="engines",
         **scaling,
         ray_actor_options=of_a_process(options.backend),
-        max_ongoing_requests=options.in_flight,
+        max_ongoing_requests=QUEUE * options.in_flight,
+        request_router_config=RequestRouterConfig(max_backoff_s=BACKOFF_SECONDS),
         max_queued_requests=options.waiting,
         graceful_shutdown_timeout_s=options.drain,
         health_check_period_s=HEALTH_SECONDS,
@@ -72,7 +76,7 @@ class Engines:
         pipeline = Pipeline(opened, open_backend(options.backend, opened, options.threads))
         self._metrics = Metrics(opened.manifest)
         worker = make_worker(
-            pipeline, self._metrics, in_flight=options.in_flight, waiting=options.in_flight * (MAX_PICTURES - 1)
+            pipeline, self._metrics, in_flight=options.in_flight, waiting=QUEUE * options.in_flight * MAX_PICTURES
         )
         self._model = LocalModel(worker, options.limits)
         self._model.start()

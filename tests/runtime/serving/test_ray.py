@@ -110,10 +110,15 @@ def alone(tiny_bundle) -> Pipeline:
     return Pipeline.open(tiny_bundle, backend="cpu", threads=1)
 
 
-def same_picture(found: str, alone: Pipeline, body: dict, seed: int) -> bool:
-    made = alone(body["prompt"], seed=seed, steps=body["steps"], schedule=body["schedule"], height=64, width=64).image
-    with Image.open(io.BytesIO(base64.b64decode(found))) as picture:
-        return bool(np.abs(np.asarray(picture, float) - np.asarray(made, float)).max() <= 1)
+def check_pictures(alone: Pipeline, found: list[tuple[str, int, str]], steps: int) -> None:
+    """Compare pictures in base64, with their prompts and seeds, with those that are made without a server."""
+    for first in range(0, len(found), 4):
+        some = found[first : first + 4]
+        prompts, seeds, pictures = zip(*some, strict=True)
+        made = alone.batch(prompts, seeds=seeds, steps=steps, schedule="native", height=64, width=64)
+        for text, result in zip(pictures, made, strict=True):
+            with Image.open(io.BytesIO(base64.b64decode(text))) as picture:
+                assert np.abs(np.asarray(picture, float) - np.asarray(result.image, float)).max() <= 1
 
 
 def events(response: httpx.Response) -> list[dict]:
@@ -183,8 +188,7 @@ def test_the_official_client_streams(served, alone):
     stream = client.images.generate(prompt="a star", size="64x64", stream=True, partial_images=1, extra_body=extra)
     found = list(stream)
     assert [one.type for one in found] == ["image_generation.partial_image", "image_generation.completed"]
-    body = {"prompt": "a star", **extra}
-    assert same_picture(found[1].b64_json, alone, body, 3)
+    check_pictures(alone, [("a star", 3, found[1].b64_json)], 6)
 
 
 def test_a_client_that_goes_frees_its_place(served):
@@ -203,7 +207,7 @@ def test_a_client_that_goes_frees_its_place(served):
 
 def test_a_replica_is_killed_under_64_clients(served, alone):
     """Nothing that was accepted is lost or answered twice, and every picture is its seed's."""
-    clients, each, steps = 64, 3, 20
+    clients, each, steps = 64, 2, 60
     answers: list[tuple[dict, httpx.Response]] = []
     failures: list[Exception] = []
     enough = threading.Event()
@@ -215,7 +219,7 @@ def test_a_replica_is_killed_under_64_clients(served, alone):
                     "steps": steps, "schedule": "native"}  # fmt: skip
             if number % 2:
                 body["seed"] = 1000 * client + number
-            if client % 2:
+            if client % 4 == 1:
                 body |= {"stream": True, "progress": True}
             try:
                 answers.append((body, served.post(**body)))
@@ -234,6 +238,7 @@ def test_a_replica_is_killed_under_64_clients(served, alone):
         thread.join()
     assert not failures, failures[0]
     assert Counter(response.status_code for _, response in answers) == {200: clients * each}
+    pictures = []
     for body, response in answers:
         if body.get("stream"):
             told = events(response)
@@ -245,7 +250,8 @@ def test_a_replica_is_killed_under_64_clients(served, alone):
             (made,) = response.json()["data"]
             seed = made["ddit"]["seed"]
         assert seed == body.get("seed", seed) == made["ddit"]["seed"]
-        assert same_picture(made["b64_json"], alone, body, seed)
+        pictures.append((body["prompt"], seed, made["b64_json"]))
+    check_pictures(alone, pictures, steps)
     assert served.figures()["ddit_retried_total"] > 0, "the kill met nobody"
     assert other in replicas_of("ddit-engines-1")
 
@@ -318,7 +324,7 @@ def test_lines_are_spread_and_a_dead_process_s_are_made_by_others(cluster, tiny_
 
 
 def test_a_killed_run_on_ray_goes_on(cluster, tiny_bundle, tmp_path):
-    lines = [{"prompt": "a red circle", "seed": seed} for seed in range(200)]
+    lines = [{"prompt": "a red circle", "seed": seed} for seed in range(80)]
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     options = ("--steps", "30", "--schedule", "native", "--height", "64", "--width", "64", "--backend", "cpu")
@@ -338,8 +344,8 @@ def test_a_killed_run_on_ray_goes_on(cluster, tiny_bundle, tmp_path):
     finished = [json.loads(line)["file"] for file in out.glob(".results-*.jsonl")
                 for line in file.read_bytes().split(b"\n")[:-1]]  # fmt: skip
     before = {file: (out / file).stat().st_mtime_ns for file in finished}
-    assert 10 <= len(before) < 200
+    assert 10 <= len(before) < 80
     result = run(main, "generate", tiny_bundle, "--prompts", prompts, "--out", out, "--json", *options)
-    assert json.loads(result.stdout) == {"out": str(out), "made": 200 - len(before), "kept": len(before), "failed": 0}
+    assert json.loads(result.stdout) == {"out": str(out), "made": 80 - len(before), "kept": len(before), "failed": 0}
     assert all((out / file).stat().st_mtime_ns == when for file, when in before.items())
-    assert len((out / "results.jsonl").read_text().splitlines()) == 200
+    assert len((out / "results.jsonl").read_text().splitlines()) == 80
