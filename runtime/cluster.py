@@ -2,12 +2,15 @@
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from ddit.runtime.backends.registry import kinds
 from ddit.runtime.errors import BackendError, UsageError
+
+OUR_ERROR = re.compile(r"ddit\.runtime\.errors\.\w+: (.+)")  # in the traceback of another process
 
 
 @contextmanager
@@ -62,3 +65,9 @@ def pool(backend: str | None, replicas: tuple[int, int] | None, models: int = 1)
         raise UsageError(f"processes with the model: {least * models}, as many as they need {kind}s; the Ray cluster "
                          f"has {there}; choose fewer --replicas, or another --backend")  # fmt: skip
     return least, most
+
+
+def reason(told: str) -> str:
+    """The line that says why a process has failed, from what Ray tells of it: ours where there is one."""
+    found = OUR_ERROR.search(told)
+    return found[1] if found else told.strip().splitlines()[-1]

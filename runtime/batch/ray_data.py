@@ -16,7 +16,7 @@ from typing import Any
 from ddit.runtime.batch.lines import Wanted
 from ddit.runtime.batch.make import OnDone, its_own, write
 from ddit.runtime.batch.results import Results
-from ddit.runtime.cluster import cluster, of_a_process, pool
+from ddit.runtime.cluster import cluster, of_a_process, pool, reason
 from ddit.runtime.errors import BackendError, DditError
 from ddit.runtime.pipeline import Pipeline, Result
 from ddit.runtime.serving.engine_room import EngineRoom
@@ -48,9 +48,9 @@ def spread(
         from ray.exceptions import RayError
 
         least, most = pool(backend, replicas)
-        for handler in logging.getLogger("ray.data").handlers:  # its files have the rest
+        for handler in logging.getLogger("ray.data").handlers:  # its files have everything
             if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
-                handler.setLevel(logging.ERROR)
+                handler.setLevel(logging.CRITICAL + 1)
         DataContext.get_current().enable_progress_bars = False
         by_id = {one.id: one for one in wanted}
         # a time budget is meant for a picture that is made by itself
@@ -75,7 +75,7 @@ def spread(
                 ).iter_rows():
                     on_done(by_id[row["id"]], DditError(row["error"]) if row["error"] else None)
             except RayError as error:
-                raise _ours(error) from None
+                raise BackendError(f"a process failed: {reason(str(error))}") from None
 
 
 class Maker:
@@ -121,13 +121,3 @@ class Maker:
                     assert event.result is not None
                     return event.result
         raise BackendError("the engine room closed without an end")  # which it never does
-
-
-def _ours(error: BaseException) -> DditError:
-    """What went wrong in a process, in a line."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, DditError):
-            return cause if type(cause).__module__ == DditError.__module__ else BackendError(str(cause))
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    return BackendError(f"the Ray cluster failed: {str(error).strip().splitlines()[-1]}")

@@ -1,7 +1,6 @@
 """Bundles served on a Ray cluster until SIGTERM or Ctrl-C; what was accepted is finished first."""
 
 import logging
-import re
 import signal
 import threading
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from ray.serve.config import HTTPOptions
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus
 
-from ddit.runtime.cluster import cluster, pool
+from ddit.runtime.cluster import cluster, pool, reason
 from ddit.runtime.console import say
 from ddit.runtime.errors import BackendError, UsageError
 from ddit.runtime.serving.ray_engines import EngineOptions, engines
@@ -20,8 +19,7 @@ from ddit.runtime.serving.ray_ingress import IngressOptions, ingress
 from ddit.runtime.serving.schema import Limits
 from ddit.runtime.serving.server import listen
 
-INGRESS = "ddit"
-OUR_ERROR = re.compile(r"ddit\.runtime\.errors\.\w+: (.+)")  # in a replica's traceback
+INGRESS, ENGINES = "ddit", "ddit-engines-"  # the applications' names, the latter with a number
 
 
 def serve_on_ray(
@@ -55,52 +53,47 @@ def serve_on_ray(
         if not others:
             with listen(host, port) as free:  # Serve's proxies would only log that it is not
                 port = free.getsockname()[1]
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stopped.set())
-        names: list[str] = []
         try:
             serve.start(http_options=HTTPOptions(host=host, port=port))
-            there = _get_global_client().http_config  # whoever started Serve on this cluster has chosen it
-            if (there.host, there.port) != (host, port):
-                raise UsageError(f"Serve runs on this cluster already, at {there.host}, port {there.port}; "
-                                 f"give --host {there.host} --port {there.port}, or end it")  # fmt: skip
-            names = deploy(options, IngressOptions(applications=[INGRESS], limits=limits, drain=drain))
+            http = _get_global_client().http_config  # whoever started Serve on this cluster has chosen it
+            if (http.host, http.port) != (host, port):
+                raise UsageError(f"Serve runs on this cluster already, at {http.host}, port {http.port}; "
+                                 f"give --host {http.host} --port {http.port}, or end it")  # fmt: skip
+            deploy(options, limits, drain)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: stopped.set())
             say(f"http://{f'[{host}]' if ':' in host else host}:{port} serves {', '.join(map(str, bundles))}; "
                 f"{least if least == most else f'{least} to {most}'} replicas of each")  # fmt: skip
             stopped.wait()
             say("finishing what was accepted")
         finally:
-            for name in names:
-                serve.delete(name)
-            if not others:
+            there = [*serve.status().applications]
+            engines_of_ours = [name for name in there if name.startswith(ENGINES)]
+            if INGRESS in there:  # first: engines are idle once it has finished what it accepted
+                serve.delete(INGRESS)
+            if len(there) > len(engines_of_ours) + (INGRESS in there):  # somebody else's too
+                for name in engines_of_ours:
+                    serve.delete(name)
+            else:
                 serve.shutdown()
 
 
-def deploy(options: Sequence[EngineOptions], http: IngressOptions) -> list[str]:
-    """Deploy engines, then the API over them; returns the applications' names in the order to delete them.
-
-    Raises `BackendError` where replicas refuse a bundle.
-    """
-    names = [f"{INGRESS}-engines-{number}" for number in range(1, len(options) + 1)]
+def deploy(options: Sequence[EngineOptions], limits: Limits, drain: float) -> None:
+    """Deploy engines, then the API over them. Raises `BackendError` where replicas refuse a bundle."""
+    names = [f"{ENGINES}{number}" for number in range(1, len(options) + 1)]
     targets = [
         serve.RunTarget(engines(one), name=name, route_prefix=None) for one, name in zip(options, names, strict=True)
     ]
     try:
         serve.run_many(targets)
-        serve.run(ingress(http.model_copy(update={"applications": names})), name=INGRESS)
+        serve.run(ingress(IngressOptions(applications=names, limits=limits, drain=drain)), name=INGRESS)
     except RuntimeError as error:
-        reason = _reason(names) or str(error)
-        for name in (INGRESS, *names):
-            serve.delete(name)
-        raise BackendError(f"a replica did not start: {reason}") from None
-    return [INGRESS, *names]
+        raise BackendError(f"a replica did not start: {reason(_told(names) or str(error))}") from None
 
 
-def _reason(names: Sequence[str]) -> str | None:
-    """Why an application could not be deployed, in our own words where they are ours."""
+def _told(names: Sequence[str]) -> str | None:
+    """What Serve tells of the first application that could not be deployed."""
     for name, application in serve.status().applications.items():
         if name in names and application.status == ApplicationStatus.DEPLOY_FAILED:
-            told = "\n".join([application.message, *(one.message for one in application.deployments.values())])
-            found = OUR_ERROR.search(told)
-            return found[1] if found else told.strip().splitlines()[-1]
+            return "\n".join([application.message, *(one.message for one in application.deployments.values())])
     return None

@@ -349,3 +349,15 @@ def test_a_killed_run_on_ray_goes_on(cluster, tiny_bundle, tmp_path):
     assert json.loads(result.stdout) == {"out": str(out), "made": 80 - len(before), "kept": len(before), "failed": 0}
     assert all((out / file).stat().st_mtime_ns == when for file, when in before.items())
     assert len((out / "results.jsonl").read_text().splitlines()) == 80
+
+
+def test_a_bundle_that_does_not_run_ends_the_batch_too(cluster, tiny_bundle, tmp_path):
+    broken = shutil.copytree(tiny_bundle, tmp_path / "broken.bundle")
+    graph = broken / "level-2.onnx"
+    graph.write_bytes(bytes(graph.stat().st_size))
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    options = ("--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "out", "--backend", "cpu", "--ray")
+    result = run(main, "generate", broken, *options)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith("error: a process failed: ")
+    assert "level-2.onnx" in result.stderr.splitlines()[-1]
