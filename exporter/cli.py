@@ -17,6 +17,7 @@ from ddit.profiles import Profile, ProfileError, load_profile
 from ddit.runtime import shapes, strict_json
 from ddit.runtime.backends import registry
 from ddit.runtime.backends.artifacts import DEFAULT_BACKEND
+from ddit.runtime.backends.onnxruntime.host import FLOAT8
 from ddit.runtime.backends.registry import BackendKind
 from ddit.runtime.bundle import Bundle
 from ddit.runtime.bundle.manifest import Dtype
@@ -266,6 +267,29 @@ def engines(
         f"{path}: {len(new)} engines built in {sum(info.seconds for info in new):.0f} s, {len(built) - len(new)} were "
         f"there already; for {builder.target}"
     )
+
+
+@main.command()
+@click.argument("path", metavar="BUNDLE", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
+def fp8(path: Path, as_json: bool) -> None:
+    """Add twins of a bundle's levels with FP8 products, for the backend cuda-fp8. Needs neither torch nor a GPU."""
+    bundle = Bundle.open(path)
+    try:
+        from ddit.exporter.float8 import add_float8
+    except ImportError as error:
+        raise ModelError(f"exporting needs {error.name}; install it with: pip install 'ddit[export]'") from None
+    results = [result for result in bundle.manifest.parity if result.twin == FLOAT8]
+    if results:
+        say(f"{path} has its FP8 twins already")
+    else:
+        results = [*add_float8(bundle, say)]
+    errors = {result.graph: max(one.error for one in results if one.graph == result.graph) for result in results}
+    if as_json:
+        click.echo(strict_json.dump({"backend": FLOAT8, "errors": errors}))
+        return
+    listed = ", ".join(f"{graph} {error:.1e}" for graph, error in errors.items())
+    say(f"{path}: relative error in FP8 {listed}; run it with --backend {FLOAT8}")
 
 
 def _builder(kind: BackendKind, **options: object) -> "EngineBuilder":

@@ -1,9 +1,11 @@
 """Prompts to pictures and clips: encode, denoise, decode."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from threading import RLock
 from time import perf_counter
 
 import numpy as np
@@ -64,20 +66,27 @@ class Pipeline:
         self._decoder = make_decoder(backend)
         self._programs = Programs(bundle.manifest)
         self._known_costs = lru_cache(maxsize=16)(partial(find_costs, self))
+        self._alone = RLock()  # held by a run that lets go of engines
 
     @classmethod
-    def open(cls, path: Path | str, *, backend: str | None = None, threads: int | None = None) -> "Pipeline":
+    def open(
+        cls, path: Path | str, *, backend: str | None = None, threads: int | None = None, low_memory: bool = False
+    ) -> "Pipeline":
         """Open a bundle's folder. Graphs are loaded when they are first needed.
 
         Args:
             backend: a name, see `ddit.runtime.backends.registry`; the fastest here when None.
             threads: of one graph on the CPU; all cores when None.
+            low_memory: text encoders leave memory before the levels come, and are loaded anew for the next run. Runs
+                of several threads wait for each other then. Needs no asking for where `cuda` finds too little memory.
 
         Raises:
             BundleError, BackendError, UsageError: the bundle is damaged, or the backend cannot run here.
         """
         bundle = Bundle.open(path)
-        return cls(bundle, open_backend(backend, bundle, threads))
+        opened = open_backend(backend, bundle, threads)
+        opened.low_memory |= low_memory
+        return cls(bundle, opened)
 
     def __call__(
         self,
@@ -175,13 +184,20 @@ class Pipeline:
             UsageError: for requests that the bundle cannot meet together.
             BackendError: when an engine fails.
         """
-        runs = self.resolve(requests)
+        with self._alone if self.backend.low_memory else nullcontext():
+            return self._run(self.resolve(requests), on_step, on_frame)
+
+    def _run(self, runs: Sequence[Run], on_step: OnStep | None, on_frame: OnFrame | None) -> list[Result]:
         for run in runs:
             if run.budget is not None:
                 self.costs(run.size)  # measured before the clock starts, where they are not known
         start = perf_counter()
         runs = [self.within_budget(run, start) for run in runs]
+        if self.backend.low_memory:
+            self.backend.release()  # of the last run's levels
         conditions = self.conditions(runs)
+        if self.backend.low_memory:
+            self.backend.release()
         encoded = perf_counter()
         latents, traces = self.denoise(runs, conditions, on_step)
         denoised = perf_counter()

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from time import perf_counter
 
 import numpy as np
@@ -41,7 +42,7 @@ from ddit.runtime.bundle.names import (
 )
 from ddit.runtime.complexity import Complexity
 from ddit.runtime.errors import BackendError, NotFiniteError, not_finite
-from ddit.runtime.policies import DIFFERENCE_ORDER, Change, Decision, RunHistory, statistic
+from ddit.runtime.policies import DIFFERENCE_ORDER, Change, Decision, RunHistory, statistics
 from ddit.runtime.policies.prediction import root_mean_square
 from ddit.runtime.request import Run
 from ddit.runtime.samplers.growing import growing_tables, in_corner, noise_coefficients
@@ -153,14 +154,17 @@ class Session:
             workspace = self._gather(samples)
             results = workspace.run(program, self._inputs(members))
         milliseconds = (perf_counter() - begin) * 1000
-        lost = []
+        lost, kept = [], []
         for row, (sample, decision) in enumerate(members):
             own = {name: values[row] for name, values in results.items()}
             # whatever is not finite in the latent or the velocity is not in these, which are on the host anyway
             if all(np.isfinite(values).all() for values in own.values()):
-                self._record(sample, decision, milliseconds, own)
+                sample.history.record(decision, own[PREDICTION_ERROR], deviations(own))
+                kept.append((sample, decision))
             else:
                 lost.append(sample)
+        for (sample, decision), found in zip(kept, _statistics([sample for sample, _ in kept]), strict=True):
+            self._record(sample, decision, milliseconds, found)
         if lost:
             graph = PREDICT if level is None else self.manifest.level(level).graph
             raise self._not_finite(graph, lost)
@@ -323,12 +327,14 @@ class Session:
             if workspace.sizes["B"] == len(members) and rows == [*range(len(members))]:
                 return workspace
         workspace = self.backend.workspace(self._buffers, {**members[0].sizes, "B": len(members)})
+        for same in _neighbours(members):  # a GPU copies them in one piece
+            (row, first), count = same[0], len(same)
+            assert first.place is not None
+            workspace.take(tuple(first.rows), row, *first.place, count)
         for row, sample in enumerate(members):
             if sample.place is None:
                 for name, values in sample.rows.items():
                     workspace.write(name, row, values)
-            else:
-                workspace.take(tuple(sample.rows), row, *sample.place)
             sample.place = workspace, row
         for left in here.values():
             self._vacate(left)
@@ -339,15 +345,11 @@ class Session:
         if not any(sample.place and sample.place[0] is workspace for sample in self.samples):
             self.backend.give_back(workspace)
 
-    def _record(
-        self, sample: Sample, decision: Decision, milliseconds: float, results: Mapping[str, FloatArray]
-    ) -> None:
-        """Keep what a step did: for the policy, for the trace and for the complexity map."""
+    def _record(self, sample: Sample, decision: Decision, milliseconds: float, statistic: dict[int, float]) -> None:
+        """Keep what a step did, which the history has: for the trace and for the complexity map."""
         run, history, manifest = sample.run, sample.history, self.manifest
-        step = history.step
+        step = history.step - 1
         sample.decision = None
-        measured = deviations(results)
-        history.record(decision, results[PREDICTION_ERROR], measured)
         sample.native_done |= decision.level == manifest.native
         # a difference across a switch shows how levels disagree, not what the picture does
         # and the map has the picture's size
@@ -355,15 +357,14 @@ class Session:
         if history.deviations and comparable and sample.trace.complexity:
             patch = sample.trace.complexity.patch
             smooth = run.smooth[patch][step] if patch in run.smooth else 1.0
-            sample.trace.complexity.add(step, measured[patch] / smooth)
-        rho = run.policy.quantile() or run.rho
+            sample.trace.complexity.add(step, history.deviations[patch] / smooth)
         sample.trace.steps.append(
             StepRecord(
                 step=step,
                 sigma=float(history.sigmas[step]),
                 level=decision.level,
                 milliseconds=milliseconds,
-                statistic={patch: statistic(values, rho) for patch, values in history.deviations.items()},
+                statistic=statistic,
                 error=root_mean_square(history.error) if decision.level and history.error is not None else None,
                 by=decision.by,
                 figures=dict(decision.figures),
@@ -376,6 +377,34 @@ class Session:
         """Height and width of the picture that a sample's latent is now."""
         size = shapes.to_size(self.manifest.latent, sample.sizes)
         return size.height, size.width
+
+
+def _neighbours(members: Sequence[Sample]) -> list[list[tuple[int, Sample]]]:
+    """Samples that have a place, with their new rows: those together that are one after another here and there."""
+
+    def where(numbered: tuple[int, tuple[int, Sample]]) -> tuple[object, ...]:
+        number, (row, sample) = numbered
+        assert sample.place is not None
+        source, source_row = sample.place
+        return tuple(sample.rows), id(source), row - number, source_row - number
+
+    placed = [(row, sample) for row, sample in enumerate(members) if sample.place]
+    return [[one for _, one in same] for _, same in groupby(enumerate(placed), where)]
+
+
+def _statistics(samples: Sequence[Sample]) -> list[dict[int, float]]:
+    """σ_p after the last step of samples of one size, by coarse patch; empty until three steps are done."""
+    found: list[dict[int, float]] = [{} for _ in samples]
+    alike: defaultdict[float, list[int]] = defaultdict(list)
+    for row, sample in enumerate(samples):
+        if sample.history.deviations:
+            alike[sample.run.policy.quantile() or sample.run.rho].append(row)
+    for rho, rows in alike.items():
+        for patch in samples[rows[0]].history.deviations:
+            values = np.stack([samples[row].history.deviations[patch] for row in rows])
+            for row, value in zip(rows, statistics(values, rho), strict=True):
+                found[row][patch] = float(value)
+    return found
 
 
 @contextmanager

@@ -47,7 +47,9 @@ class Config:
 
     size: str = option(default="1024x1024", help="HEIGHTxWIDTH in pixels.")
     frames: int = option(type=click.IntRange(1), default=1, help="Of a clip.")
-    backend: str = option(default="cuda", help="The runtime's backend.")
+    backends: tuple[str, ...] = option(
+        "--backend", multiple=True, default=("cuda",), help="The runtime's backend; again for more in the same run."
+    )
     rounds: int = option(type=click.IntRange(1), default=4, help=f"Turns of {TIMED} calls of every kind.")
     kernels: int = option(type=click.IntRange(0), default=0, help="GPU kernels of a step to list, the longest first.")
     schedules: tuple[str, ...] = option(
@@ -71,8 +73,8 @@ def main(model: Path, bundle: Path, **given: Any) -> None:
     if not (model / "model_index.json").is_file():
         raise UsageError(f"{model} is no diffusers folder; give the one that the bundle was exported from")
     torch._dynamo.config.recompile_limit = GRAPHS
-    ours = Pipeline.open(bundle, backend=config.backend)
-    manifest = ours.bundle.manifest
+    ours = [Pipeline.open(bundle, backend=backend) for backend in dict.fromkeys(config.backends)]
+    manifest = ours[0].bundle.manifest
     theirs = DiffusionPipeline.from_pretrained(model, torch_dtype=TORCH_DTYPES[manifest.dtype]).to("cuda")
     theirs.set_progress_bar_config(disable=True)
     size = Size(*read_size(config.size), config.frames if config.frames > 1 else None)
@@ -94,11 +96,15 @@ def facts() -> Iterator[str]:
     yield f"cuDNN {cudnn.version()}"
 
 
-def report(ours: Pipeline, theirs: Any, size: Size, config: Config) -> Iterator[str]:
+def report(ours: Sequence[Pipeline], theirs: Any, size: Size, config: Config) -> Iterator[str]:
     """The sections, each as soon as it is measured."""
-    manifest = ours.bundle.manifest
+    manifest = ours[0].bundle.manifest
     given = {patch: transformer_inputs(theirs, shrunk(size, patch // manifest.native)) for patch in manifest.patches}
-    runs = {f"ddit, `{schedule}`": our_run(ours, schedule, size, config.steps) for schedule in config.schedules}
+    runs = {
+        f"{name_of(one)}, `{schedule}`": our_run(one, schedule, size, config.steps)
+        for one in ours
+        for schedule in config.schedules
+    }
     run, warm_up = their_run(theirs, size, config.steps), their_run(theirs, size, 2)
     whole: dict[str, float] = {}
     steps: dict[str, dict[int, float]] = {}
@@ -112,21 +118,31 @@ def report(ours: Pipeline, theirs: Any, size: Size, config: Config) -> Iterator[
         whole["diffusers, compiled"] = seconds(run, warm_up)
     replays = {patch: captured(theirs.transformer, x) for patch, x in given.items()}
     graphs: dict[int, list[float]] = {patch: [] for patch in given}
-    own: dict[int, list[float]] = {patch: [] for patch in given}
+    own: dict[str, dict[int, list[float]]] = {name_of(one): {patch: [] for patch in given} for one in ours}
     for _ in range(config.rounds):
         for patch, replay in replays.items():
             graphs[patch] += milliseconds(replay, TIMED)
-            own[patch] += time_steps(ours.backend, [(patch,)], size=size, repeat=TIMED, rounds=1)[(patch,)]
+            for one in ours:
+                times = time_steps(one.backend, [(patch,)], size=size, repeat=TIMED, rounds=1)[(patch,)]
+                own[name_of(one)][patch] += times
     steps["diffusers, compiled, as a CUDA graph"] = {patch: statistics.median(times) for patch, times in graphs.items()}
-    steps[f"ddit, `{ours.backend.name}`"] = {patch: statistics.median(times) for patch, times in own.items()}
-    yield section(f"Steps at {config.size}" + (f"×{size.frames}" if size.frames else ""), step_table(steps))
+    for name, found in own.items():
+        steps[name] = {patch: statistics.median(times) for patch, times in found.items()}
+    yield section(f"Steps at {config.size}" + (f"×{size.frames}" if size.frames else ""), step_table(steps, list(own)))
     del replays
     if runs:
         whole |= {name: seconds(call, call) for name, call in runs.items()}
         yield section(f"Runs of {config.steps} steps", run_table(whole))
     if config.kernels:
-        for patch in given:
-            yield section(f"Kernels of a step at level {patch}", kernel_table(ours, patch, size, config.kernels))
+        for one in ours:
+            for patch in given:
+                title = f"Kernels of a step at level {patch}, {name_of(one)}"
+                yield section(title, kernel_table(one, patch, size, config.kernels))
+
+
+def name_of(pipeline: Pipeline) -> str:
+    """What the tables call a pipeline of ours."""
+    return f"ddit, `{pipeline.backend.name}`"
 
 
 def shrunk(size: Size, factor: int) -> Size:
@@ -232,14 +248,15 @@ def seconds(call: Call, warm_up: Call) -> float:
     return perf_counter() - begin
 
 
-def step_table(steps: Mapping[str, Mapping[int, float]]) -> Table:
-    """Milliseconds by kind and level; the last kind, which is ours, against every other."""
-    *others, own = steps
-    levels = list(steps[own])
+def step_table(steps: Mapping[str, Mapping[int, float]], own: Sequence[str]) -> Table:
+    """Milliseconds by kind and level; each of ``own``, which are ours, against all that stand before it."""
+    names, levels = list(steps), list(steps[own[0]])
     table = [["ms", *(f"level {patch}" for patch in levels)]]
     table += [[name, *(f"{times[patch]:.3f}" for patch in levels)] for name, times in steps.items()]
-    for other in others:
-        table.append([f"ddit ÷ {other}", *(f"{steps[own][patch] / steps[other][patch]:.2f}" for patch in levels)])
+    for one in own:
+        for other in names[: names.index(one)]:
+            ratios = (f"{steps[one][patch] / steps[other][patch]:.2f}" for patch in levels)
+            table.append([f"{one} ÷ {other}", *ratios])
     return table
 
 

@@ -36,9 +36,12 @@ PROMPT, SEED = "a blue cross on a striped background", 7
 @click.option("--host", type=click.Path(path_type=Path, dir_okay=False), required=True, help="ddit_host.")
 @click.option("--schedule", "schedules", multiple=True, default=("native", "adaptive"), show_default=True)
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Of every run.")
+@click.option("--backend", type=click.Choice(("cpu", "cuda")), default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of one graph.")
 @click.option("--repeat", type=click.IntRange(1), default=9, show_default=True, help="Processes of each kind.")
-def main(bundle: Path, host: Path, schedules: tuple[str, ...], steps: int, threads: int, repeat: int) -> None:
+def main(
+    bundle: Path, host: Path, schedules: tuple[str, ...], steps: int, backend: str, threads: int, repeat: int
+) -> None:
     """Time both hosts on BUNDLE."""
     if not host.is_file():
         raise UsageError(f"{host} is not there; build it as docs/cpp.md says")
@@ -48,10 +51,10 @@ def main(bundle: Path, host: Path, schedules: tuple[str, ...], steps: int, threa
         inputs = write_inputs(Bundle.open(bundle), folder)
         options = ("--steps", steps, "--threads", threads, "--trace", folder / "trace.json", "--out", folder / "o.png")
         commands = {
-            "C++": (host.resolve(), bundle, *inputs, *options),
+            "C++": (host.resolve(), bundle, *inputs, "--provider", backend, *options),
             "Python": (
                 *(sys.executable, "-c", "from ddit.runtime.start import ddit_run; ddit_run()", "generate"),
-                *(bundle, PROMPT, "--seed", SEED, "--backend", "cpu", *options),
+                *(bundle, PROMPT, "--seed", SEED, "--backend", backend, *options),
             ),
         }
         for schedule in schedules:

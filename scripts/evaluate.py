@@ -61,6 +61,10 @@ class Config:
         type=click.Choice(list(METRICS)),
         help="What to measure. Give it several times.  [default: all that can be measured here]",
     )
+    against: Path | None = option(
+        type=click.Path(path_type=Path, file_okay=False),
+        help="Compare with the native pictures of another --out, as of another backend.  [default: with its own]",
+    )
     out: Path = option(type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for the results.")
 
     # ---- how they are made ----
@@ -92,9 +96,14 @@ def main(**given: Any) -> None:
     settings = find_settings(config, pipeline.bundle)
     flops = level_flops(pipeline.bundle, size=settings.size, guidance=settings.guidance)
     store = Store(config.out, steps, settings.frames or 1)
+    against = Store(config.against, steps, settings.frames or 1) if config.against else None
+    if against and not all(against.has(NATIVE, sample) for sample in samples):
+        raise UsageError(
+            f"{config.against} lacks native pictures of these prompts; run the same command with that --out"
+        )
     make_missing(store, pipeline, schedules, samples, settings)
 
-    measured, floors = measure(store, schedules, samples, functions)
+    measured, floors = measure(store, schedules, samples, functions, against)
     facts = Facts(
         bundle=describe_bundle(pipeline.bundle),
         prompts=config.prompts if config.background is None else f"{config.prompts}, {config.background} ones",
@@ -112,6 +121,7 @@ def main(**given: Any) -> None:
         native=pipeline.bundle.manifest.native,
         skipped=skipped,
         floors=floors,
+        against=config.against,
     )
     write_report(config.out, store, measured, samples, [METRICS[name] for name in functions], facts)
     say(f"results.csv, pictures.csv, report.md, plot.png and grid.png are in {config.out}/")

@@ -2,8 +2,9 @@
 
     python scripts/load.py demo.bundle --clients 1 --clients 16 --plot docs/images/serving.png
 
-Starts the real server on a port of this machine for every way, and nothing else is ever asked. Every client sends its
-next request when the last one is answered. The three ways are the same engine room with other rules:
+Starts the real server on a port of this machine for every way, and nothing else is ever asked. The clients are threads
+of another process. Every one sends its next request when the last one is answered. The three ways are the same engine
+room with other rules:
 
     one at a time      a picture is begun when the one before is done
     request level      requests of one size and number of steps form a batch, and the next batch begins when it is done
@@ -12,12 +13,15 @@ next request when the last one is answered. The three ways are the same engine r
 
 import http.client
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
+from multiprocessing import get_context
 from pathlib import Path
 
 import click
@@ -32,7 +36,7 @@ from ddit.runtime.files import check_outputs, whole
 from ddit.runtime.serving.app import create_app
 from ddit.runtime.serving.engine_room import EngineRoom
 from ddit.runtime.serving.metrics import Metrics
-from ddit.runtime.serving.server import PatientProtocol, listen, warmed_up
+from ddit.runtime.serving.server import SWITCH_SECONDS, PatientProtocol, listen, warmed_up
 from ddit.runtime.serving.tickets import State, Ticket
 from ddit.runtime.serving.worker import Worker
 from ddit.runtime.tools.plots import figure, save
@@ -232,14 +236,20 @@ def main(
     check_outputs([plot_file] if plot_file else [])
     pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
     results = []
+    sys.setswitchinterval(SWITCH_SECONDS)
     with ExitStack() as stack:
         ports = {way: stack.enter_context(serving(room)) for way, room in rooms(pipeline).items()}
-        for way, port in ports.items():
-            load(port, way, max(clients), requests_of(name, max(clients)))  # engines see every batch once
+        apart = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
+
+        def measured(way: str, count: int, sent: Sequence[dict[str, object]]) -> Measured:
+            return apart.submit(load, ports[way], way, count, sent).result()
+
+        for way in ports:
+            measured(way, max(clients), requests_of(name, 2 * max(clients)))  # engines see every batch once
         for count in clients:
             sent = requests_of(name, max(requests, 2 * count))
             # in turn, so that whatever else the machine does meets all of them
-            parts = [{way: load(port, way, count, sent) for way, port in ports.items()} for _ in range(rounds)]
+            parts = [{way: measured(way, count, sent) for way in ports} for _ in range(rounds)]
             results += [joined([part[way] for part in parts]) for way in ports]
             say(f"{count} clients are done")
     click.echo(table(results))

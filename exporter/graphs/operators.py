@@ -23,6 +23,7 @@ JoinedBias                   text + its bias, then x + its bias                 
 BiasGelu                     gelu(h + bias), in the tanh form                                         (B, S, M)
 BiasGeluWithBranch           gelu(h + bias + branch)                                                  (B, S, M)
 JoinedBiasGelu, …            first, then such a gelu, along channels                                  (B, S, C + M)
+Float8MatMul                 x · weightᵀ, both in FP8 with a scale for every row                      (B, S, N)
 ===========================  =======================================================================  ================
 """
 
@@ -30,6 +31,8 @@ from collections.abc import Callable
 from math import inf
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import onnx_ir as ir
 from onnxscript import opset23 as op
 from onnxscript import script
@@ -39,6 +42,8 @@ DOMAIN, VERSION = "ddit", 1
 CONTRIB, CONTRIB_VERSION = "com.microsoft", 1  # ONNX Runtime's own operators
 CHANNELS = 8  # the kernels want a multiple of so many channels,
 HEADS = (8, 16, 32, 64, 128, 256)  # and one of these sizes of a head, where they work head by head
+
+FLOAT8_NUMBERS = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32).tolist()  # by byte
 
 ddit = Opset(DOMAIN, VERSION)
 contrib = Opset(CONTRIB, CONTRIB_VERSION)
@@ -163,6 +168,26 @@ def JoinedBiasGelu(first, h, bias):
 @operator
 def JoinedBiasGeluWithBranch(first, h, bias, branch):
     return op.Concat(first, ddit.BiasGeluWithBranch(h, bias, branch), axis=2)
+
+
+@operator
+def Float8MatMul(x, weight, scale):
+    """x (B, S, K) of T, weight (N, K) in bytes, scale (N) of float32 → (B, S, N) of T.
+
+    Every row of x gets the scale that takes its largest number to FP8's largest, when it runs: PerRow of torchao's
+    Float8DynamicActivationFloat8WeightConfig, and what torch._scaled_mm computes with row-wise scales. The bytes are
+    FLOAT8E4M3FN; they go by as UINT8 because ONNX Runtime before 1.32 takes no FP8 tensors that others put on the GPU.
+    """
+    wide = op.Cast(x, to=ir.DataType.FLOAT.value)
+    largest = op.ReduceMax(op.Abs(wide), op.Constant(value_ints=[-1]), keepdims=1)
+    row = op.Div(largest, op.Constant(value_float=448.0))
+    # a row of zeros, or of numbers so small that float32 has no reciprocal of the scale
+    row = op.Where(op.Less(row, op.Constant(value_float=1.1754943508222875e-38)), op.Constant(value_float=1.0), row)
+    rounded = op.Cast(op.Div(wide, row), to=ir.DataType.FLOAT8E4M3FN.value)
+    numbers = op.Constant(value_floats=FLOAT8_NUMBERS)
+    wide_weight = op.Gather(numbers, op.Cast(op.Transpose(weight, perm=[1, 0]), to=ir.DataType.INT32.value))
+    product = op.MatMul(op.Cast(rounded, to=ir.DataType.FLOAT.value), wide_weight)
+    return op.CastLike(op.Mul(op.Mul(product, row), scale), x)
 
 
 def add_functions(model: ir.Model) -> None:

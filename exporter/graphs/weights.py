@@ -4,7 +4,6 @@ Values are read, converted and written one tensor at a time, so that a model of 
 hundred megabytes of memory.
 """
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,9 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ddit.exporter.graphs.stored import Stored, write_tensors
 from ddit.runtime.errors import ModelError
-
-ALIGNMENT = 4096  # bytes: where the first tensor begins is a multiple, so that a memory-mapped file is aligned
 
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
 IR_DTYPES = {
@@ -77,23 +75,13 @@ class WeightFiles:
                 f"{free / 1e9:.1f} GB are free"
             )
         for file, weights in self._files.items():
-            header: dict[str, object] = {}
-            end = 0
-            for name, weight in weights.items():
-                begin, end = end, end + weight.nbytes
-                dtype = SAFETENSORS_NAMES[weight.dtype]
-                header[name] = {"dtype": dtype, "shape": list(weight.shape), "data_offsets": [begin, end]}
-            text = json.dumps(header, separators=(",", ":")).encode()
-            text += b" " * (-(8 + len(text)) % ALIGNMENT)  # the format allows a header to end in spaces
-            start = 8 + len(text)
-            self._offsets[file] = {
-                name: start + entry["data_offsets"][0]  # type: ignore[index]
-                for name, entry in header.items()
+            tensors = {
+                name: Stored(SAFETENSORS_NAMES[weight.dtype], weight.shape, weight.nbytes)
+                for name, weight in weights.items()
             }
-            with (self.folder / file).open("wb") as out:
-                out.write(len(text).to_bytes(8, "little") + text)
-                for weight in weights.values():
-                    out.write(weight.blob())
+            self._offsets[file] = write_tensors(
+                self.folder / file, tensors, (weight.blob() for weight in weights.values())
+            )
 
     def total_bytes(self) -> int:
         """Bytes of all tensors."""

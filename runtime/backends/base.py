@@ -48,8 +48,8 @@ class Workspace(ABC):
         """A copy of a sample's row of a buffer."""
 
     @abstractmethod
-    def take(self, names: Sequence[str], row: int, source: "Workspace", source_row: int) -> None:
-        """Copy a sample's rows of buffers from another workspace of the same backend and size."""
+    def take(self, names: Sequence[str], row: int, source: "Workspace", source_row: int, count: int = 1) -> None:
+        """Copy rows of buffers, ``count`` in a row, from another workspace of the same backend and size."""
 
     @abstractmethod
     def run(self, program: Program, inputs: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
@@ -66,6 +66,7 @@ class Backend(ABC):
     """
 
     name: str
+    low_memory = False  # text encoders and levels do not fit together: whoever runs both calls `release` in between
 
     def __init__(self, bundle: Bundle):
         self.bundle = bundle
@@ -94,6 +95,17 @@ class Backend(ABC):
     @abstractmethod
     def _open(self, graph: str) -> Engine:
         """Load a graph. Raises `BackendError`."""
+
+    def release(self) -> None:
+        """Let go of every engine and of what is kept between runs. No sample may be in flight."""
+        with self._lock:
+            self._engines.clear()
+
+    def phases(self) -> tuple[frozenset[str], frozenset[str]]:
+        """The graphs that a run needs at first, its text encoders, and those that it needs then."""
+        manifest = self.bundle.manifest
+        first = frozenset(one.graph for one in manifest.encoders)
+        return first, frozenset(manifest.graphs) - first
 
     def check(self, sizes: Mapping[str, int]) -> None:  # noqa: B027
         """Raise `UsageError` for sizes that this backend's engines cannot run, before anything is loaded.

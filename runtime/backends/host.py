@@ -34,11 +34,12 @@ class HostWorkspace(Workspace):
         values: FloatArray = self._arrays[name][row].copy()
         return values
 
-    def take(self, names: Sequence[str], row: int, source: Workspace, source_row: int) -> None:
+    def take(self, names: Sequence[str], row: int, source: Workspace, source_row: int, count: int = 1) -> None:
         """Copy rows."""
         assert isinstance(source, HostWorkspace)
         for name in names:
-            self.write(name, row, source._arrays[name][source_row])
+            for number in range(count):
+                self.write(name, row + number, source._arrays[name][source_row + number])
 
     def run(self, program: Program, inputs: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
         """Run the calls one after another."""

@@ -33,6 +33,7 @@ class BackendKind:
     open: Callable[[Bundle, int | None], Backend]
     device: Literal["host", "gpu"] = "host"
     exact_float32: bool = False  # float32 graphs are computed in float32, not in TF32 or less
+    float8: bool = False  # the levels' large products are computed in FP8
     rank: int | None = None  # in the automatic choice, lowest first; None: only when asked for
     # For a backend whose engines must be built beforehand, its `EngineBuilder`: called with a `Report`, a `Progress`
     # and, by name, those of ``build_options`` that were given. Raises `BackendError` where it cannot build here.
@@ -73,6 +74,18 @@ def _open_cuda(bundle: Bundle, threads: int | None) -> Backend:
     from ddit.runtime.backends.onnxruntime.cuda import CudaBackend
 
     return CudaBackend(bundle)
+
+
+def _open_cuda_float8(bundle: Bundle, threads: int | None) -> Backend:
+    from ddit.runtime.backends.onnxruntime.cuda import CudaFloat8Backend
+
+    return CudaFloat8Backend(bundle)
+
+
+def _open_cpu_float8(bundle: Bundle, threads: int | None) -> Backend:
+    from ddit.runtime.backends.onnxruntime.host import CpuFloat8Backend
+
+    return CpuFloat8Backend(bundle, threads)
 
 
 def _open_onnxruntime(name: str, bundle: Bundle, threads: int | None) -> Backend:
@@ -119,6 +132,23 @@ register(
         open=_open_cuda,
         device="gpu",
         rank=20,
+    )
+)
+register(
+    BackendKind(
+        name="cuda-fp8",
+        description="cuda with the levels' products in FP8, after ddit-export fp8; only when asked for",
+        open=_open_cuda_float8,
+        device="gpu",
+        float8=True,
+    )
+)
+register(
+    BackendKind(
+        name="cpu-fp8",
+        description="what cuda-fp8 computes, on the CPU, to look at its pictures; only when asked for",
+        open=_open_cpu_float8,
+        float8=True,
     )
 )
 register(

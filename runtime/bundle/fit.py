@@ -112,10 +112,13 @@ def _check_names(manifest: "Manifest") -> None:
         if graph not in manifest.graphs:
             raise ValueError(f"there is no graph {graph!r}")
     check_unique("graph", named)
-    files = [file for graph in manifest.graphs.values() for file in (graph.file, *graph.weights, *graph.twins.values())]
+    files = [file for graph in manifest.graphs.values() for file in graph.all_files]
     for file in (*files, *(one.tokenizer.file for one in manifest.encoders)):
         if file not in manifest.files:
             raise ValueError(f"file {file!r} has no entry in files")
+    for name, info in manifest.graphs.items():
+        if odd := info.twin_weights.keys() - info.twins.keys():
+            raise ValueError(f"{name}: there are weights of a twin for {min(odd)}, and no twin")
     check_unique(
         "the graph's file",
         (file for graph in manifest.graphs.values() for file in (graph.file, *graph.twins.values())),

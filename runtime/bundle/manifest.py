@@ -75,10 +75,20 @@ class GraphInfo(_Model):
     twins: dict[Name, FileName] = Field(
         default={}, description="by backend: an ONNX file that computes the same from the same weights, faster there"
     )
+    twin_weights: dict[Name, tuple[FileName, ...]] = Field(
+        default={}, description="by backend: weight files that only its twin points into, beside the graph's"
+    )
 
     def on(self, backend: str) -> "GraphInfo":
-        """The graph as a backend opens it: with the file of its twin, where it has one for this backend."""
-        return self.model_copy(update={"file": self.twins.get(backend, self.file)})
+        """The graph as a backend opens it: with the files of its twin, where it has one for this backend."""
+        weights = (*self.weights, *self.twin_weights.get(backend, ()))
+        return self.model_copy(update={"file": self.twins.get(backend, self.file), "weights": weights})
+
+    @property
+    def all_files(self) -> tuple[str, ...]:
+        """Its files and those of its twins."""
+        more = (file for files in self.twin_weights.values() for file in files)
+        return (self.file, *self.weights, *self.twins.values(), *more)
 
 
 class LevelInfo(_Model):

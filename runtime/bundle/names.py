@@ -28,3 +28,6 @@ SOLVER = "solver"  # coefficients of a multistep solver, in place of dt, (B, ord
 KEEP_ESTIMATE, KEEP_VELOCITY = "keep_estimate", "keep_velocity"
 PREDICTION = "prediction"  # weights of the kept velocities, (B, how many are kept)
 CARRY = "carry"  # the same, (B, number of coarse levels); only where there are coarse levels
+
+# after the name of a weight (K, N): the tensors (N, K) and (N) that stand for it in a file of FP8 weights
+FP8, FP8_SCALE = ".fp8", ".fp8_scale"

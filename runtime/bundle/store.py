@@ -80,8 +80,8 @@ class Bundle:
         stamp = _stamp(self.path)
         if stamp == self._stamp:
             return
-        # another calibration is no reason to stop
-        if read_manifest(self.path).files != self.manifest.files:
+        # another calibration is no reason to stop, and neither are files that were added
+        if not self.manifest.files.items() <= read_manifest(self.path).files.items():
             raise BundleError(f"{self.path} was exported again while it was open; open it anew")
         self._stamp = stamp
 

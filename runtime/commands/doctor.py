@@ -62,6 +62,7 @@ def _machine_table(machine: Machine) -> Table:
     missing = "not found" if machine.gpu is None else red("not found: pip install 'ddit[cuda]'")
     table.add_row("cuDNN", machine.cudnn or missing)
     table.add_row("ddit's kernels for CUDA", "installed" if machine.kernels else "not built: there was no C++ compiler")
+    table.add_row("products in FP8", f"no: {machine.no_float8}" if machine.no_float8 else "yes: --backend cuda-fp8")
     return table
 
 

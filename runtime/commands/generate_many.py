@@ -1,7 +1,7 @@
 """The work of ``ddit-run generate --prompts``."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from rich.progress import Progress as ProgressBar
 from ddit.runtime import strict_json
 from ddit.runtime.backends.registry import open_backend
 from ddit.runtime.batch.lines import Wanted, at_line, read_lines, without_finished
-from ddit.runtime.batch.make import make_files
+from ddit.runtime.batch.make import make, make_in_turn, write_files
 from ddit.runtime.batch.results import RESULTS, Results, gather, read_results
 from ddit.runtime.bundle import Bundle
 from ddit.runtime.bundle.manifest import VideoDecoderInfo
@@ -22,7 +22,6 @@ from ddit.runtime.folders import locked
 from ddit.runtime.pipeline import Pipeline
 from ddit.runtime.saving import PICTURES
 from ddit.runtime.serving.engine_room import EngineRoom
-from ddit.runtime.serving.tickets import Stepped
 from ddit.runtime.video import check_clip_type
 
 
@@ -71,27 +70,28 @@ def generate_many(
         left = without_finished(wanted, found, out)
         gather(out, found, ())
         with _Progress(len(wanted), {one.id: steps[one.id] for one in left}, by_step=not ray) as progress:
-            if pipeline is None:
+            if not left:
+                pass
+            elif pipeline is None:
                 from ddit.runtime.batch.ray_data import spread
 
                 spread(left, out, bundle, backend=backend, threads=threads, in_flight=in_flight,
                        replicas=replicas, frames_per_second=frames_per_second, on_done=progress.done)  # fmt: skip
             else:
-                results = Results(out)
-                try:
-                    room = EngineRoom(pipeline, in_flight=in_flight, waiting=in_flight)
-                    make_files(room, left, out, results, frames_per_second=frames_per_second,
-                               on_step=progress.step, on_done=progress.done)  # fmt: skip
-                finally:
-                    results.close()
+                if pipeline.backend.low_memory:
+                    made = make_in_turn(pipeline, left, progress.step)
+                else:
+                    made = make(EngineRoom(pipeline, in_flight=in_flight, waiting=in_flight), left, progress.step)
+                with closing(Results(out)) as results:
+                    write_files(made, out, results, frames_per_second=frames_per_second, on_done=progress.done)
         gather(out, read_results(out), [one.id for one in wanted])
-    made = len(left) - len(progress.failed)
+    count = len(left) - len(progress.failed)
     if as_json:
-        report = {"out": str(out), "made": made, "kept": len(wanted) - len(left), "failed": len(progress.failed)}
+        report = {"out": str(out), "made": count, "kept": len(wanted) - len(left), "failed": len(progress.failed)}
         click.echo(strict_json.dump(report))
     else:
         kept = f", {len(wanted) - len(left)} were there" if len(left) < len(wanted) else ""
-        say(f"{out}: {made} made{kept}; {out / RESULTS} has them in order")
+        say(f"{out}: {count} made{kept}; {out / RESULTS} has them in order")
     if progress.failed:
         first, reason = progress.failed[0]
         raise DditError(f"{len(progress.failed)} of {len(left)} were not made; line {first.line}: {reason}")
@@ -136,7 +136,7 @@ class _Progress:
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
-    def step(self, event: Stepped) -> None:
+    def step(self) -> None:
         """A picture has taken a step."""
         self._bar.advance(self._task)
         self._bar.update(self._task, description=self._text())

@@ -4,7 +4,7 @@ from ddit.runtime.policies.adaptive import Adaptive
 from ddit.runtime.policies.base import DIFFERENCE_ORDER, Change, Decision, Policy, RunHistory
 from ddit.runtime.policies.budget import Budgeted
 from ddit.runtime.policies.dpcache import DPCache
-from ddit.runtime.policies.dynamic import Dynamic, statistic
+from ddit.runtime.policies.dynamic import Dynamic, statistic, statistics
 from ddit.runtime.policies.fixed import Fixed
 from ddit.runtime.policies.native import Native
 from ddit.runtime.policies.parse import parse_schedule
@@ -35,4 +35,5 @@ __all__ = [
     "TeaCache",
     "parse_schedule",
     "statistic",
+    "statistics",
 ]

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from ddit.runtime import shapes
 from ddit.runtime.backends.base import FloatArray
-from ddit.runtime.errors import DditError, UsageError
+from ddit.runtime.errors import BackendError, DditError, UsageError
 from ddit.runtime.pipeline import Pipeline, Result
 from ddit.runtime.policies import Decision
 from ddit.runtime.request import Request, Run
@@ -73,7 +73,15 @@ class EngineRoom:
         largest_batch: int = LARGEST_BATCH,
         clock: Callable[[], float] = perf_counter,
     ):
-        """``clock`` in seconds; the one that time budgets and deadlines are meant on."""
+        """``clock`` in seconds; the one that time budgets and deadlines are meant on.
+
+        Raises `BackendError` where text encoders and levels do not fit into memory together.
+        """
+        if pipeline.backend.low_memory:
+            raise BackendError(
+                "memory is so short that text encoders and levels take turns, which requests that are served side by "
+                "side cannot; take a GPU with more memory, or ddit-run generate"
+            )
         manifest = pipeline.bundle.manifest
         self.pipeline = pipeline
         self.session = pipeline.session()

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any
@@ -20,7 +21,7 @@ from ddit.runtime.serving.metrics import Metrics
 from ddit.runtime.serving.models import LocalModel
 from ddit.runtime.serving.pictures import Told
 from ddit.runtime.serving.schema import MAX_PICTURES, ImageRequest, Limits, ModelInfo
-from ddit.runtime.serving.server import make_worker, without_prompts
+from ddit.runtime.serving.server import SWITCH_SECONDS, make_worker, without_prompts
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class Engines:
     def __init__(self, options: EngineOptions):
         self._quiet = without_prompts()
         self._quiet.__enter__()  # until the process ends
+        sys.setswitchinterval(SWITCH_SECONDS)
         opened = Bundle.open(options.bundle)
         if opened.manifest.latent.has_frames:
             raise UsageError("this bundle makes clips, and the server answers with pictures; use ddit-run generate")

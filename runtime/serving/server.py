@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,7 @@ from ddit.runtime.serving.worker import Worker
 HEAD_SECONDS = 10.0  # for a request's head to arrive
 UNREAD_SECONDS = 120  # for a client to read what was sent to it
 FIRST_PROMPT = "a red circle, a blue square and a green star on a yellow background"  # colours for previews
+SWITCH_SECONDS = 0.0005  # that the thread of the engines waits for Python's other threads at most, between two calls
 BACKLOG = 2048  # connections that the kernel keeps until we take them
 
 
@@ -110,6 +112,7 @@ def serve(
     )
     server = uvicorn.Server(config)
     worker.on_break = lambda: setattr(server, "should_exit", True)
+    sys.setswitchinterval(SWITCH_SECONDS)
     with without_prompts():
         server.run(sockets=[listening])
     if worker.broken:

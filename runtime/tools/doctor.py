@@ -7,10 +7,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 from ddit.runtime.backends.artifacts import EngineStore
 from ddit.runtime.backends.device.cuda import Gpu, driver_version, why_no_gpu
-from ddit.runtime.backends.onnxruntime import cuda
+from ddit.runtime.backends.onnxruntime import cuda, kernels
 from ddit.runtime.backends.onnxruntime.cuda import CudaBackend
 from ddit.runtime.backends.onnxruntime.host import import_onnxruntime
-from ddit.runtime.backends.onnxruntime.kernels import find_library
 from ddit.runtime.backends.registry import kinds
 from ddit.runtime.bundle import Bundle
 from ddit.runtime.errors import BackendError, DditError
@@ -44,6 +43,7 @@ class Machine:
     providers: tuple[str, ...]  # ONNX Runtime's execution providers; empty without ONNX Runtime
     cudnn: str | None  # the version that ONNX Runtime finds
     kernels: bool  # whether ddit was installed with its own for CUDA
+    no_float8: str | None  # why these have no products in FP8 on the GPU, None where they have
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,13 @@ def look_at_machine() -> Machine:
         libraries={name: its for name in LIBRARIES if (its := _version(name))},
         providers=providers,
         cudnn=".".join(map(str, cudnn)) if cudnn else None,
-        kernels=find_library() is not None,
+        kernels=kernels.find_library() is not None,
+        no_float8=_why_no_float8(gpu.capability) if gpu else "there is no GPU",
     )
+
+
+def _why_no_float8(capability: str) -> str | None:
+    return kernels.why_no_float8(capability) if kernels.load_kernels(capability) else "its kernels cannot be loaded"
 
 
 def try_backends(bundle: Bundle) -> Iterator[BackendState]:

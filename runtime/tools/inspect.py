@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ddit.runtime.backends.artifacts import StoredEngine
+from ddit.runtime.backends.onnxruntime.host import FLOAT8
 from ddit.runtime.bundle import Manifest
 from ddit.runtime.bundle.manifest import AdaptiveInfo, ScheduleInfo
 from ddit.runtime.console import printable, red, terminal
@@ -74,8 +75,9 @@ def _levels_table(manifest: Manifest) -> Table:
 def _graphs_table(manifest: Manifest) -> Table:
     table = Table("graph", "dtype", "inputs", "outputs", "file", "parity", title="Graphs", title_justify="left")
     for name, graph in manifest.graphs.items():
-        results = [result for result in manifest.parity if result.graph == name]
+        results = [result for result in manifest.parity if result.graph == name and result.twin != FLOAT8]
         worst = max((result.error for result in results), default=float("nan"))
+        in_float8 = [result.error for result in manifest.parity if result.graph == name and result.twin == FLOAT8]
         note = "" if all(result.checked == "full" for result in results) else " (reduced)"
         table.add_row(
             name,
@@ -86,7 +88,7 @@ def _graphs_table(manifest: Manifest) -> Table:
                 [_kilobytes(manifest, graph.file)]
                 + [f"{backend}: {_kilobytes(manifest, file)}" for backend, file in graph.twins.items()]
             ),
-            f"{worst:.1e}{note}",
+            f"{worst:.1e}{note}" + (f"\n{FLOAT8}: {max(in_float8):.1e}" if in_float8 else ""),
         )
     return table
 

@@ -34,9 +34,16 @@ def load_metrics(names: Sequence[str], samples: Sequence[Sample]) -> tuple[dict[
 
 
 def measure(
-    store: Store, schedules: Sequence[str], samples: Sequence[Sample], functions: Mapping[str, Any]
+    store: Store,
+    schedules: Sequence[str],
+    samples: Sequence[Sample],
+    functions: Mapping[str, Any],
+    against: Store | None = None,
 ) -> tuple[list[Measured], dict[str, float]]:
-    """Every schedule's records and metrics, and for every distribution distance what perfect pictures would get."""
+    """Every schedule's records and metrics, and for every distribution distance what perfect pictures would get.
+
+    Paired metrics compare with the native pictures, those of ``against`` where it is given.
+    """
     measured = [
         Measured(schedule, [store.record(schedule, sample) for sample in samples], {}, {}) for schedule in schedules
     ]
@@ -46,13 +53,14 @@ def measure(
         if METRICS[name].kind == "distribution":
             floors |= refer(function, name, store, samples)
         for one in measured:
-            # beside itself the native schedule has no paired metric, nor a distance where it is the reference
+            # against itself the native schedule has no paired metric, nor a distance where it is the reference
             if METRICS[name].kind == "absolute":
                 for some, pictures in store.pictures(one.schedule, samples):
                     for answer, values in function(pictures, some).items():
                         one.values.setdefault(answer, []).extend(of_clips(values, store.frames))
-            elif METRICS[name].kind == "paired" and one.schedule != NATIVE:
-                pairs = zip(store.pictures(one.schedule, samples), store.pictures(NATIVE, samples), strict=True)
+            elif METRICS[name].kind == "paired" and (against or one.schedule != NATIVE):
+                references = (against or store).pictures(NATIVE, samples)
+                pairs = zip(store.pictures(one.schedule, samples), references, strict=True)
                 one.values[name] = [
                     value
                     for (_, pictures), (_, natives) in pairs

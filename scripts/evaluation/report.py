@@ -51,6 +51,7 @@ class Facts:
     native: int
     skipped: Sequence[str]
     floors: Mapping[str, float]  # distances of perfect pictures
+    against: Path | None = None  # the folder whose native pictures are compared with, where it is another one
 
 
 def write_report(
@@ -274,6 +275,8 @@ def markdown(
             )
         elif metric.kind == "distribution":
             notes.append(f"*{metric.title}* is the distance to the native pictures.")
+    if facts.against:
+        notes.append(f"Pictures are compared one by one with the native ones in `{facts.against}`.")
     run = [
         f"bundle: {facts.bundle} (bundle.json {settings.bundle[:12]})",
         f"pictures: {prompts} prompts ({facts.prompts}), {facts.seeds} of each under every schedule; {steps} steps, "

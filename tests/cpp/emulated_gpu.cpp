@@ -55,6 +55,23 @@ static void from_float(float value, Bfloat16& result) {
 }
 static void from_float(float value, float& result) { result = value; }
 
+// To the nearest number of FP8 (E4M3), ties to even, within ±448.
+static unsigned char to_float8(float value) {
+  if (std::isnan(value)) return 0x7f;
+  const unsigned sign = std::signbit(value) ? 0x80 : 0;
+  const float size = std::fmin(std::fabs(value), 448.0f);
+  int exponent;
+  std::frexp(size, &exponent);
+  exponent = size == 0.0f || exponent < -5 ? -5 : exponent;  // the smallest of normal numbers
+  unsigned steps = static_cast<unsigned>(std::nearbyint(std::ldexp(size, 4 - exponent)));  // of an eighth of a power
+  // 8 to 15 steps are a normal number; 16 are the next power of two, and fewer than 8 have no leading one
+  return static_cast<unsigned char>(sign | (steps + 8u * static_cast<unsigned>(exponent + 5)));
+}
+static unsigned short to_float8(float first, float second) {
+  return static_cast<unsigned short>(to_float8(first) | to_float8(second) << 8);
+}
+#define DDIT_FLOAT8
+
 #include "kernels.cu"
 
 namespace {
@@ -77,6 +94,12 @@ const Named kKernels[] = {
     DDIT_NAMED(gelu, f32, GeluArguments),
     DDIT_NAMED(gelu, f16, GeluArguments),
     DDIT_NAMED(gelu, bf16, GeluArguments),
+    DDIT_NAMED(quantise, f32, QuantiseArguments),
+    DDIT_NAMED(quantise, f16, QuantiseArguments),
+    DDIT_NAMED(quantise, bf16, QuantiseArguments),
+    DDIT_NAMED(rescale, f32, RescaleArguments),
+    DDIT_NAMED(rescale, f16, RescaleArguments),
+    DDIT_NAMED(rescale, bf16, RescaleArguments),
 };
 
 }  // namespace

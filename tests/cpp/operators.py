@@ -11,9 +11,11 @@ import numpy as np
 import onnxruntime as ort
 
 folder, given, wanted = Path(sys.argv[1]), np.load(sys.argv[2]), sys.argv[3]
-gpu = ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
+loaded = [ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL) for path in folder.glob("lib*.so.*")]
 library = folder / "operators.so"
-assert ctypes.CDLL(str(library)).ddit_load(b"emulated") == 0
+operators = ctypes.CDLL(str(library))
+assert operators.ddit_load(b"emulated") == 0
+assert operators.ddit_float8() == (folder / "libcublasLt.so.13").exists()
 options = ort.SessionOptions()
 options.register_custom_ops_library(str(library))
 results = {}

@@ -32,15 +32,20 @@ def test_a_constant_stands_in_for_the_position_embedding():
 
 
 def test_tables_set_ours_against_every_other():
-    steps = {"diffusers": {2: 10.0, 4: 5.0}, "compiled": {2: 8.0, 4: 2.0}, "ddit": {2: 9.0, 4: 1.0}}
-    assert compare_diffusers.step_table(steps) == [
+    steps = {"diffusers": {2: 10.0, 4: 5.0}, "compiled": {2: 8.0, 4: 2.0}, "cuda": {2: 9.0, 4: 1.0}}
+    table = [
         ["ms", "level 2", "level 4"],
         ["diffusers", "10.000", "5.000"],
         ["compiled", "8.000", "2.000"],
-        ["ddit", "9.000", "1.000"],
-        ["ddit ÷ diffusers", "0.90", "0.20"],
-        ["ddit ÷ compiled", "1.12", "0.50"],
+        ["cuda", "9.000", "1.000"],
     ]
+    against = [["cuda ÷ diffusers", "0.90", "0.20"], ["cuda ÷ compiled", "1.12", "0.50"]]
+    assert compare_diffusers.step_table(steps, ["cuda"]) == table + against
+    more = [[f"cuda-fp8 ÷ {name}", *ratios] for name, *ratios in (
+        ("diffusers", "0.60", "0.10"), ("compiled", "0.75", "0.25"), ("cuda", "0.67", "0.50"))]  # fmt: skip
+    steps["cuda-fp8"] = {2: 6.0, 4: 0.5}
+    row = ["cuda-fp8", "6.000", "0.500"]
+    assert compare_diffusers.step_table(steps, ["cuda", "cuda-fp8"]) == [*table, row, *against, *more]
     assert compare_diffusers.run_table({"diffusers": 12.0, "native": 8.0, "fixed": 4.0}) == [
         ["", "s", "against diffusers", "against native"],
         ["diffusers", "12.00", "", ""],

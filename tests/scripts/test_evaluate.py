@@ -115,6 +115,20 @@ def test_what_is_there_is_not_made_again(finished, tiny_bundle, monkeypatch):
     assert {path: path.read_bytes() for path in (out / "pictures").rglob("*.*")} == before
 
 
+def test_pictures_of_another_run_can_be_the_reference(finished, tiny_bundle, tmp_path):
+    """As of another backend: then the native schedule is compared as well, here with itself."""
+    options = ("--prompts", "scenes:3", *SIZE, *STEPS, "--schedule", "fixed:8x1,4x1,2x2", "--metric", "ssim")
+    result = run(evaluate.main, tiny_bundle, *options, "--out", tmp_path / "out", "--against", finished[0])
+    assert result.exit_code == 0, result.stderr
+    native, fixed = read(tmp_path / "out" / "results.csv")
+    assert float(native["ssim"]) == pytest.approx(1)
+    assert 0 < float(fixed["ssim"]) < 0.999
+    assert f"the native ones in `{finished[0]}`" in (tmp_path / "out" / "report.md").read_text()
+    result = run(evaluate.main, tiny_bundle, *options, "--out", tmp_path / "more", "--against", tmp_path / "none")
+    assert result.exit_code == 2
+    assert "lacks native pictures of these prompts" in result.stderr
+
+
 def test_only_what_is_missing_is_made(tiny_bundle, tmp_path, monkeypatch):
     out = tmp_path / "out"
     options = (*SIZE, *STEPS, "--schedule", "dynamic:tau=1e9", "--metric", "psnr", "--batch", 2, "--out", out)

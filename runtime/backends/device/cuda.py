@@ -292,10 +292,10 @@ class DeviceArray(DeviceSpan):
         self._host[row] = values
         self.gpu.copy(self.address + row * self.row_bytes, self._host[row : row + 1].ctypes.data, self.row_bytes)
 
-    def copy_row(self, row: int, source: "DeviceArray", source_row: int) -> None:
-        """Queue a copy of one entry along the first axis."""
+    def copy_rows(self, row: int, source: "DeviceArray", source_row: int, count: int) -> None:
+        """Queue a copy of entries along the first axis, ``count`` in a row."""
         self.gpu.copy(
-            self.address + row * self.row_bytes, source.address + source_row * source.row_bytes, self.row_bytes
+            self.address + row * self.row_bytes, source.address + source_row * source.row_bytes, count * self.row_bytes
         )
 
     def download_row(self, row: int) -> NDArray[Any]:

@@ -19,7 +19,10 @@ from ddit.runtime.bundle.names import GATE_INPUT, NEXT
 from ddit.runtime.shapes import infer
 from ddit.runtime.step import Program
 
-KEPT_WORKSPACES = 4  # that no sample is in; the next group of the same size starts with bound engines
+# Workspaces that no sample is in are kept, so that the next group of their size starts with bound engines. Where many
+# requests come and go, groups of every size up to the largest batch do.
+KEPT_WORKSPACES = 32
+KEPT_SHARE = 0.02  # of the memory that was free at the start, at most
 KEPT_SHAPES = 2  # of an engine that is fed from the host
 
 # A step of so many tokens or fewer takes less time on the GPU than its launches on the host. On an H200, FLUX.1-dev
@@ -119,11 +122,20 @@ class DeviceBackend(Backend):
                     return workspace
             return DeviceWorkspace(self, buffers, sizes)
 
+    def release(self) -> None:
+        """Of kept workspaces too, which are bound to engines."""
+        with self.busy:
+            self.gpu.synchronize()
+            self._workspaces.clear()
+            super().release()
+
     def give_back(self, workspace: Workspace) -> None:
-        """Keep the latest few for the groups to come."""
+        """Keep the latest for the groups to come, as many as take little memory, and one in any case."""
         assert isinstance(workspace, DeviceWorkspace)
         with self.busy:
             self._workspaces = [workspace, *self._workspaces][:KEPT_WORKSPACES]
+            while sum(kept.nbytes for kept in self._workspaces[1:]) > KEPT_SHARE * self._free_at_start:
+                self._workspaces.pop()
 
 
 class DeviceWorkspace(Workspace):
@@ -143,6 +155,11 @@ class DeviceWorkspace(Workspace):
         # a gate's is as large as several of the others together, and is made when a sample needs it
         state = tuple(name for name in buffers if NEXT + name in buffers and name != GATE_INPUT)
         self.blocks = {names: self._block(names) for names in (state, tuple(NEXT + name for name in state))}
+
+    @property
+    def nbytes(self) -> int:
+        """Of its buffers so far."""
+        return sum(array.nbytes for array in self.arrays.values())
 
     def array(self, name: str) -> DeviceArray:
         """A buffer, made when it is first asked for."""
@@ -171,12 +188,12 @@ class DeviceWorkspace(Workspace):
         with self.backend.busy:
             return self.array(name).download_row(row)
 
-    def take(self, names: Sequence[str], row: int, source: Workspace, source_row: int) -> None:
+    def take(self, names: Sequence[str], row: int, source: Workspace, source_row: int, count: int = 1) -> None:
         """Copy rows on the GPU."""
         assert isinstance(source, DeviceWorkspace)
         with self.backend.busy:
             for name in names:
-                self.array(name).copy_row(row, source.array(name), source_row)
+                self.array(name).copy_rows(row, source.array(name), source_row, count)
 
     def run(self, program: Program, inputs: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
         """Queue the step and wait for its results."""

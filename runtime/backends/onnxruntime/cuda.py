@@ -8,7 +8,7 @@ import json
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from itertools import count
 from math import prod
@@ -23,23 +23,28 @@ from ddit.runtime.backends.device.workspace import Bound, DeviceBackend, DeviceE
 from ddit.runtime.backends.onnxruntime import kernels
 from ddit.runtime.backends.onnxruntime.host import (
     CUDA,
+    FLOAT8,
     check_names,
     check_provider,
     engine_errors,
     import_onnxruntime,
+    require_twins,
     session_options,
 )
 from ddit.runtime.bundle import Bundle
 from ddit.runtime.bundle.manifest import Dtype, GraphInfo, TensorSpec
+from ddit.runtime.bundle.names import FP8
 from ddit.runtime.errors import BackendError, BundleError
 
 log = logging.getLogger(__name__)
 
 DEVICE = "cuda"
 NUMPY_TYPES = {"float32": np.float32, "int64": np.int64}
-STORED_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64}  # by safetensors' names
+# by safetensors' names; FP8 goes into the graph as bytes
+STORED_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64, "F8_E4M3": np.uint8}
 ALIGNMENT = 256  # of every weight, as cudaMalloc aligns: kernels read several numbers at once
 NO_GRAPH = "-1"
+CAPTURED = 128  # CUDA graphs of a level: ONNX Runtime keeps each as long as the session
 CUDNN = "cudnn64_9.dll" if sys.platform == "win32" else "libcudnn.so.9"
 CUDNN_ATTENTION = (9, 3)  # the first cuDNN whose attention ONNX Runtime takes
 # What computes sizes runs on the host by right, so that these say nothing; a level has thousands of others.
@@ -65,13 +70,17 @@ class Sessions:
         self._stream: Stream | None = stream
 
     def close(self) -> None:
+        """Let go of everything, the stream included."""
+        self.clear()
+        self._stream = None
+
+    def clear(self) -> None:
         """Let go of everything, in order."""
         if self._stream is not None:
             self._stream.drain()  # sessions free memory that queued copies may still read
         self.runs.clear()
         self.opened.clear()
         self.weights.clear()
-        self._stream = None
 
 
 class CudaBound(Bound):
@@ -103,6 +112,7 @@ class CudaEngine(DeviceEngine):
         self._sessions = sessions
         self._graph = graph
         self._replays = replays
+        self._captured = 0
 
     def dtype(self, spec: TensorSpec) -> DTypeLike:
         """The graph's own type."""
@@ -111,6 +121,8 @@ class CudaEngine(DeviceEngine):
     def bind(self, arrays: Mapping[str, DeviceArray], *, replayed: bool) -> Bound:
         """Bind inputs and outputs by address. Every binding has a CUDA graph of its own, where graphs are used."""
         ort, session = import_onnxruntime(), self._sessions.opened[self._graph]
+        replayed = replayed and self._replays and self._captured < CAPTURED
+        self._captured += replayed
         with engine_errors(f"bind {self.info.file}"):
             binding = session.io_binding()
             for specs, bind in ((self.info.inputs, binding.bind_input), (self.info.outputs, binding.bind_output)):
@@ -127,7 +139,7 @@ class CudaEngine(DeviceEngine):
                 for options in (waiting, queueing):
                     options.add_run_config_entry("gpu_graph_id", graph)
         run = partial(session.run_with_iobinding, binding)
-        replay = partial(run, queueing) if replayed and self._replays else None
+        replay = partial(run, queueing) if replayed else None
         return CudaBound(self._sessions, partial(run, waiting), self.info.file, replay)
 
 
@@ -135,6 +147,7 @@ class CudaBackend(DeviceBackend):
     """One session per graph. Raises `BackendError` without a GPU or enough of its memory, `UsageError` without CUDA."""
 
     name = "cuda"
+    twins = "cuda"  # the backend whose twins of the levels run
 
     def __init__(self, bundle: Bundle):
         ort = import_onnxruntime()
@@ -149,16 +162,49 @@ class CudaBackend(DeviceBackend):
         self._levels = {level.graph for level in manifest.levels}
         self._sessions = Sessions(self.gpu.stream_owner)
         weakref.finalize(self, self._sessions.close)
-        files = {name for graph in manifest.graphs.values() for name in graph.weights}
-        needed, free = sum(manifest.files[name].size for name in files), self.gpu.free_bytes()
-        if needed > free:
+        self._choose_twins()
+        more = {name for graph in manifest.graphs.values() for name in graph.twin_weights.get(self.twins, ())}
+        self._replaced = {name.removesuffix(FP8) for file in more for name in self._sizes(file) if name.endswith(FP8)}
+        needed, free = [self._weight_bytes(graphs) for graphs in self.phases()], self.gpu.free_bytes()
+        if max(needed) > free:
             raise BackendError(
-                f"GPU memory is too small: the weights need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB of "
+                f"GPU memory is too small: the weights need {max(needed) / 1e9:.2f} GB, {free / 1e9:.2f} GB of "
                 f"{self.gpu.name} are free; stop other programs, or use --backend cpu"
             )
+        if sum(needed) > free:
+            self.low_memory = True
+            log.warning("GPU memory is short: text encoders and levels take turns, and are loaded anew for each")
+
+    def _weight_bytes(self, graphs: Collection[str]) -> int:
+        """What graphs keep on the GPU, a file that several have counted once."""
+        manifest = self.bundle.manifest
+        files = {file for graph in graphs for file in manifest.graphs[graph].on(self.twins).weights}
+        sizes = [self._sizes(file) for file in files] if self._replaced else []
+        unused = sum(size for tensors in sizes for name, size in tensors.items() if name in self._replaced)
+        return sum(manifest.files[file].size for file in files) - unused
+
+    def release(self) -> None:
+        """Of sessions and weights too."""
+        with self.busy:
+            super().release()
+            self._sessions.clear()
+
+    def _choose_twins(self) -> None:
+        """Look whether the twins can run here."""
+
+    def _sizes(self, file: str) -> dict[str, int]:
+        """Bytes of a weight file's tensors by name."""
+        return {name: nbytes for name, *_, nbytes in self._entries(np.memmap(self.bundle.file(file), mode="r"), file)}
+
+    @staticmethod
+    def _entries(content: NDArray[np.uint8], path: Path | str) -> list[tuple[str, str, tuple[int, ...], int, int]]:
+        try:
+            return [*safetensors_entries(content)]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise BundleError(f"{path} is no safetensors file; export the bundle again") from None
 
     def _open(self, graph: str) -> DeviceEngine:
-        info, opened = self.bundle.graph(graph).on(self.name), self._sessions.opened
+        info, opened = self.bundle.graph(graph).on(self.twins), self._sessions.opened
         log.info("opening %s with %s", info.file, CUDA)
         replays = graph in self._levels
         weights = (
@@ -193,13 +239,19 @@ class CudaBackend(DeviceBackend):
     def _session(self, info: GraphInfo, weights: Mapping[str, Any], *, replays: bool) -> Any:
         """A session on our stream that uses ``weights``, on the GPU already, instead of loading its own."""
         options = session_options()
+        # A plan of all buffers as one block would lie beside what the first run took, and so need the memory twice.
+        options.enable_mem_pattern = False
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")  # for `on_cpu`
         for name, value in weights.items():
             options.add_initializer(name, value)
         if self._kernels:
             with engine_errors(f"load {self._kernels.name}"):
                 options.register_custom_ops_library(str(self._kernels))
-        provider = {"device_id": "0", "user_compute_stream": str(self.gpu.stream)}
+        provider = {
+            "device_id": "0",
+            "user_compute_stream": str(self.gpu.stream),
+            "arena_extend_strategy": "kSameAsRequested",  # otherwise every piece is as large as all before it
+        }
         if replays:
             provider["enable_cuda_graph"] = "1"
         self.bundle.verify_small(info.file)
@@ -218,10 +270,7 @@ class CudaBackend(DeviceBackend):
 
     def _upload(self, path: Path) -> dict[str, Any]:
         content = np.memmap(path, mode="r")
-        try:
-            entries = [*safetensors_entries(content)]
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise BundleError(f"{path} is no safetensors file; export the bundle again") from None
+        entries = [entry for entry in self._entries(content, path) if entry[0] not in self._replaced]
         starts = np.cumsum([0, *(-(-nbytes // ALIGNMENT) * ALIGNMENT for *_, nbytes in entries)]).tolist()
         memory = DeviceMemory(self.gpu, starts[-1])
         values = {}
@@ -233,6 +282,26 @@ class CudaBackend(DeviceBackend):
                 values[name] = import_onnxruntime().OrtValue.from_dlpack(BFloat16(view) if dtype == "BF16" else view)
         self.gpu.synchronize()  # the mapping may go
         return values
+
+
+class CudaFloat8Backend(CudaBackend):
+    """The same with the levels' large products in FP8. Without FP8 on this machine the other twins run, with a warning.
+
+    Raises also `BackendError` for a bundle without FP8 twins.
+    """
+
+    name = FLOAT8
+    twins = FLOAT8
+
+    def __init__(self, bundle: Bundle):
+        require_twins(bundle, FLOAT8)
+        super().__init__(bundle)
+
+    def _choose_twins(self) -> None:
+        why_not = kernels.why_no_float8(self.gpu.capability) if self._kernels else "its kernels are not loaded"
+        if why_not:
+            log.warning("no FP8 here, and the levels run as on --backend cuda: %s", why_not)
+            self.twins = CudaBackend.twins
 
 
 def find_cudnn() -> tuple[int, ...] | None:

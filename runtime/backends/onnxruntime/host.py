@@ -18,6 +18,7 @@ from ddit.runtime.shapes import infer
 log = logging.getLogger(__name__)
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+FLOAT8 = "cuda-fp8"  # the backend whose twins have FP8 products
 FATAL = 4  # ONNX Runtime's level of messages: what it raises says all that its errors log
 
 # Weights of the levels, in bytes, up to which the CPU's sessions get copies of their own. On two cores the demo model's
@@ -78,12 +79,19 @@ def session_options(threads: int | None = None, *, prepack: bool = False) -> Any
     return options
 
 
-def open_session(path: Path, provider: str = CPU, threads: int | None = None, *, prepack: bool = False) -> Any:
-    """A session over an ONNX file."""
+def open_session(
+    path: Path, provider: str = CPU, threads: int | None = None, *, prepack: bool = False, fold: bool = True
+) -> Any:
+    """A session over an ONNX file.
+
+    Without ``fold`` nothing that weights alone decide is computed beforehand, as weights in another type would be: it
+    takes no memory then, and time at every run.
+    """
     check_provider(provider)
+    disabled = [] if fold else ["ConstantFolding"]
     with engine_errors(f"load {path.name}"):
         return import_onnxruntime().InferenceSession(
-            path, session_options(threads, prepack=prepack), providers=[provider]
+            path, session_options(threads, prepack=prepack), providers=[provider], disabled_optimizers=disabled
         )
 
 
@@ -140,6 +148,8 @@ class OnnxRuntimeEngine(Engine):
 class OnnxRuntimeBackend(Backend):
     """One session a graph."""
 
+    twins: str | None = None  # the backend whose twins of the levels run, instead of the graphs themselves
+
     def __init__(self, bundle: Bundle, name: str = "cpu", threads: int | None = None):
         super().__init__(bundle)
         self.name = name
@@ -150,7 +160,32 @@ class OnnxRuntimeBackend(Backend):
 
     def _open(self, graph: str) -> Engine:
         info = self.bundle.graph(graph)
+        fold = True
+        if self.twins and self.twins in info.twins:
+            info, fold = info.on(self.twins), self._prepack  # folding makes float32 of the weights
         path = self.bundle.file(info.file)
         log.info("opening %s with %s", path.name, self.provider)
         self.bundle.verify_small(info.file)
-        return OnnxRuntimeEngine(open_session(path, self.provider, self.threads, prepack=self._prepack), graph, info)
+        session = open_session(path, self.provider, self.threads, prepack=self._prepack, fold=fold)
+        return OnnxRuntimeEngine(session, graph, info)
+
+
+class CpuFloat8Backend(OnnxRuntimeBackend):
+    """The levels' FP8 twins on the CPU, by the bodies of their functions: the numbers of a GPU without its speed.
+
+    Raises `BackendError` for a bundle without such twins.
+    """
+
+    twins = FLOAT8
+
+    def __init__(self, bundle: Bundle, threads: int | None = None):
+        require_twins(bundle, FLOAT8)
+        super().__init__(bundle, "cpu", threads)
+        self.name = "cpu-fp8"
+
+
+def require_twins(bundle: Bundle, backend: str) -> None:
+    """Raise `BackendError` unless every level has a twin for an FP8 backend."""
+    manifest = bundle.manifest
+    if any(backend not in manifest.graphs[level.graph].twins for level in manifest.levels):
+        raise BackendError(f"{bundle.path} has no FP8 twins of its levels; make them: ddit-export fp8 {bundle.path}")

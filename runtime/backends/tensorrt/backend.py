@@ -117,7 +117,13 @@ class TensorRTBackend(DeviceBackend):
         missing = [one for one in chosen if one.info.key not in self._loaded]
         for one in missing:
             one.check()
-        self.check_memory(missing)
+        for graphs in self.phases() if self.low_memory else (self.bundle.manifest.graphs,):
+            self.check_memory([one for one in missing if one.info.graph in graphs])
+
+    def release(self) -> None:
+        """The scratch memory stays."""
+        super().release()
+        self._loaded.clear()
 
     def check_memory(self, stored: Sequence[StoredEngine]) -> None:
         """Raise `BackendError` with needed and free bytes where engines would not fit."""

@@ -1,6 +1,8 @@
 # ONNX Runtime's headers and library, as Debian's libonnxruntime-dev installs them, as a release's archive holds them, or
 # under ONNXRUNTIME_ROOT (include/ and lib/). Defines OnnxRuntime::OnnxRuntime.
 
+# as a cached path, what the command line gives is relative to where cmake was called
+set(ONNXRUNTIME_ROOT "" CACHE PATH "A folder with ONNX Runtime's include/ and lib/")
 find_path(OnnxRuntime_INCLUDE_DIR onnxruntime_cxx_api.h
   HINTS ${ONNXRUNTIME_ROOT} ENV ONNXRUNTIME_ROOT
   PATH_SUFFIXES include include/onnxruntime include/onnxruntime/core/session onnxruntime onnxruntime/core/session)

@@ -110,6 +110,11 @@ void check_names(const Manifest& manifest) {
     own.push_back(graph.file);
     for (const auto& [backend, file] : graph.twins) own.push_back(file);
     files.insert(files.end(), graph.weights.begin(), graph.weights.end());
+    for (const auto& [backend, weights] : graph.twin_weights) {
+      if (graph.twins.count(backend) == 0)
+        throw Misfit(name + ": there are weights of a twin for " + backend + ", and no twin");
+      files.insert(files.end(), weights.begin(), weights.end());
+    }
   }
   check_unique("the graph's file", own);
   files.insert(files.end(), own.begin(), own.end());

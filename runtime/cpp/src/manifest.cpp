@@ -190,6 +190,12 @@ GraphInfo graph(const json& value, const std::string& where) {
     for (const auto& item : twins->items())
       info.twins[checked_name(item.key(), fields.path("twins"))] = file_name(item.value(), fields.path("twins"));
   }
+  if (const json* weights = fields.find("twin_weights")) {
+    if (!weights->is_object()) fail(fields.path("twin_weights"), "it has to be an object");
+    for (const auto& item : weights->items())
+      info.twin_weights[checked_name(item.key(), fields.path("twin_weights"))] =
+          list(item.value(), fields.path("twin_weights"), file_name);
+  }
   fields.done();
   return info;
 }

@@ -1,22 +1,14 @@
 """The CUDA kernels against the operators' equations in NumPy: their real code, a thread for each of the GPU's."""
 
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
+import emulated
 from ddit.runtime.backends.device.cuda import Gpu, why_no_gpu
 from ddit.runtime.backends.onnxruntime import kernels
 
-FOLDER = Path(kernels.__file__).parent
-EMULATION = Path(__file__).parents[2] / "cpp"
-COMPILER = shutil.which("g++")
-WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 TOLERANCE = {"fp32": 2e-6, "fp16": 1e-3, "bf16": 8e-3}  # relative; half the distance of two numbers of the type, or so
 PAIRS = ["fp32/fp32", "fp16/fp16", "fp16/fp32", "bf16/bf16", "bf16/fp32"]  # of the graph and of the modulation
@@ -225,17 +217,7 @@ def model(name, graph_type, modulation_type):
 @pytest.fixture(scope="module")
 def emulation(tmp_path_factory):
     """The operators for ONNX Runtime's CPU provider, and the driver that runs their kernels there."""
-    if COMPILER is None:
-        pytest.skip("no g++ here")
-    folder = tmp_path_factory.mktemp("kernels")
-    driver, operators = EMULATION / "emulated_gpu.cpp", FOLDER / "operators.cpp"
-    shared = ("-O2", *WARNINGS, "-shared", "-fPIC", f"-I{FOLDER}")
-    for command in (
-        ("-std=c++20", *shared, "-Wl,-soname,libcuda.so.1", "-o", folder / "libcuda.so.1", driver, "-lpthread"),
-        ("-std=c++17", *shared, "-DDDIT_PROVIDER=nullptr", "-o", folder / "operators.so", operators, "-ldl"),
-    ):
-        subprocess.run([COMPILER, *command], check=True)
-    return folder
+    return emulated.build(tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.fixture(scope="module", params=PAIRS)
@@ -246,10 +228,7 @@ def results(request, emulation):
     for name in CASES:
         given[f"{name}/model"] = np.frombuffer(model(name, *types)[0], np.uint8)
         given |= {f"{name}/{one}": value for one, value in inputs_of(name).items()}
-    inputs, outputs = (emulation / f"{types[0]}-{types[1]}-{which}.npz" for which in ("inputs", "outputs"))
-    np.savez(inputs, **given)
-    subprocess.run([sys.executable, EMULATION / "operators.py", emulation, inputs, outputs], check=True)
-    return types[0], np.load(outputs)
+    return types[0], emulated.run(emulation, "-".join(types), given)
 
 
 def check(name, dtype, found):

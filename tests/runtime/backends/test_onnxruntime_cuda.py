@@ -14,10 +14,12 @@ import torch
 from safetensors.torch import save_file
 
 from conftest import run
+from ddit.exporter.cli import main as ddit_export
+from ddit.exporter.graphs import float8
 from ddit.runtime import Bundle, Pipeline, Request
 from ddit.runtime.backends.onnxruntime import cuda as onnxruntime_cuda
 from ddit.runtime.backends.onnxruntime import host
-from ddit.runtime.backends.onnxruntime.cuda import CudaBackend
+from ddit.runtime.backends.onnxruntime.cuda import CudaBackend, CudaFloat8Backend
 from ddit.runtime.cli import main as ddit_run
 from ddit.runtime.errors import BackendError, UsageError
 from ddit.runtime.policies import Fixed
@@ -187,6 +189,46 @@ def test_levels_share_one_copy_of_the_trunk(machine, tiny_bundle):
     entries = onnxruntime_cuda.safetensors_entries(np.memmap(tiny_bundle / "transformer.safetensors", mode="r"))
     trunk = sum(nbytes for *_, nbytes in entries)
     assert sum(len(block) >= trunk for block in machine.cuda.memory.values()) == 1
+
+
+@pytest.fixture
+def float8_bundle(tiny_bundle, tmp_path, monkeypatch) -> Path:
+    """The bundle with FP8 twins, on a machine that has FP8."""
+    monkeypatch.setattr(float8, "FEWEST", 16)
+    path = shutil.copytree(tiny_bundle, tmp_path / "float8.bundle")
+    assert run(ddit_export, "fp8", path).exit_code == 0
+    monkeypatch.setattr(onnxruntime_cuda.kernels, "load_kernels", lambda _: Path("operators.so"))
+    monkeypatch.setattr(onnxruntime_cuda.kernels, "why_no_float8", lambda _: None)
+    return path
+
+
+def test_levels_in_fp8_share_their_weights_and_leave_the_others_out(machine, float8_bundle):
+    levels = {"seed": 3, "schedule": Fixed((2, 4, 8)), **SIZE}
+    expected = Pipeline.open(float8_bundle, backend="cpu-fp8")("a red circle", **levels)
+    pipeline = Pipeline.open(float8_bundle, backend="cuda-fp8")
+    pipeline.backend._kernels = None  # here the functions run
+    actual = pipeline("a red circle", **levels)
+    opened = [name for name in machine.opened if name.startswith("level-")]
+    assert opened == [f"level-{patch}.cuda-fp8.onnx" for patch in (2, 4, 8)]
+    np.testing.assert_allclose(actual.latent, expected.latent, rtol=1e-3, atol=1e-3)
+    weights = pipeline.backend._sessions.weights
+    rounded = {name.removesuffix(".fp8") for name in weights["cuda-fp8.safetensors"] if name.endswith(".fp8")}
+    assert rounded
+    assert not rounded & weights["transformer.safetensors"].keys()
+    stored = np.memmap(float8_bundle / "transformer.safetensors", mode="r")
+    names = {name for name, *_ in onnxruntime_cuda.safetensors_entries(stored)}
+    assert weights["transformer.safetensors"].keys() == names - rounded
+
+
+def test_without_fp8_the_other_twins_run_and_a_warning_says_why(machine, float8_bundle, monkeypatch, caplog):
+    monkeypatch.setattr(onnxruntime_cuda.kernels, "why_no_float8", lambda _: "the GPU is too old")
+    backend = CudaFloat8Backend(Bundle.open(float8_bundle))
+    backend._kernels = None
+    backend.engine("level-2")
+    assert machine.opened == ["level-2.cuda.onnx"]
+    assert "cuda-fp8.safetensors" not in backend._sessions.weights
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == "no FP8 here, and the levels run as on --backend cuda: the GPU is too old"
 
 
 def test_bfloat16_weights_reach_the_sessions_as_such(machine, tiny_bundle, tmp_path):

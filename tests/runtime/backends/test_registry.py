@@ -165,7 +165,11 @@ def test_the_automatic_choice_takes_the_first_that_opens(tiny_bundle, monkeypatc
             raise BackendError(f"{name} is not here")
 
         register(BackendKind(name=name, description=name, open=opener, device=device, rank=rank))
-    assert [kind.name for kind in kinds()] == ["first", "second", "tensorrt", "cuda", "cpu", "tensorrt-rtx", "unranked"]
+    ranked, unranked = (
+        ["first", "second", "tensorrt", "cuda", "cpu"],
+        ["cpu-fp8", "cuda-fp8", "tensorrt-rtx", "unranked"],
+    )
+    assert [kind.name for kind in kinds()] == ranked + unranked
     assert isinstance(registry.open_backend(None, Bundle.open(tiny_bundle)), ReferenceBackend)
     assert [record.getMessage() for record in caplog.records] == ["not first: first is not here"]
 

@@ -14,10 +14,11 @@ from PIL import Image
 
 from conftest import run
 from ddit.runtime import Pipeline
+from ddit.runtime.batch import make as making
 from ddit.runtime.batch.lines import read_lines
 from ddit.runtime.batch.make import make
 from ddit.runtime.cli import main
-from ddit.runtime.errors import BackendError, NotFiniteError
+from ddit.runtime.errors import BackendError, NotFiniteError, UsageError
 from ddit.runtime.pipeline import Result
 from ddit.runtime.serving.engine_room import EngineRoom
 from fake_engines import fake_pipeline
@@ -132,6 +133,46 @@ def test_two_do_not_write_one_folder(tiny_bundle, tmp_path):
         result, _ = generate(tiny_bundle, prompts, out)
     assert result.exit_code == 2
     assert "another process is writing" in result.stderr
+
+
+def test_where_memory_is_short_they_are_made_in_turn(tiny_bundle, tmp_path, monkeypatch):
+    from ddit.runtime.backends.onnxruntime.host import OnnxRuntimeBackend
+
+    prompts, small = write(tmp_path, LINES), ("--height", 64, "--width", 64, "--steps", 8)
+    assert generate(tiny_bundle, prompts, tmp_path / "together", *small)[0].exit_code == 0
+    monkeypatch.setattr(OnnxRuntimeBackend, "low_memory", True)
+    result, report = generate(tiny_bundle, prompts, tmp_path / "in turn", *small)
+    assert result.exit_code == 0, result.stderr
+    assert report["made"] == 4
+    for record in records(tmp_path / "together"):
+        with (
+            Image.open(tmp_path / "together" / record["file"]) as one,
+            Image.open(tmp_path / "in turn" / record["file"]) as other,
+        ):
+            assert np.abs(np.asarray(one, float) - np.asarray(other, float)).max() <= 1
+
+
+def test_one_that_cannot_be_made_is_named_and_tried_again(tiny_bundle, tmp_path, monkeypatch):
+    prompts, out, small = write(tmp_path, LINES), tmp_path / "out", ("--height", 64, "--width", 64, "--steps", 4)
+    save = making.save_frames
+
+    def too_large(frames, path, frames_per_second):
+        if path.suffix == ".bmp":
+            raise UsageError(".bmp cannot hold the picture")
+        save(frames, path, frames_per_second)
+
+    monkeypatch.setattr(making, "save_frames", too_large)
+    result, report = generate(tiny_bundle, prompts, out, *small)
+    assert result.exit_code == 1
+    assert "line 3: .bmp cannot hold the picture" in result.stderr
+    assert result.stderr.splitlines()[-1] == "error: 1 of 4 were not made; line 3: .bmp cannot hold the picture"
+    assert report == {"out": str(out), "made": 3, "kept": 0, "failed": 1}
+    assert [one["id"] for one in records(out) if "error" in one] == ["00003"]
+    monkeypatch.undo()
+    result, report = generate(tiny_bundle, prompts, out, *small)
+    assert result.exit_code == 0
+    assert (report["made"], report["kept"]) == (1, 3)
+    assert not [one for one in records(out) if "error" in one]
 
 
 def test_clips(wan_bundle, tmp_path):

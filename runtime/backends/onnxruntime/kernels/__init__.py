@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
 SOURCES = ("arguments.h", "conversions.cuh", "kernels.cu")  # in the order in which they are one program
 LIBRARY = "operators.*"
+FLOAT8_SINCE = (8, 9)  # compute capability
 SUFFIXES = {".so", ".pyd", ".dll"}
 
 
@@ -47,6 +48,18 @@ def load_kernels(capability: str) -> Path | None:
         log.warning("the CUDA kernels cannot be loaded, and steps take longer: CUDA answers %d", status)
         return None
     return library
+
+
+def why_no_float8(capability: str) -> str | None:
+    """Why there are no products in FP8 on a GPU after `load_kernels`; None where there are."""
+    if tuple(map(int, capability.split("."))) < FLOAT8_SINCE:
+        return f"the GPU has compute capability {capability}, FP8 needs 8.9 or newer"
+    library = find_library()
+    if library is None:
+        return "ddit was installed without its kernels"
+    if not getattr(ctypes.CDLL(str(library)), "ddit_float8", int)():  # one that is older than this has none
+        return "cuBLASLt of CUDA 12 or 13 is not found; run: pip install 'ddit[cuda]'"
+    return None
 
 
 def _compiled(arch: str) -> bytes:

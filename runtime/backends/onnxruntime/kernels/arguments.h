@@ -35,3 +35,19 @@ struct GeluArguments {
   void* out;                              // (B, S, C + M) of T
   int first_channels, channels;           // C, M
 };
+
+// quantised = x / scale in FP8 (E4M3), where the scale takes a row's largest number to 448; one block for a row.
+struct QuantiseArguments {
+  const void* x;    // (M, K) of T
+  void* quantised;  // (M, K) of FP8
+  float* scale;     // (M)
+  int channels;     // K
+};
+
+// out = out · factor · row · column, for a product that was computed without its scales; one block for a row.
+struct RescaleArguments {
+  void* out;                    // (M, N) of T
+  const float *rows, *columns;  // (M), (N)
+  int channels;                 // N
+  float factor;
+};

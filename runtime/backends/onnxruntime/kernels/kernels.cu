@@ -45,6 +45,21 @@ __device__ inline float block_sum(float value, float* partial) {
   return group_sum(threadIdx.x % 32 < blockDim.x / 32 ? partial[threadIdx.x % 32] : 0.0f, 32);
 }
 
+// The largest over the block, in all threads; `partial` as in `block_sum`. Numbers are not negative.
+__device__ inline float block_largest(float value, float* partial) {
+  for (int half = 0; half < 2; ++half) {
+    for (int apart = 16; apart; apart /= 2) {
+      const float other = __shfl_xor_sync(~0u, value, apart);
+      value = other > value ? other : value;
+    }
+    if (half) break;
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
+    __syncthreads();
+    value = threadIdx.x % 32 < blockDim.x / 32 ? partial[threadIdx.x % 32] : 0.0f;
+  }
+  return value;
+}
+
 template <typename T, typename M>
 __device__ inline void residual(const ResidualArguments& of) {
   __shared__ float sums[32], squares[32];
@@ -204,6 +219,74 @@ __device__ inline void join_gelu(const GeluArguments& of) {
     store<T>(of.out, row * (first + second) + place, values);
   }
 }
+
+#ifdef DDIT_FLOAT8
+struct alignas(8) Float8Vector {
+  unsigned short pairs[kVector / 2];
+};
+
+template <typename T>
+__device__ inline void quantise(const QuantiseArguments& of) {
+  __shared__ float partial[32];
+  const int vectors = of.channels / kVector;
+  const long long row = (long long)blockIdx.x * vectors;
+  float kept[kVectorsPerThread][kVector];
+  float largest = 0.0f;
+#pragma unroll
+  for (int slot = 0; slot < kVectorsPerThread; ++slot) {
+    const int place = threadIdx.x + slot * blockDim.x;
+    if (place >= vectors) continue;
+    load<T>(of.x, row + place, kept[slot]);
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) {
+      const float size = kept[slot][k] < 0.0f ? -kept[slot][k] : kept[slot][k];
+      largest = size > largest ? size : largest;
+    }
+  }
+  float scale = block_largest(largest, partial) / 448.0f;
+  if (scale < 1.175494351e-38f) scale = 1.0f;  // a row of zeros, or of numbers that leave no reciprocal
+  if (threadIdx.x == 0) of.scale[blockIdx.x] = scale;
+  const float factor = 1.0f / scale;
+#pragma unroll
+  for (int slot = 0; slot < kVectorsPerThread; ++slot) {
+    const int place = threadIdx.x + slot * blockDim.x;
+    if (place >= vectors) continue;
+    Float8Vector vector;
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) {
+      // x / scale to the last bit (Markstein): the product with the reciprocal alone often lies beside a tie of FP8
+      const float nearly = kept[slot][k] * factor;
+      kept[slot][k] = fmaf(fmaf(-nearly, scale, kept[slot][k]), factor, nearly);
+    }
+#pragma unroll
+    for (int k = 0; k < kVector; k += 2) vector.pairs[k / 2] = to_float8(kept[slot][k], kept[slot][k + 1]);
+    static_cast<Float8Vector*>(of.quantised)[row + place] = vector;
+  }
+}
+
+template <typename T>
+__device__ inline void rescale(const RescaleArguments& of) {
+  const int vectors = of.channels / kVector;
+  const long long row = (long long)blockIdx.x * vectors;
+  const float factor = of.rows[blockIdx.x] * of.factor;
+  for (int place = threadIdx.x; place < vectors; place += blockDim.x) {
+    float values[kVector], scales[kVector];
+    load<T>(of.out, row + place, values);
+    load<float>(of.columns, place, scales);
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) values[k] *= factor * scales[k];
+    store<T>(of.out, row + place, values);
+  }
+}
+
+#define DDIT_FLOAT8_KERNELS(name, T)                                                    \
+  extern "C" __global__ void quantise_##name(QuantiseArguments of) { quantise<T>(of); } \
+  extern "C" __global__ void rescale_##name(RescaleArguments of) { rescale<T>(of); }
+
+DDIT_FLOAT8_KERNELS(f32, float)
+DDIT_FLOAT8_KERNELS(f16, Half)
+DDIT_FLOAT8_KERNELS(bf16, Bfloat16)
+#endif
 
 #define DDIT_TWO_TYPES(name, T, M)                                                         \
   extern "C" __global__ void residual_##name(ResidualArguments of) { residual<T, M>(of); } \

@@ -13,13 +13,13 @@
 #include <vector>
 
 #include "arguments.h"
+#include "library.h"
+#include "products.h"
 #include "third_party/onnxruntime_c_api.h"
 
 #ifdef _WIN32
-#include <windows.h>
 #define DDIT_EXPORT extern "C" __declspec(dllexport)
 #else
-#include <dlfcn.h>
 #define DDIT_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
@@ -49,31 +49,42 @@ struct Driver {
 Driver driver;
 Code code = nullptr;
 
-template <typename F>
-bool find(void* library, const char* name, F& function) {
-#ifdef _WIN32
-  function = reinterpret_cast<F>(GetProcAddress(static_cast<HMODULE>(library), name));
-#else
-  function = reinterpret_cast<F>(dlsym(library, name));
-#endif
-  return function != nullptr;
-}
-
 bool open_driver() {
 #ifdef _WIN32
-  void* library = LoadLibraryA("nvcuda.dll");
+  void* library = open_library({"nvcuda.dll"});
 #else
-  void* library = dlopen("libcuda.so.1", RTLD_NOW);
+  void* library = open_library({"libcuda.so.1"});
 #endif
   return library && find(library, "cuLibraryLoadData", driver.load) &&
          find(library, "cuLibraryGetKernel", driver.kernel) && find(library, "cuLaunchKernel", driver.launch);
 }
 
+cublaslt::Library cublas;
+cublaslt::Products products(cublas);
+
 // ---- the operators ----
 
 // An input by what it is: T or M is its type, see arguments.h.
-enum class Role { x, y, bias, branch, gate, scale, shift, weight, text, text_bias, text_weight, cos, sin, first, h };
-enum class Kind { residual, heads, gelu };
+enum class Role {
+  x,
+  y,
+  bias,
+  branch,
+  gate,
+  scale,
+  shift,
+  weight,
+  text,
+  text_bias,
+  text_weight,
+  cos,
+  sin,
+  first,
+  h,
+  rounded,  // a weight in FP8, by bytes
+  scales    // of its rows, float32
+};
+enum class Kind { residual, heads, gelu, product };
 
 struct Signature {
   const char* name;
@@ -104,6 +115,7 @@ const Signature kSignatures[] = {
     {"BiasGeluWithBranch", Kind::gelu, {Role::h, Role::bias, Role::branch}, 1},
     {"JoinedBiasGelu", Kind::gelu, {Role::first, Role::h, Role::bias}, 1},
     {"JoinedBiasGeluWithBranch", Kind::gelu, {Role::first, Role::h, Role::bias, Role::branch}, 1},
+    {"Float8MatMul", Kind::product, {Role::x, Role::rounded, Role::scales}, 1},
 };
 
 struct Types {
@@ -171,6 +183,8 @@ class Kernel {
         return residual(context, input, stream);
       case Kind::heads:
         return heads(context, input, stream);
+      case Kind::product:
+        return product(context, input, stream);
       default:
         return gelu(context, input, stream);
     }
@@ -181,15 +195,22 @@ class Kernel {
 
   OrtStatus* prepare(const Types& types, const OrtKernelInfo* info) {
     if (!code) return failure("the kernels of domain ddit are not loaded");
-    const char* const kinds[] = {"residual_", "heads_", "gelu_"};
-    std::string name = kinds[static_cast<int>(signature_.kind)] + std::string(types.name);
-    if (signature_.kind == Kind::gelu) name.resize(name.rfind('_'));  // it has no M
-    if (driver.kernel(&function_, code, name.c_str())) return failure("the kernel " + name + " is not there");
+    const char* const kinds[] = {"residual_", "heads_", "gelu_", "quantise_"};
+    std::string type = types.name;
+    if (signature_.kind == Kind::gelu || signature_.kind == Kind::product) type.resize(type.rfind('_'));  // without M
+    DDIT_RETURN_IF_ERROR(find_kernel(kinds[static_cast<int>(signature_.kind)] + type, function_));
+    if (signature_.kind == Kind::product) DDIT_RETURN_IF_ERROR(find_kernel("rescale_" + type, rescale_));
+    type_ = types.graph;
     number(info, "epsilon", epsilon_);
     number(info, "limit", limit_);
     number(info, "offset", offset_);
     whole(info, "num_heads", heads_);
     whole(info, "across", across_);
+    return nullptr;
+  }
+
+  static OrtStatus* find_kernel(const std::string& name, Function& function) {
+    if (driver.kernel(&function, code, name.c_str())) return failure("the kernel " + name + " is not there");
     return nullptr;
   }
 
@@ -311,6 +332,69 @@ class Kernel {
     return launch(h.at(0) * h.at(1), 256, to, stream);
   }
 
+  template <typename Input>
+  OrtStatus* product(OrtKernelContext* context, const Input& input, void* stream) {
+    const Tensor &x = input(Role::x), &weight = input(Role::rounded), &scales = input(Role::scales);
+    DDIT_RETURN_IF_ERROR(check_tokens(x));
+    if (weight.shape.size() != 2 || weight.at(1) != x.last()) return failure(says() + "weight is not (N, K)");
+    if (scales.shape.size() != 1 || scales.last() != weight.at(0)) return failure(says() + "scale is not (N)");
+    const int64_t rows = x.at(0) * x.at(1), columns = weight.at(0), inner = x.last();
+    if (columns % 16 || inner % 16) return failure(says() + "the sizes of weight are no multiples of 16");
+    void* out = nullptr;
+    DDIT_RETURN_IF_ERROR(output(context, 0, {x.at(0), x.at(1), columns}, out));
+    if (rows == 0) return nullptr;
+    const int type = type_ == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT     ? cublaslt::CUDA_R_32F
+                     : type_ == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? cublaslt::CUDA_R_16F
+                                                                      : cublaslt::CUDA_R_16BF;
+    const auto* const column_scales = static_cast<const float*>(scales.data);
+    cublaslt::Plan* plan = nullptr;
+    int status = products.plan({rows, columns, inner, type}, column_scales, plan);
+    if (status) return failure(says() + "cuBLASLt has no way to compute it and answers " + std::to_string(status));
+    // what one block of scratch memory holds: x in FP8, its scales, and cuBLASLt's own
+    const int64_t scales_at = aligned(rows * inner), workspace_at = scales_at + aligned(rows * 4);
+    Scratch scratch;
+    DDIT_RETURN_IF_ERROR(scratch.open(context, workspace_at + static_cast<int64_t>(plan->chosen.workspace)));
+    char* const quantised = scratch.data();
+    auto* const row_scales = reinterpret_cast<float*>(quantised + scales_at);
+    QuantiseArguments to{x.data, quantised, row_scales, static_cast<int>(inner)};
+    DDIT_RETURN_IF_ERROR(launch(function_, rows, row_threads(to.channels), to, stream));
+    status =
+        products.run(*plan, weight.data, column_scales, quantised, row_scales, out, quantised + workspace_at, stream);
+    if (status) return failure(says() + "cuBLASLt answers " + std::to_string(status));
+    if (plan->scales) return nullptr;
+    RescaleArguments then{out, row_scales, column_scales, static_cast<int>(columns), 1 / cublaslt::Products::kShare};
+    return launch(rescale_, rows, 256, then, stream);
+  }
+
+  static int64_t aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+
+  // Memory beside a kernel's output, from ONNX Runtime's allocator, until the end of a call: whatever uses it
+  // afterwards is queued on the same stream.
+  class Scratch {
+   public:
+    ~Scratch() {
+      if (block_) allocator_->Free(allocator_, block_);
+      if (allocator_) ort->ReleaseAllocator(allocator_);
+    }
+
+    OrtStatus* open(OrtKernelContext* context, int64_t bytes) {
+      const OrtValue* x = nullptr;
+      const OrtMemoryInfo* where = nullptr;
+      DDIT_RETURN_IF_ERROR(ort->KernelContext_GetInput(context, 0, &x));
+      DDIT_RETURN_IF_ERROR(ort->GetTensorMemoryInfo(x, &where));
+      DDIT_RETURN_IF_ERROR(ort->KernelContext_GetAllocator(context, where, &allocator_));
+      block_ = allocator_->Alloc(allocator_, static_cast<size_t>(bytes) + 255);
+      return block_ ? nullptr : failure("there is no memory for a product in FP8");
+    }
+
+    // Its first byte at a multiple of 256, as cudaMalloc gives it.
+    char* data() const { return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(block_) + 255) / 256 * 256); }
+
+   private:
+    OrtAllocator* allocator_ = nullptr;
+    void* block_ = nullptr;
+  };
+
   OrtStatus* check_tokens(const Tensor& tokens) const {
     if (tokens.shape.size() != 3) return failure(says() + "a tensor of tokens is not (B, S, C)");
     const int64_t channels = tokens.last();
@@ -332,15 +416,21 @@ class Kernel {
 
   template <typename Arguments>
   OrtStatus* launch(int64_t blocks, unsigned threads, Arguments& arguments, void* stream) {
+    return launch(function_, blocks, threads, arguments, stream);
+  }
+
+  template <typename Arguments>
+  OrtStatus* launch(Function function, int64_t blocks, unsigned threads, Arguments& arguments, void* stream) {
     if (blocks == 0) return nullptr;
     void* parameters[] = {&arguments};
     const int status =
-        driver.launch(function_, static_cast<unsigned>(blocks), 1, 1, threads, 1, 1, 0, stream, parameters, nullptr);
+        driver.launch(function, static_cast<unsigned>(blocks), 1, 1, threads, 1, 1, 0, stream, parameters, nullptr);
     return status ? failure(says() + "CUDA answers " + std::to_string(status)) : nullptr;
   }
 
   const Signature& signature_;
-  Function function_ = nullptr;
+  Function function_ = nullptr, rescale_ = nullptr;
+  ONNXTensorElementDataType type_ = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;  // T
   float epsilon_ = 1e-6f, offset_ = 1.0f, limit_ = INFINITY;
   int64_t heads_ = 0, across_ = 0;
 };
@@ -375,7 +465,8 @@ struct Operator : OrtCustomOp {
 
   ONNXTensorElementDataType type(size_t place) const {
     const Role role = signature->inputs[place];
-    if (role == Role::cos || role == Role::sin) return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    if (role == Role::cos || role == Role::sin || role == Role::scales) return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    if (role == Role::rounded) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
     return is_modulation(role) ? types->modulation : types->graph;
   }
 
@@ -389,6 +480,12 @@ struct Operator : OrtCustomOp {
   }
 };
 
+// Whether this machine has products in FP8: the GPU's code holds their kernels, and cuBLASLt is there.
+bool has_float8() {
+  Function function = nullptr;
+  return code && driver.kernel(&function, code, "quantise_f16") == 0 && cublas.open();
+}
+
 }  // namespace
 
 // Load the kernels' code (a cubin). Returns 0, the driver's error, or -1 where there is no driver.
@@ -397,6 +494,9 @@ DDIT_EXPORT int ddit_load(const void* cubin) {
   if (!open_driver()) return -1;
   return driver.load(&code, cubin, nullptr, nullptr, 0, nullptr, nullptr, 0);
 }
+
+// Whether the kernels that were loaded compute products in FP8.
+DDIT_EXPORT int ddit_float8() { return has_float8() ? 1 : 0; }
 
 // What ONNX Runtime calls for every session that registers this library.
 DDIT_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
@@ -408,6 +508,7 @@ DDIT_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options
     OrtCustomOpDomain* made = nullptr;
     DDIT_RETURN_IF_ERROR(ort->CreateCustomOpDomain(kDomain, &made));
     for (const Signature& signature : kSignatures) {
+      if (signature.kind == Kind::product && !has_float8()) continue;  // the function in the model does
       for (const Types& types : kTypes) {
         auto* made_operator = new Operator(signature, types);
         if (!made_operator->counts()) {

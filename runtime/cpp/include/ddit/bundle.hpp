@@ -47,6 +47,7 @@ struct GraphInfo {
   std::vector<std::string> weights;
   std::string dtype;
   std::map<std::string, std::string> twins;  // by backend: a file that computes the same, faster there
+  std::map<std::string, std::vector<std::string>> twin_weights;  // by backend: what only its twin points into
 };
 
 struct LevelInfo {
