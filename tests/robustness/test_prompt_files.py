@@ -42,17 +42,17 @@ def test_prompt_files(victim, examples, tmp_path_factory, monkeypatch):
         out = tmp_path_factory.mktemp("out")
         count("prompt files", judge(["generate", victim, "--prompts", name, "--out", out, "--backend", "cpu"]))
 
-    @examples(60, 1500)
+    @examples(60, 600)
     @given(rows=st.lists(lines(), min_size=1, max_size=3))
     def json_lines(rows):
         tried("p.jsonl", "\n".join(map(json.dumps, rows)).encode())
 
-    @examples(60, 1500)
+    @examples(60, 600)
     @given(rows=st.lists(lines(), min_size=1, max_size=3))
     def rows_of_csv(rows):
         tried("p.csv", as_csv(rows))
 
-    @examples(40, 1000)
+    @examples(40, 300)
     @given(name=st.sampled_from(["p.jsonl", "p.csv"]), content=st.binary(max_size=60), whole=st.booleans())
     def bytes_of_any_kind(name, content, whole):
         usual = json.dumps(USUAL).encode() if name == "p.jsonl" else as_csv([USUAL])

@@ -27,6 +27,7 @@ from ddit.runtime import Pipeline
 from ddit.runtime.cli import main
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'ddit[ray]'")
+pytestmark = pytest.mark.xdist_group("ray")  # one cluster for all of them
 
 LONG = {"prompt": "a", "steps": 100, "schedule": "native", "size": "256x256", "n": 10}  # seconds
 KEY = "a key"
@@ -40,7 +41,7 @@ CLIENT = httpx.Client(timeout=PATIENCE, limits=httpx.Limits(max_connections=None
 def cluster() -> Iterator[str]:
     """A cluster's address; the commands find it."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    context = ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    context = ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     address = context.address_info["gcs_address"]
     os.environ["RAY_ADDRESS"] = address
     yield address
