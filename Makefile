@@ -49,7 +49,7 @@ types: setup
 	MYPYPATH=build/types:scripts $(BIN)/mypy --namespace-packages --explicit-package-bases build/types/ddit scripts
 
 unit: setup
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadgroup
 
 clean:
 	rm -rf $(VENV) build images demo.bundle demo-video.bundle

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from threading import RLock
 from time import perf_counter
@@ -65,7 +65,7 @@ class Pipeline:
         self._text = TextConditioner(backend)
         self._decoder = make_decoder(backend)
         self._programs = Programs(bundle.manifest)
-        self._costs = lru_cache(maxsize=16)(self._find_costs)
+        self._known_costs = lru_cache(maxsize=16)(partial(find_costs, self))
         self._alone = RLock()  # held by a run that lets go of engines
 
     @classmethod
@@ -190,7 +190,7 @@ class Pipeline:
     def _run(self, runs: Sequence[Run], on_step: OnStep | None, on_frame: OnFrame | None) -> list[Result]:
         for run in runs:
             if run.budget is not None:
-                self._costs(run.size)  # measured before the clock starts, where they are not known
+                self.costs(run.size)  # measured before the clock starts, where they are not known
         start = perf_counter()
         runs = [self.within_budget(run, start) for run in runs]
         if self.backend.low_memory:
@@ -298,8 +298,9 @@ class Pipeline:
         size = manifest.size(height=height, width=width, frames=frames)
         return run_sigmas(manifest, steps, shapes.to_symbols(manifest.latent, size.by_name()))
 
-    def _find_costs(self, size: shapes.Size) -> Costs:
-        return find_costs(self, size)
+    def costs(self, size: shapes.Size) -> Costs:
+        """What pictures of a size cost here; measured by the first call, where no calibration has."""
+        return self._known_costs(size)
 
     def within_budget(self, run: Run, start: float, clock: Callable[[], float] = perf_counter) -> Run:
         """The run under the policy that its time budget leaves it, from ``start`` on the clock on.
@@ -309,7 +310,7 @@ class Pipeline:
         """
         if run.budget is None:
             return run
-        costs = self._costs(run.size)
+        costs = self.costs(run.size)
         manifest, backend = self.bundle.manifest, str(self.backend)
         info = manifest.prediction(steps=run.steps, size=run.size, backend=backend)
         known = manifest.calibration("adaptive", steps=run.steps, size=run.size, backend=backend)

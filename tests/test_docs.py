@@ -75,6 +75,7 @@ def test_readme_s_commands_run(tiny_bundle, wan_bundle, tmp_path, monkeypatch):
     for name in ("flux.bundle", "demo.bundle"):
         (tmp_path / name).symlink_to(tiny_bundle)
     (tmp_path / "Wan2.1-T2V-1.3B-Diffusers.bundle").symlink_to(wan_bundle)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a zebra in fog", "steps": 4}\n{"prompt": "a red circle"}\n')
     tried = [words for words in command_lines(ROOT / "README.md") if words[0] == "ddit-run" and words[1] in RUN_HERE]
     assert {words[1] for words in tried} == set(RUN_HERE)
     for words in tried:
@@ -83,6 +84,7 @@ def test_readme_s_commands_run(tiny_bundle, wan_bundle, tmp_path, monkeypatch):
         assert result.exit_code == 0, (words, result.stderr)
     assert (tmp_path / "zebra.png").is_file()
     assert (tmp_path / "zebra.mp4").is_file()
+    assert (tmp_path / "pictures" / "00002.png").is_file()
 
 
 def test_readme_s_python_runs(tiny_bundle, tiny_pipeline, tmp_path, monkeypatch):

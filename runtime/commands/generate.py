@@ -1,11 +1,12 @@
-"""Make one picture or clip."""
+"""Make one picture or clip, or all those of a file of prompts."""
 
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import click
-from PIL import Image
+from click.core import ParameterSource
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 
@@ -13,22 +14,40 @@ from ddit.runtime import strict_json
 from ddit.runtime.backends.registry import open_backend
 from ddit.runtime.bundle import Bundle
 from ddit.runtime.bundle.manifest import VideoDecoderInfo
-from ddit.runtime.commands.options import BACKEND, BUNDLE, FRAMES, HEIGHT, JSON, THREADS, WIDTH, Seconds, check_type
+from ddit.runtime.commands.generate_many import generate_many
+from ddit.runtime.commands.options import (
+    BACKEND,
+    BUNDLE,
+    FRAMES,
+    HEIGHT,
+    IN_FLIGHT,
+    JSON,
+    THREADS,
+    WIDTH,
+    Replicas,
+    Seconds,
+    check_type,
+)
 from ddit.runtime.console import DditCommand, say, terminal
 from ddit.runtime.denoise import Progress
 from ddit.runtime.errors import UsageError
 from ddit.runtime.files import check_outputs, whole
 from ddit.runtime.pipeline import Pipeline
+from ddit.runtime.saving import PICTURES, save_frames, save_picture
 from ddit.runtime.tools.plots import plot_complexity, plot_schedule, plot_types
 from ddit.runtime.trace import StepRecord, Trace
-from ddit.runtime.video import check_clip_type, frame_files, save_clip
-
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}  # which every Pillow writes as they are
+from ddit.runtime.video import check_clip_type, frame_files
 
 
 @click.command(cls=DditCommand)
 @BUNDLE
-@click.argument("prompt")
+@click.argument("prompt", required=False)
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help="A file of prompts in place of one: JSON Lines (.jsonl) or CSV (.csv), each line with a prompt, and with id, "
+    "file, seed, size, steps, … of its own where the options here shall not hold. --out is a folder then.",
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--steps", type=int, help="Denoising steps.  [default: the bundle's]")
 @click.option(
@@ -59,7 +78,7 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}  
     "--out",
     type=click.Path(path_type=Path),
     help="Picture to write; or a clip (.mp4, .webp, .gif), or with %d its frames, as in frames/%03d.png.  "
-    "[default: out.png, out.mp4]",
+    "With --prompts a folder; what is finished there is not made again.  [default: out.png, out.mp4, out]",
 )
 @click.option(
     "--fps", type=click.FloatRange(0, 1000, min_open=True), help="Frames per second.  [default: the bundle's]"
@@ -69,12 +88,19 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}  
     "--plot", "plot_file", type=click.Path(path_type=Path), help="Draw levels and statistics (.png, .svg, .pdf)."
 )
 @click.option("--map", "map_file", type=click.Path(path_type=Path), help="Draw where and when there was detail.")
+@IN_FLIGHT
+@click.option("--ray", is_flag=True, help="With --prompts: spread the work over a Ray cluster.")
+@click.option("--replicas", type=Replicas(), help="With --ray: processes with the model, as in 4 or 1-8.  "
+              "[default: one a GPU]")  # fmt: skip
 @BACKEND
 @THREADS
 @JSON
+@click.pass_context
 def generate(
+    context: click.Context,
     bundle: Path,
-    prompt: str,
+    prompt: str | None,
+    prompts: Path | None,
     seed: int,
     steps: int | None,
     schedule: str | None,
@@ -92,11 +118,53 @@ def generate(
     trace_file: Path | None,
     plot_file: Path | None,
     map_file: Path | None,
+    in_flight: int,
+    ray: bool,
+    replicas: tuple[int, int] | None,
     backend: str | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Make one picture, or one clip."""
+    """Make one picture or one clip, or all those of a file of prompts."""
+    schedule = "+".join(part for part in (schedule, reuse) if part is not None) or None
+    asked: dict[str, Any] = {
+        "seed": seed,
+        "steps": steps,
+        "schedule": schedule,
+        "budget": budget,
+        "height": height,
+        "width": width,
+        "guidance": guidance,
+        "negative_prompt": negative_prompt,
+        "carry": carry,
+        "text_length": text_length,
+        "frames": frames,
+    }
+    if (prompt is None) == (prompts is None):
+        raise UsageError("give a prompt, or a file of them with --prompts")
+    if prompts is not None:
+        if trace_file or plot_file or map_file:
+            raise UsageError("--trace, --plot and --map are for one picture; results.jsonl says how many came about")
+        if replicas and not ray:
+            raise UsageError("--replicas is for --ray")
+        generate_many(
+            bundle,
+            prompts,
+            out or Path("out"),
+            asked,
+            fps=fps,
+            backend=backend,
+            threads=threads,
+            in_flight=in_flight,
+            ray=ray,
+            replicas=replicas,
+            as_json=as_json,
+        )
+        return
+    assert prompt is not None
+    for name in ("in_flight", "ray", "replicas"):
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise UsageError(f"--{name.replace('_', '-')} is for many pictures; give a file of them with --prompts")
     # before the work, not after it: whatever would keep the results from being written
     for path in filter(None, (plot_file, map_file)):
         check_type(path, plot_types())
@@ -125,30 +193,14 @@ def generate(
         def on_frame(done: int, frames: int) -> None:
             bar.update(task, completed=done, total=frames, description="decoding")
 
-        result = pipeline(
-            prompt,
-            seed=seed,
-            steps=steps,
-            schedule="+".join(part for part in (schedule, reuse) if part is not None) or None,
-            budget=budget,
-            height=height,
-            width=width,
-            guidance=guidance,
-            negative_prompt=negative_prompt,
-            carry=carry,
-            text_length=text_length,
-            frames=frames,
-            on_step=on_step,
-            on_frame=on_frame,
-        )
+        result = pipeline(prompt, **asked, on_step=on_step, on_frame=on_frame)
     if isinstance(decoder, VideoDecoderInfo) and not numbered:
-        with whole(out) as part:
-            save_clip(result.frames, part, fps or decoder.frames_per_second)
+        save_frames(result.frames, out, fps or decoder.frames_per_second)
     else:
         files = frame_files(out, len(result.frames)) if numbered else [out]
         for file, picture in zip(files, result.frames, strict=True):
             with whole(file) as part:
-                _save(picture, part)
+                save_picture(picture, part)
     if trace_file:
         with whole(trace_file) as part:
             part.write_text(result.trace.to_json() + "\n", encoding="utf-8")
@@ -182,13 +234,6 @@ def _steps_line(trace: Trace) -> str:
         small = f" at {size[0]}×{size[1]}" if size and scale < 1 else ""
         steps.append(f"{count} {'predicted' if level is None else f'at level {level}'}{small}")
     return f"{len(trace.steps)} steps ({' + '.join(steps)}) in {trace.total_milliseconds() / 1000:.1f} s"
-
-
-def _save(picture: Image.Image, path: Path) -> None:
-    try:
-        picture.save(path)
-    except ValueError as error:  # WebP and JPEG have a largest size
-        raise UsageError(f"{path.suffix} cannot hold the picture: {error}; choose --out with .png") from None
 
 
 def _progress_bar() -> ProgressBar:

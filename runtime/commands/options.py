@@ -29,6 +29,26 @@ class BackendOption(click.Option):
 
 BACKEND = click.option("--backend", cls=BackendOption)
 THREADS = click.option("--threads", type=click.IntRange(1), help="Threads of one graph.  [default: all cores]")
+IN_FLIGHT = click.option("--in-flight", type=click.IntRange(1, 1024), default=32, show_default=True,
+                         help="Pictures that denoise at once.")  # fmt: skip
+
+
+class Replicas(click.ParamType):  # type: ignore[type-arg]
+    """How many processes have the model: a number, or the fewest and the most of an autoscaled pool."""
+
+    name = "number"
+
+    def convert(
+        self, value: str | tuple[int, int], param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        """``"4"`` → (4, 4) and ``"1-8"`` → (1, 8)."""
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", value.strip(), re.ASCII)
+        least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= least <= most:
+            self.fail(f"{value!r}: give a number, as in 4, or the fewest and the most, as in 1-8", param, ctx)
+        return least, most
 
 
 class Seconds(click.ParamType):  # type: ignore[type-arg]

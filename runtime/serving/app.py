@@ -3,9 +3,8 @@
 import asyncio
 import logging
 import math
-import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Request
@@ -16,14 +15,12 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from ddit.runtime import strict_json
-from ddit.runtime.bundle import Manifest
 from ddit.runtime.errors import DditError, UsageError
-from ddit.runtime.serving.about import describe
 from ddit.runtime.serving.guard import INVALID, Guard, error_response
-from ddit.runtime.serving.metrics import Metrics
-from ddit.runtime.serving.pictures import Stream, image_data, size_text, sse, usage
+from ddit.runtime.serving.metrics import Figures, Metrics
+from ddit.runtime.serving.models import ExpiredError, LocalModel, Model, UnavailableError
+from ddit.runtime.serving.pictures import ACCEPTED, COMPLETED, Told, response, sse
 from ddit.runtime.serving.schema import (
-    WEIGHTS,
     ErrorResponse,
     Health,
     ImageRequest,
@@ -33,8 +30,8 @@ from ddit.runtime.serving.schema import (
     ModelList,
 )
 from ddit.runtime.serving.static import add_page
-from ddit.runtime.serving.tickets import Closed, Job, RoomFullError, State
-from ddit.runtime.serving.worker import Order, Worker
+from ddit.runtime.serving.tickets import RoomFullError
+from ddit.runtime.serving.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -53,19 +50,22 @@ ERRORS = {
 }
 
 
-class ExpiredError(DditError):
-    """A request took longer than it may."""
-
-
 def create_app(worker: Worker, metrics: Metrics, *, limits: Limits | None = None, token: str | None = None) -> FastAPI:
     """The application over a worker that is not started yet."""
     limits = limits or Limits()
+    return application([LocalModel(worker, limits)], metrics, limits=limits, token=token)
+
+
+def application(models: Sequence[Model], figures: Figures, *, limits: Limits, token: str | None) -> FastAPI:
+    """The application over models, the first of which serves requests that name none."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        worker.start()
+        for model in models:
+            model.start()
         yield
-        await asyncio.to_thread(worker.stop)
+        for model in models:
+            await asyncio.to_thread(model.stop)
 
     app = FastAPI(
         title="ddit", version="1", summary="Pictures from a bundle.", lifespan=lifespan, docs_url=None, redoc_url=None
@@ -75,12 +75,12 @@ def create_app(worker: Worker, metrics: Metrics, *, limits: Limits | None = None
         token=token,
         body=limits.body,
         body_seconds=limits.body_seconds,
-        on_response=lambda method, path, status: metrics.responses.labels(method, path, str(status)).inc(),
+        on_response=lambda method, path, status: figures.responses.labels(method, path, str(status)).inc(),
     )
     app.openapi = lambda: _description(app)  # type: ignore[method-assign]
     _errors(app)
-    _pictures(app, worker, limits)
-    _about(app, worker, metrics, limits)
+    _pictures(app, models)
+    _about(app, models, figures)
     add_page(app)
     return app
 
@@ -136,25 +136,22 @@ def _answer(error: DditError) -> JSONResponse:
         return error_response(429, text, "rate_limit_error", code="rate_limit_exceeded", retry_after=wait)
     if isinstance(error, ExpiredError):
         return error_response(408, text, INVALID, code="timeout", x_should_retry="false")
+    if isinstance(error, UnavailableError):
+        return error_response(503, text, SERVER, retry_after="5")
     return error_response(500, text, SERVER)
 
 
-def _pictures(app: FastAPI, worker: Worker, limits: Limits) -> None:
-    manifest = worker.room.pipeline.bundle.manifest
+async def _choose(models: Sequence[Model], name: str | None) -> Model:
+    """The model of a name. Raises `UsageError` where there is none."""
+    if name is None:
+        return models[0]
+    known = [(await model.info()).id for model in models]
+    if name not in known:
+        raise UsageError(f"there is no model {name!r} here; this server has {', '.join(map(repr, known))}")
+    return models[known.index(name)]
 
-    def jobs(asked: ImageRequest) -> list[Job]:
-        asked.check(limits, manifest.model.id)
-        runs = [worker.room.resolve(request) for request in asked.requests()]
-        for run in runs:
-            if run.steps > limits.steps:
-                raise UsageError(f"the schedule has {run.steps} steps; at most {limits.steps} are taken")
-            if limits.pixels is not None and run.size.height * run.size.width > limits.pixels:
-                raise UsageError(f"a picture of {run.size} has more than the {limits.pixels} pixels that are taken")
-        seconds = min(asked.timeout or limits.seconds, limits.seconds)
-        deadline = worker.room.clock() + seconds
-        weight = WEIGHTS[asked.priority or "normal"]
-        return [Job(run, deadline, weight, asked.partial_images or 0, bool(asked.progress)) for run in runs]
 
+def _pictures(app: FastAPI, models: Sequence[Model]) -> None:
     @app.post(
         "/v1/images/generations",
         response_model=ImagesResponse,
@@ -166,45 +163,31 @@ def _pictures(app: FastAPI, worker: Worker, limits: Limits) -> None:
     )
     async def generate(asked: Annotated[ImageRequest, Body()], request: Request) -> Response:
         """Make pictures."""
-        if not worker.ready.is_set() or worker.broken:
-            text = worker.broken or "the server is starting; try later"
-            return error_response(503, text, SERVER, retry_after="5")
-        wanted = await asyncio.to_thread(jobs, asked)
-        order = worker.order(wanted)
+        model = await _choose(models, asked.model)
+        pictures = model.pictures(asked)
+        first = await anext(pictures)  # from here on they are accepted
         if asked.stream:
-            return EventStream(order, Stream(asked, [job.run for job in wanted], manifest))
-        return await _whole(order, asked, wanted, manifest, request)
+            return EventStream(first, pictures, progress=bool(asked.progress))
+        return await _whole(pictures, request)
 
 
-async def _whole(
-    order: Order, asked: ImageRequest, wanted: Sequence[Job], manifest: Manifest, request: Request
-) -> Response:
+async def _whole(pictures: AsyncGenerator[Told, None], request: Request) -> Response:
     """All pictures in one response; nothing more is done for a client that has gone."""
-    async with order:
-        making, leaving = asyncio.ensure_future(_all_closed(order)), asyncio.ensure_future(_gone(request))
-        try:
-            await asyncio.wait((making, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if not making.done():
-                return Response(status_code=GONE)  # which nobody reads
-            closed = making.result()
-        finally:
-            for task in (making, leaving):
-                task.cancel()
-    data = [await asyncio.to_thread(image_data, closed[index], asked) for index in range(len(wanted))]
-    runs = [job.run for job in wanted]
-    body = ImagesResponse(
-        created=int(time.time()),
-        data=data,
-        size=size_text(runs[0]),
-        output_format=asked.output_format or "png",
-        usage=usage(runs, manifest),
-    )
+    making, leaving = asyncio.ensure_future(_all_completed(pictures)), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((making, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not making.done():
+            return Response(status_code=GONE)  # which nobody reads
+        body = response(making.result())
+    finally:
+        await _end(making, leaving)
     return Response(body.model_dump_json(exclude_none=True), media_type="application/json")
 
 
-async def _all_closed(order: Order) -> dict[int, Closed]:
-    """The jobs' last events by number. Raises `DditError` for a job that made no picture."""
-    return {index: _finished(event) async for index, event in order if isinstance(event, Closed)}
+async def _all_completed(pictures: AsyncGenerator[Told, None]) -> dict[int, Told]:
+    """What is told of the pictures' ends, by number. Raises `DditError` for one that was not made."""
+    async with aclosing(pictures):
+        return {told.index: told async for told in pictures if told.kind == COMPLETED}
 
 
 async def _gone(request: Request) -> None:
@@ -213,76 +196,77 @@ async def _gone(request: Request) -> None:
         pass
 
 
-class EventStream(StreamingResponse):
-    """An order's events as they come. What is left of it is given up when the client goes."""
+async def _end(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel what is not done, and wait for its end."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
 
-    def __init__(self, order: Order, stream: Stream):
+
+class EventStream(StreamingResponse):
+    """What is told of pictures, as it comes. What is left of them is given up when the client goes."""
+
+    def __init__(self, first: Told, pictures: AsyncGenerator[Told, None], *, progress: bool):
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        super().__init__(self._texts(order, stream), headers=headers, media_type="text/event-stream")
-        self._order = order
+        super().__init__(self._texts(first, pictures, progress), headers=headers, media_type="text/event-stream")
+        self._pictures = pictures
+        self._next: asyncio.Future[Told] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send them. The order is left here, because a stream that nobody has begun to read has no end."""
-        async with self._order:
-            await super().__call__(scope, receive, send)
-
-    async def _texts(self, order: Order, stream: Stream) -> AsyncIterator[str]:
-        for text in stream.accepted():
-            yield text
+        """Send them. The pictures are left here, because a stream that nobody has begun to read has no end."""
         try:
-            while not order.done:
-                try:
-                    index, event = await asyncio.wait_for(order.next(), SILENCE)
-                except asyncio.TimeoutError:
+            await super().__call__(scope, receive, send)
+        finally:
+            if self._next is not None:
+                await _end(self._next)
+            await self._pictures.aclose()
+
+    async def _texts(self, told: Told, pictures: AsyncGenerator[Told, None], progress: bool) -> AsyncIterator[str]:
+        try:
+            while True:
+                if progress or told.kind != ACCEPTED:
+                    yield told.text()
+                self._next = asyncio.ensure_future(anext(pictures))
+                while not (await asyncio.wait((self._next,), timeout=SILENCE))[0]:
                     yield ": waiting\n\n"
-                    continue
-                if isinstance(event, Closed):
-                    _finished(event)
-                if text := await asyncio.to_thread(stream, index, event):
-                    yield text
+                told = self._next.result()
+        except StopAsyncIteration:
+            return
         except DditError as error:
             yield sse("error", {"type": "error", **strict_json.parse(bytes(_answer(error).body).decode())})
 
 
-def _finished(event: Closed) -> Closed:
-    """The event, if it is of a picture. Raises `DditError` otherwise."""
-    if event.error:
-        raise event.error
-    if event.ticket.state is State.EXPIRED:
-        raise ExpiredError("the picture took longer than the request's timeout")
-    return event
-
-
-def _about(app: FastAPI, worker: Worker, metrics: Metrics, limits: Limits) -> None:
+def _about(app: FastAPI, models: Sequence[Model], figures: Figures) -> None:
     """What the server says of itself."""
-    pipeline = worker.room.pipeline
-    manifest = pipeline.bundle.manifest
-    info = ModelInfo(id=manifest.model.id, created=int(time.time()), ddit=describe(pipeline, limits))
 
-    @app.get("/v1/models", responses=_documented(401))
-    async def models() -> ModelList:
-        """The bundle's model, with what it can do."""
-        return ModelList(data=[info])
+    @app.get("/v1/models", responses=_documented(401, 503))
+    async def all_models() -> ModelList:
+        """The models, with what they can do."""
+        return ModelList(data=[await model.info() for model in models])
 
-    @app.get("/v1/models/{model:path}", responses=_documented(401, 404))
-    async def model(model: str) -> ModelInfo:
+    @app.get("/v1/models/{model:path}", responses=_documented(401, 404, 503))
+    async def one_model(model: str) -> ModelInfo:
         """One model."""
-        if model != info.id:
-            raise HTTPException(404, f"there is no model {model!r} here; this server has {info.id!r}")
-        return info
+        known = {info.id: info for info in [await one.info() for one in models]}
+        if model not in known:
+            here = ", ".join(map(repr, known))
+            raise HTTPException(404, f"there is no model {model!r} here; this server has {here}")
+        return known[model]
 
     @app.get("/healthz", responses={503: {"model": Health}})
     async def alive() -> JSONResponse:
         """Whether the server lives: 503 where only a restart can help."""
-        return JSONResponse({"status": worker.broken or "ok"}, 503 if worker.broken else 200)
+        broken = next((model.broken for model in models if model.broken), None)
+        return JSONResponse({"status": broken or "ok"}, 503 if broken else 200)
 
     @app.get("/readyz", responses={503: {"model": Health}})
     async def ready() -> JSONResponse:
         """Whether it takes requests."""
-        status = worker.broken or ("ok" if worker.ready.is_set() else "starting")
+        broken = next((model.broken for model in models if model.broken), None)
+        status = broken or ("ok" if all(model.ready for model in models) else "starting")
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     @app.get("/metrics", responses=_documented(401), response_class=PlainTextResponse)
-    async def figures() -> Response:
+    async def metrics() -> Response:
         """Figures for Prometheus."""
-        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await figures.text(), media_type=CONTENT_TYPE_LATEST)

@@ -14,11 +14,24 @@ OWN_SECONDS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01)
 SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1)
 
 
-class Metrics:
-    """What `/metrics` shows. `observe` belongs to the room's thread; the rest may be called from any."""
+class Figures:
+    """What `/metrics` shows of a server whose engine rooms are elsewhere. Any thread may call it."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        labels = ("method", "path", "status")
+        self.responses = Counter("ddit_responses", "HTTP responses", labels, registry=self.registry)
+
+    async def text(self) -> bytes:
+        """All figures, as Prometheus reads them."""
+        return generate_latest(self.registry)
+
+
+class Metrics(Figures):
+    """What it shows of one with an engine room. `observe` belongs to the room's thread."""
 
     def __init__(self, manifest: Manifest):
-        self.registry = CollectorRegistry()
+        super().__init__()
         self._native = manifest.native
         self._steps, self._coarse = 0, 0
         self._seen: Tick | None = None  # the last tick that was counted
@@ -36,7 +49,6 @@ class Metrics:
         self.fill = made(Histogram, "batch_fill", "Share of a call's batch that was used", ["work"], buckets=SHARES)
         self.calls = made(Histogram, "call_seconds", "A call of the engines", ["work"], buckets=CALL_SECONDS)
         self.own = made(Histogram, "own_seconds", "The engine room's own time of a tick", buckets=OWN_SECONDS)
-        self.responses = made(Counter, "responses", "HTTP responses", ["method", "path", "status"])
 
     def observe(self, room: EngineRoom, events: Sequence[Event]) -> None:
         """After a turn of the room."""
@@ -64,7 +76,3 @@ class Metrics:
         self._steps += 1
         self._coarse += level is not None and level != self._native
         self.coarse_share.set(self._coarse / self._steps)
-
-    def text(self) -> bytes:
-        """All figures, as Prometheus reads them."""
-        return generate_latest(self.registry)

@@ -4,6 +4,7 @@ import base64
 import io
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,13 @@ from PIL import Image
 from ddit.runtime import strict_json
 from ddit.runtime.bundle import Manifest
 from ddit.runtime.request import Run
-from ddit.runtime.serving.schema import ImageData, ImageRequest, InputTokens, Made, Usage
+from ddit.runtime.serving.schema import ImageData, ImageRequest, ImagesResponse, InputTokens, Made, Usage
 from ddit.runtime.serving.tickets import Closed, Event, PartialImage, Stepped
 from ddit.runtime.shapes import image_tokens
 
 COMPRESSION = 90  # quality of JPEG and WebP where none was asked for
+ACCEPTED, PROGRESS = "ddit.accepted", "ddit.progress"
+PARTIAL, COMPLETED = "image_generation.partial_image", "image_generation.completed"
 MEDIA = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 
 
@@ -44,16 +47,11 @@ def size_text(run: Run) -> str:
     return f"{run.size.width}x{run.size.height}"
 
 
-def usage(runs: Sequence[Run], manifest: Manifest) -> Usage:
-    """Of all pictures of a request."""
-    text = sum(run.text_length for run in runs)
-    picture = sum(image_tokens(manifest.latent, manifest.native, run.sizes) for run in runs)
-    return Usage(
-        input_tokens=text,
-        input_tokens_details=InputTokens(text_tokens=text),
-        output_tokens=picture,
-        total_tokens=text + picture,
-    )
+def usage(run: Run, manifest: Manifest) -> Usage:
+    """Of a picture."""
+    text, picture = run.text_length, image_tokens(manifest.latent, manifest.native, run.sizes)
+    details = InputTokens(text_tokens=text)
+    return Usage(input_tokens=text, input_tokens_details=details, output_tokens=picture, total_tokens=text + picture)
 
 
 def image_data(event: Closed, asked: ImageRequest) -> ImageData:
@@ -72,30 +70,48 @@ def image_data(event: Closed, asked: ImageRequest) -> ImageData:
     return ImageData(b64_json=encode_picture(result.image, asked), ddit=made, trace=trace)
 
 
-class Stream:
-    """The server-sent events of one request: OpenAI's, and ddit's own where they were asked for."""
+@dataclass(frozen=True)
+class Told:
+    """What a client is told of a picture: a server-sent event, before it is text."""
+
+    kind: str  # OpenAI's type, or ddit's own
+    index: int  # the picture's number from 0
+    values: Mapping[str, Any]
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """The same when the same is told again, by whoever makes the picture anew."""
+        return self.kind, self.index, self.values.get("step"), self.values.get("partial_image_index")
+
+    def text(self) -> str:
+        """The event as it is sent."""
+        return sse(self.kind, {"type": self.kind, "index": self.index, **self.values})
+
+
+class Telling:
+    """What is told of a request's pictures: OpenAI's events, and ddit's own where they were asked for."""
 
     def __init__(self, asked: ImageRequest, runs: Sequence[Run], manifest: Manifest):
         self._asked, self._runs, self._manifest = asked, runs, manifest
 
-    def accepted(self) -> Iterator[str]:
+    def accepted(self) -> Iterator[Told]:
         """What is said of every picture before its turn comes."""
-        for index, run in enumerate(self._runs if self._asked.progress else ()):
+        for index, run in enumerate(self._runs):
             values = {"seed": run.seed, "size": size_text(run), "steps": run.steps, "schedule": str(run.policy)}
-            yield self._event("ddit.accepted", index, values)
+            yield Told(ACCEPTED, index, values)
 
-    def __call__(self, index: int, event: Event) -> str:
-        """The text of an event; empty where the client did not ask for its kind."""
+    def __call__(self, index: int, event: Event) -> Told | None:
+        """What an event says; None where the client did not ask for its kind."""
         if isinstance(event, Stepped):
-            return self._event("ddit.progress", index, self._progress(event)) if self._asked.progress else ""
+            return Told(PROGRESS, index, self._progress(event)) if self._asked.progress else None
         if isinstance(event, PartialImage):
             values = {"b64_json": encode_picture(event.image, self._asked), "partial_image_index": event.index}
-            return self._event("image_generation.partial_image", index, {**values, **self._common(index)})
+            return Told(PARTIAL, index, {**values, **self._common(index)})
         if isinstance(event, Closed):
             values = image_data(event, self._asked).model_dump(exclude_none=True)
-            own = {"usage": usage([self._runs[index]], self._manifest).model_dump(), **self._common(index)}
-            return self._event("image_generation.completed", index, {**values, **own})
-        return ""
+            own = {"usage": usage(self._runs[index], self._manifest).model_dump(), **self._common(index)}
+            return Told(COMPLETED, index, {**values, **own})
+        return None
 
     def _common(self, index: int) -> dict[str, object]:
         """What OpenAI's clients expect of every picture."""
@@ -122,9 +138,24 @@ class Stream:
         }
         return {**values, "preview": encode_preview(event.preview)} if event.preview is not None else values
 
-    @staticmethod
-    def _event(kind: str, index: int, values: Mapping[str, object]) -> str:
-        return sse(kind, {"type": kind, "index": index, **values})
+
+def response(completed: Mapping[int, Told]) -> ImagesResponse:
+    """All pictures in one response, from what was told of their ends."""
+    told = [completed[index].values for index in sorted(completed)]
+    tokens = [Usage.model_validate(one["usage"]) for one in told]
+    text = sum(one.input_tokens for one in tokens)
+    return ImagesResponse(
+        created=int(time.time()),
+        data=[ImageData(b64_json=one["b64_json"], ddit=one["ddit"], trace=one.get("trace")) for one in told],
+        size=told[0]["size"],
+        output_format=told[0]["output_format"],
+        usage=Usage(
+            input_tokens=text,
+            input_tokens_details=InputTokens(text_tokens=text),
+            output_tokens=sum(one.output_tokens for one in tokens),
+            total_tokens=sum(one.total_tokens for one in tokens),
+        ),
+    )
 
 
 def sse(kind: str, values: Mapping[str, object]) -> str:

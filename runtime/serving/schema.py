@@ -30,6 +30,10 @@ class Limits:
     steps: int = 100
     seconds: float = 600.0  # until it is given up
 
+    def patience(self, asked: "ImageRequest") -> float:
+        """Seconds after which a request is given up."""
+        return min(asked.timeout or self.seconds, self.seconds)
+
 
 class ImageRequest(BaseModel):
     """Pictures of a prompt."""
@@ -67,21 +71,23 @@ class ImageRequest(BaseModel):
     progress: bool | None = Field(False, description="Send ddit.progress events too, streaming.")
     trace: bool | None = Field(False, description="Return what every step did.")
 
-    def check(self, limits: Limits, model: str) -> None:
+    def check(self, limits: Limits) -> None:
         """Raise `UsageError` for what the server does not do."""
         for name, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt or "")):
             if len(text) > limits.prompt:
                 raise UsageError(f"{name} has {len(text)} characters; at most {limits.prompt} are taken")
         if self.steps is not None and self.steps > limits.steps:
             raise UsageError(f"{self.steps} steps were asked for; at most {limits.steps} are taken")
-        if self.model not in (None, model):
-            raise UsageError(f"there is no model {self.model!r} here; this server has {model!r}")
         if (self.partial_images or self.progress) and not self.stream:
             raise UsageError("partial_images and progress are for streams; set stream as well")
 
+    def with_seed(self) -> "ImageRequest":
+        """The request with a seed, drawn where it has none: asked again, it gives the same pictures."""
+        return self if self.seed is not None else self.model_copy(update={"seed": secrets.randbelow(2**32)})
+
     def requests(self) -> list[Request]:
         """One for every picture."""
-        seed = secrets.randbelow(2**32) if self.seed is None else self.seed
+        seed = self.with_seed().seed or 0
         width, height = (None, None) if self.size in (None, "auto") else map(int, self.size.split("x"))
         written = "+".join(part for part in (self.schedule, self.reuse) if part is not None)
         return [

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 HEAVY = (
     *("torch", "diffusers", "transformers", "onnx", "onnxruntime", "matplotlib", "ddit.exporter"),
-    *("tensorrt", "polygraphy", "cuda", "filelock", "fastapi", "uvicorn", "prometheus_client"),
+    *("tensorrt", "polygraphy", "cuda", "filelock", "fastapi", "uvicorn", "prometheus_client", "ray"),
 )
 
 

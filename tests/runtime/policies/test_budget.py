@@ -101,7 +101,7 @@ def test_a_picture_in_time(tiny_bundle):
     size = {"steps": 20, "height": 64, "width": 64}
     result = pipeline("a red circle", budget=60.0, **size)
     assert result.trace.schedule["text"] == "native"
-    costs = pipeline._costs(Size(64, 64))  # measured once, by the call before
+    costs = pipeline.costs(Size(64, 64))  # measured once, by the call before
     assert 0 < costs.predicted < costs.levels[2]
     shortest = (costs.encode + costs.decode + 3 * costs.levels[2]) / 1000
     with pytest.raises(UsageError, match="20 steps need at least"):

@@ -283,8 +283,9 @@ def test_a_request_s_own_deadline(server):
     assert response.status_code == 408
     assert response.headers["x-should-retry"] == "false"
     assert response.json()["error"]["code"] == "timeout"
+    slow = {"steps": 60, "schedule": "native", "timeout": 0.05}
     with pytest.raises(openai.APIError, match="longer than"):
-        list(client(server).images.generate(prompt="a", stream=True, extra_body={"steps": 60, "timeout": 0.05}))
+        list(client(server).images.generate(prompt="a", size="256x256", stream=True, extra_body=slow))
 
 
 def test_figures(server):
