@@ -11,7 +11,7 @@ from ddit.runtime.backends.registry import open_backend
 from ddit.runtime.bundle import Bundle
 from ddit.runtime.commands.options import BACKEND, BUNDLE, THREADS, Seconds
 from ddit.runtime.console import DditCommand, say
-from ddit.runtime.errors import BackendError, UsageError
+from ddit.runtime.errors import BackendError
 from ddit.runtime.pipeline import Pipeline
 
 TOKEN = "DDIT_API_KEY"
@@ -48,7 +48,7 @@ def serve(
     backend: str | None,
     threads: int | None,
 ) -> None:
-    """Serve a bundle over HTTP, with OpenAI's image API.
+    """Serve a bundle over HTTP, with OpenAI's image API, and for clips with its videos API.
 
     Clients need the key that the environment variable DDIT_API_KEY holds, where it is set.
     """
@@ -59,8 +59,6 @@ def serve(
     except ModuleNotFoundError as error:
         raise BackendError(f"{error.name} is not installed; run: pip install 'ddit[serve]'") from None
     opened = Bundle.open(bundle)
-    if opened.manifest.latent.has_frames:
-        raise UsageError("this bundle makes clips, and the server answers with pictures; use ddit-run generate")
     token = os.environ.get(TOKEN) or None
     if token is None and not _is_loopback(host):
         say(f"warning: anyone who reaches {host} may use this server; set {TOKEN} to ask for a key")

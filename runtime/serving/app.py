@@ -19,6 +19,7 @@ from ddit.runtime import strict_json
 from ddit.runtime.bundle import Manifest
 from ddit.runtime.errors import DditError, UsageError
 from ddit.runtime.serving.about import describe
+from ddit.runtime.serving.clips import add_clips
 from ddit.runtime.serving.guard import INVALID, Guard, error_response
 from ddit.runtime.serving.metrics import Metrics
 from ddit.runtime.serving.pictures import Stream, image_data, size_text, sse, usage
@@ -80,6 +81,8 @@ def create_app(worker: Worker, metrics: Metrics, *, limits: Limits | None = None
     app.openapi = lambda: _description(app)  # type: ignore[method-assign]
     _errors(app)
     _pictures(app, worker, limits)
+    if worker.room.pipeline.bundle.manifest.latent.has_frames:
+        add_clips(app, worker, limits)
     _about(app, worker, metrics, limits)
     add_page(app)
     return app
@@ -144,7 +147,8 @@ def _pictures(app: FastAPI, worker: Worker, limits: Limits) -> None:
 
     def jobs(asked: ImageRequest) -> list[Job]:
         asked.check(limits, manifest.model.id)
-        runs = [worker.room.resolve(request) for request in asked.requests()]
+        frames = 1 if manifest.latent.has_frames else None  # a clip of one frame is a picture
+        runs = [worker.room.resolve(request) for request in asked.requests(frames)]
         for run in runs:
             if run.steps > limits.steps:
                 raise UsageError(f"the schedule has {run.steps} steps; at most {limits.steps} are taken")

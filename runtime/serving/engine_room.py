@@ -281,8 +281,7 @@ class EngineRoom:
                 assert one.ticket.sample is not None
                 trace = one.ticket.sample.trace
                 trace.decode_milliseconds = milliseconds
-                if one.latent.ndim == 3:  # a picture's
-                    self.colours.learn(one.latent, frames[0])
+                self.colours.learn(one.latent, frames[0])
                 result = Result(frames, trace, one.latent)
                 events.append(self._close(one.ticket, State.FINISHED, result=result))
             else:

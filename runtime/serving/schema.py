@@ -79,8 +79,8 @@ class ImageRequest(BaseModel):
         if (self.partial_images or self.progress) and not self.stream:
             raise UsageError("partial_images and progress are for streams; set stream as well")
 
-    def requests(self) -> list[Request]:
-        """One for every picture."""
+    def requests(self, frames: int | None = None) -> list[Request]:
+        """One for every picture; ``frames`` of each, for models that make clips."""
         seed = secrets.randbelow(2**32) if self.seed is None else self.seed
         width, height = (None, None) if self.size in (None, "auto") else map(int, self.size.split("x"))
         written = "+".join(part for part in (self.schedule, self.reuse) if part is not None)
@@ -96,6 +96,7 @@ class ImageRequest(BaseModel):
                 self.text_length,
                 self.carry,
                 self.budget,
+                frames=frames,
                 negative_prompt=self.negative_prompt,
             )
             for index in range(self.n or 1)
