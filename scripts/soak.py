@@ -202,7 +202,7 @@ def main(bundle: Path, minutes: float, clients: int, backend: str | None, thread
     """Load a server with all that clients do, and print its memory after a while and at the end."""
     set_up_logging(0)
     pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
-    pipeline.decode = failing(pipeline)  # type: ignore[method-assign]
+    pipeline.decode = failing(pipeline)  # type: ignore[assignment, method-assign]
     room = EngineRoom(pipeline)
     tracemalloc.start()
     seen: list[int] = []

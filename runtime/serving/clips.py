@@ -156,9 +156,10 @@ class Clips:
         try:
             closed = await _followed(clip, order)
             clip.content, clip.thumbnail = await asyncio.to_thread(self._encode, clip, closed)
-            assert clip.job.run.size.frames is not None
-            own = {"frames": clip.job.run.size.frames, "frames_per_second": frames_per_second(self._manifest)}
-            clip.made = ClipMade(**made(closed).model_dump(), **own)
+            size, report = clip.job.run.size, made(closed).model_dump()
+            assert size.frames is not None
+            fps = frames_per_second(self._manifest)
+            clip.made = ClipMade(**report, frames=size.frames, frames_per_second=fps)
             clip.progress = 100
             clip.end("completed")
             self._forget()
