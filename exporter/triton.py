@@ -75,7 +75,8 @@ def write_model(bundle: Bundle, repository: Path, name: str, options: Mapping[st
             (folder / "1").mkdir()
             (folder / "1" / "model.py").write_text(MODEL, encoding="utf-8")
             if copy:
-                shutil.copytree(bundle.path, folder / "bundle")
+                with bundle.unchanged():
+                    shutil.copytree(bundle.path, folder / "bundle")
             place = "bundle" if copy else str(bundle.path.resolve())
             text = config(bundle.manifest, name, {"bundle": place, **options})
             (folder / CONFIG).write_text(text, encoding="utf-8")

@@ -40,6 +40,7 @@ FAILING = 97  # of so many calls of the decoder one fails
 ALLOWED_RESIDENT = 32e6  # bytes
 ALLOWED_TRACED = 4e6  # bytes
 PROMPTS = 200  # different ones: what the server keeps of them is there before the first measurement
+PARTS = 6  # of the time between the two, to see whether growth goes on
 LINES = 5  # that the table of growth has
 PATH = "/v1/images/generations"
 # what clients do, with a weight
@@ -52,6 +53,7 @@ class Client:
     """One of many, which sends a request after another."""
 
     def __init__(self, port: int, manifest: Manifest, number: int):
+        self.pictures = 0  # that were read to their end
         self._port, self._random = port, random.Random(number)
         units = shapes.units(manifest.latent, manifest.patches)
         entry = manifest.profile.entry[0]
@@ -82,6 +84,8 @@ class Client:
                     response.readline()
             else:
                 response.read()
+            if response.status == 200 and kind != "leaves":
+                self.pictures += int(str(values["n"]))
             return f"{kind}: {response.status}"
         finally:
             connection.close()
@@ -177,13 +181,9 @@ def report(before: Memory, after: Memory, seen: Sequence[int]) -> str:
     rows = [("resident", before.resident, after.resident), ("Python's objects and arrays", before.traced, after.traced)]
     lines = ["| memory | after filling | at the end |", "|---|---|---|"]
     lines += [f"| {name} | {one / 1e6:.1f} MB | {other / 1e6:.1f} MB |" for name, one, other in rows]
-    half = len(seen) // 2
-    if half:
-        first, second = (np.median(part) / 1e6 for part in (seen[:half], seen[half:]))
-        lines += [
-            "",
-            f"resident under load: {first:.1f} MB in the median of the first half, {second:.1f} MB of the second",
-        ]
+    if len(seen) >= PARTS:
+        medians = [f"{np.median(part) / 1e6:.1f}" for part in np.array_split(seen, PARTS)]
+        lines += ["", f"resident under load, in the median of every {PARTS}th of the time: {', '.join(medians)} MB"]
     lines += ["", "| grew most | by | objects |", "|---|---|---|"]
     for change in after.snapshot.compare_to(before.snapshot, "lineno")[:LINES]:
         frame = change.traceback[0]
@@ -228,7 +228,8 @@ def main(bundle: Path, minutes: float, clients: int, backend: str | None, thread
         at_rest(room)
         after = Memory.measured()
     tracemalloc.stop()
-    click.echo(f"{outcomes.total()} requests in {minutes * (1 - FILLING):g} minutes: "
+    pictures = sum(client.pictures for client in crowd)
+    click.echo(f"{pictures} pictures in {minutes:g} minutes; requests after filling: "
                + ", ".join(f"{name} {count}" for name, count in sorted(outcomes.items())))  # fmt: skip
     click.echo(f"\n{report(before, after, seen)}")
     grown, more = after.resident - before.resident, after.traced - before.traced

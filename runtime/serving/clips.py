@@ -5,6 +5,7 @@ They are kept in memory, so many bytes and so long; a server that ends forgets t
 
 import asyncio
 import io
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -40,6 +41,8 @@ from ddit.runtime.serving.schema import WEIGHTS, ErrorResponse, Limits
 from ddit.runtime.serving.tickets import Closed, Job, Started, State, Stepped
 from ddit.runtime.serving.worker import Order, Worker
 from ddit.runtime.video import check_clip_type, save_clip
+
+log = logging.getLogger(__name__)
 
 KEPT_BYTES = 2**30  # of finished clips
 KEPT_SECONDS = 3600.0  # after which a finished one is forgotten
@@ -166,6 +169,10 @@ class Clips:
         except DditError as error:
             clip.error = ClipError(code="invalid_request" if isinstance(error, UsageError) else "server_error",
                                    message=str(error))  # fmt: skip
+            clip.end("failed")
+        except Exception:  # a full disk, for instance: whoever asks shall not wait for ever
+            log.exception("a clip failed")
+            clip.error = ClipError(code="server_error", message="something went wrong here")
             clip.end("failed")
 
     def _encode(self, clip: Clip, closed: Closed) -> tuple[bytes, bytes]:

@@ -2,19 +2,30 @@
 
 import re
 
+import pytest
+
 import soak
 from conftest import run
+from ddit.runtime import Bundle, Pipeline
 from ddit.runtime.serving.worker import Worker
+from fake_engines import fake_pipeline
 
-SHORT = ("--backend", "cpu", "--minutes", 0.1, "--clients", 3)
+SHORT = ("--minutes", 0.1, "--clients", 3)
+
+
+@pytest.fixture(autouse=True)
+def _engines_that_cost_nothing(monkeypatch):
+    """Everything before them is the real server, under more requests than it gets otherwise."""
+    monkeypatch.setattr(Pipeline, "open", lambda path, **options: fake_pipeline(Bundle.open(path))[0])
 
 
 def test_memory_stays_flat_whatever_clients_do(tiny_bundle):
     result = run(soak.main, tiny_bundle, *SHORT)
     assert result.exit_code == 0, result.stderr
-    for outcome in ("picture: 200", "stream: 200", "leaves: 200", "hangs up", "hurries: 408", "asks wrongly: 400"):
-        assert re.search(rf"\b{outcome} \d+", result.stdout), outcome
+    for outcome in ("picture: 200", "stream: 200", "leaves: 200", "hangs up", "hurries: ", "asks wrongly: 400"):
+        assert re.search(rf"\b{outcome}", result.stdout), outcome
     assert "| resident |" in result.stdout
+    assert int(result.stdout.split()[0]) > 20
 
 
 def test_a_server_that_keeps_what_it_made_is_found(tiny_bundle, monkeypatch):

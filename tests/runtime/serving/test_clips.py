@@ -186,6 +186,17 @@ def test_an_end_without_a_clip_is_said(server, monkeypatch):
     assert (answer.status_code, "no more memory" in answer.text) == (404, True)
 
 
+def test_a_file_that_cannot_be_written_is_the_end_of_its_clip_alone(server, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ddit.runtime.serving.clips.save_clip", full)
+        failed = ended(server, ask(server, **QUICK).json()["id"])
+    assert failed["error"] == {"code": "server_error", "message": "something went wrong here"}
+    assert ended(server, ask(server, **QUICK).json()["id"])["status"] == "completed"
+
+
 def test_pictures_are_clips_of_one_frame(server, pipeline):
     body = {"prompt": "a red circle", "size": SIZE, "stream": True, "progress": True, **QUICK}
     with httpx.stream("POST", f"{server.url}/v1/images/generations", json=body, timeout=60) as response:
