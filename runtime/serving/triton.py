@@ -1,8 +1,9 @@
 """A bundle as a model of NVIDIA's Triton server: what the ``model.py`` that ``ddit-export triton`` writes is made of.
 
 Triton hands requests over and does not wait: each joins the engine room and is answered from there when its picture is
-done (a response sender in the default mode, which Triton has since 24.07). So whatever clients ask for at once shares
-the engines step by step, in one instance with one copy of the weights, and HTTP and gRPC stay one response a request.
+done, by a response sender in the default mode (python_backend pull request 364, of June 2024). So whatever clients ask
+for at once shares the engines step by step, in one instance with one copy of the weights, and HTTP and gRPC stay one
+response a request.
 """
 
 import asyncio
