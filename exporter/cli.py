@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from ddit.exporter.families import families, find_family
 from ddit.exporter.families.base import FamilyInfo
 from ddit.exporter.single.command import single
+from ddit.exporter.triton import triton
 from ddit.profiles import Profile, ProfileError, load_profile
 from ddit.runtime import shapes, strict_json
 from ddit.runtime.backends import registry
@@ -91,6 +92,7 @@ def main(verbose: int) -> None:
 
 
 main.add_command(single)
+main.add_command(triton)
 
 
 def export_command(info: FamilyInfo) -> click.Command:

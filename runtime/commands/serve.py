@@ -53,7 +53,7 @@ def serve(
     backend: str | None,
     threads: int | None,
 ) -> None:
-    """Serve a bundle over HTTP, with OpenAI's image API; with --ray several, on many machines.
+    """Serve a bundle over HTTP, with OpenAI's image API, and for clips its videos API; with --ray on many machines.
 
     Clients need the key that the environment variable DDIT_API_KEY holds, where it is set.
     """
@@ -71,8 +71,8 @@ def serve(
     if not ray and (len(bundles) > 1 or replicas):
         raise UsageError("one process serves one bundle; for several, or for --replicas, add --ray")
     opened = [Bundle.open(bundle) for bundle in bundles]
-    if any(one.manifest.latent.has_frames for one in opened):
-        raise UsageError("this bundle makes clips, and the server answers with pictures; use ddit-run generate")
+    if ray and any(one.manifest.latent.has_frames for one in opened):
+        raise UsageError("clips are served by one process, and --ray serves pictures; leave --ray out")
     ids = [one.manifest.model.id for one in opened]
     if len(set(ids)) < len(ids):
         raise UsageError(f"two bundles are of one model, and requests name models: {', '.join(ids)}; serve one of them")

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ddit.runtime import shapes
+from ddit.runtime.bundle.manifest import VideoDecoderInfo
 from ddit.runtime.pipeline import Pipeline
 from ddit.runtime.request import DEFAULT_SCHEDULE
 from ddit.runtime.serving.schema import MAX_PICTURES, Limits
@@ -13,6 +14,10 @@ def describe(pipeline: Pipeline, limits: Limits) -> dict[str, Any]:
     manifest = pipeline.bundle.manifest
     size = manifest.size()
     unit = shapes.units(manifest.latent, manifest.patches)
+    names = ("width", "height", *(("frames",) if size.frames else ()))
+    clips = {}
+    if isinstance(manifest.decoder, VideoDecoderInfo):
+        clips = {"frames": size.frames, "frames_per_second": manifest.decoder.frames_per_second}
     return {
         "family": manifest.family,
         "backend": str(pipeline.backend),
@@ -23,8 +28,9 @@ def describe(pipeline: Pipeline, limits: Limits) -> dict[str, Any]:
         "guidance": None if manifest.guidance.kind == "none" else manifest.guidance.default,
         "negative_prompt": manifest.guidance.two_passes,
         "size": {"width": size.width, "height": size.height, "multiple_of": unit},
+        **clips,
         "sizes": [
-            {name: [getattr(entry, name).minimum, getattr(entry, name).maximum] for name in ("width", "height")}
+            {name: [getattr(entry, name).minimum, getattr(entry, name).maximum] for name in names}
             for entry in manifest.profile.entry
         ],
         "limits": {

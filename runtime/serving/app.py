@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from ddit.runtime import strict_json
 from ddit.runtime.errors import DditError, UsageError
+from ddit.runtime.serving.clips import add_clips
 from ddit.runtime.serving.guard import INVALID, Guard, error_response
 from ddit.runtime.serving.metrics import Figures, Metrics
 from ddit.runtime.serving.models import ExpiredError, LocalModel, Model, UnavailableError
@@ -53,7 +54,10 @@ ERRORS = {
 def create_app(worker: Worker, metrics: Metrics, *, limits: Limits | None = None, token: str | None = None) -> FastAPI:
     """The application over a worker that is not started yet."""
     limits = limits or Limits()
-    return application([LocalModel(worker, limits)], metrics, limits=limits, token=token)
+    app = application([LocalModel(worker, limits)], metrics, limits=limits, token=token)
+    if worker.room.pipeline.bundle.manifest.latent.has_frames:
+        add_clips(app, worker, limits)
+    return app
 
 
 def application(models: Sequence[Model], figures: Figures, *, limits: Limits, token: str | None) -> FastAPI:

@@ -29,6 +29,7 @@ from ddit.runtime.policies import Decision
 from ddit.runtime.request import Request, Run
 from ddit.runtime.serving.fairness import VirtualTime, Workload
 from ddit.runtime.serving.preview import Colours
+from ddit.runtime.serving.prompts import EncodedPrompts
 from ddit.runtime.serving.tickets import (
     Closed,
     Event,
@@ -88,6 +89,7 @@ class EngineRoom:
         self.in_flight, self.room_to_wait, self.largest_batch = in_flight, waiting, largest_batch
         self.clock = clock
         self.colours = Colours()
+        self._conditions = EncodedPrompts(pipeline)
         self.last = Tick(None, 0, 0, 0.0, 0.0)
         self._time = VirtualTime()
         self._workload = Workload(manifest.latent, manifest.native)
@@ -251,7 +253,7 @@ class EngineRoom:
             if not runs:
                 return len(tickets), limit
             try:
-                conditions = self.pipeline.conditions([*runs.values()])
+                conditions = self._conditions([*runs.values()])
                 samples = self.pipeline.admit(self.session, [*runs.values()], conditions)
             except DditError as error:
                 for ticket in runs:
@@ -287,8 +289,7 @@ class EngineRoom:
                 assert one.ticket.sample is not None
                 trace = one.ticket.sample.trace
                 trace.decode_milliseconds = milliseconds
-                if one.latent.ndim == 3:  # a picture's
-                    self.colours.learn(one.latent, frames[0])
+                self.colours.learn(one.latent, frames[0])
                 result = Result(frames, trace, one.latent)
                 events.append(self._close(one.ticket, State.FINISHED, result=result))
             else:

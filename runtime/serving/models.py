@@ -84,7 +84,8 @@ class LocalModel(Model):
     def _jobs(self, asked: ImageRequest) -> Sequence[Job]:
         limits, room = self.limits, self.worker.room
         asked.check(limits)
-        runs = [room.resolve(request) for request in asked.requests()]
+        frames = 1 if self._manifest.latent.has_frames else None  # a clip of one frame is a picture
+        runs = [room.resolve(request) for request in asked.requests(frames)]
         for run in runs:
             if run.steps > limits.steps:
                 raise UsageError(f"the schedule has {run.steps} steps; at most {limits.steps} are taken")

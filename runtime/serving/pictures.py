@@ -54,20 +54,26 @@ def usage(run: Run, manifest: Manifest) -> Usage:
     return Usage(input_tokens=text, input_tokens_details=details, output_tokens=picture, total_tokens=text + picture)
 
 
-def image_data(event: Closed, asked: ImageRequest) -> ImageData:
-    """A finished picture."""
+def made(event: Closed) -> Made:
+    """How a finished picture came about."""
     result, ticket = event.result, event.ticket
     assert result is not None
     summary = result.trace.summary()
-    made = Made(
+    return Made(
         seed=result.trace.seed,
         schedule=result.trace.schedule["text"],
         queue_milliseconds=(ticket.started - ticket.arrived) * 1000,
         total_milliseconds=(ticket.closed - ticket.arrived) * 1000,
         **{name: value for name, value in summary.items() if name in Made.model_fields},
     )
+
+
+def image_data(event: Closed, asked: ImageRequest) -> ImageData:
+    """A finished picture."""
+    result = event.result
+    assert result is not None
     trace = strict_json.parse(result.trace.to_json()) if asked.trace else None
-    return ImageData(b64_json=encode_picture(result.image, asked), ddit=made, trace=trace)
+    return ImageData(b64_json=encode_picture(result.image, asked), ddit=made(event), trace=trace)
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,14 @@ class Colours:
         self._wanted: NDArray[np.float64] | float = 0.0
 
     def learn(self, latent: FloatArray, picture: Image.Image) -> None:
-        """Take a latent (C, H, W) and the picture that the decoder made of it; after `ENOUGH` of them do nothing."""
+        """Take a latent (C, H, W) and the picture that the decoder made of it; after `ENOUGH` of them do nothing.
+
+        Of a clip's (C, F, H, W) the first frame counts, which its decoder makes of the latent's first frame alone.
+        """
         if self._pictures == ENOUGH:
             return
         self._pictures += 1
+        latent = _first_frame(latent)
         _, height, width = latent.shape
         small = np.asarray(picture.convert("RGB").resize((width, height), Image.Resampling.BOX), np.float64)
         pixels = _pixels(latent)
@@ -37,12 +41,17 @@ class Colours:
         self._weights = np.linalg.solve(self._products + ridge, self._wanted)
 
     def __call__(self, latent: FloatArray) -> NDArray[np.uint8] | None:
-        """A latent (C, H, W) as a picture (H, W, 3); None before the first was learnt from."""
+        """A latent (C, H, W), or a clip's first frame, as (H, W, 3); None before the first was learnt from."""
         if self._weights is None:
             return None
+        latent = _first_frame(latent)
         _, height, width = latent.shape
         colours = _pixels(latent) @ self._weights
         return np.clip(np.round(colours), 0, 255).astype(np.uint8).reshape(height, width, 3)
+
+
+def _first_frame(latent: FloatArray) -> FloatArray:
+    return latent[:, 0] if latent.ndim == 4 else latent
 
 
 def _pixels(latent: FloatArray) -> NDArray[np.float64]:

@@ -85,8 +85,8 @@ class ImageRequest(BaseModel):
         """The request with a seed, drawn where it has none: asked again, it gives the same pictures."""
         return self if self.seed is not None else self.model_copy(update={"seed": secrets.randbelow(2**32)})
 
-    def requests(self) -> list[Request]:
-        """One for every picture."""
+    def requests(self, frames: int | None = None) -> list[Request]:
+        """One for every picture; ``frames`` of each, for models that make clips."""
         seed = self.with_seed().seed or 0
         width, height = (None, None) if self.size in (None, "auto") else map(int, self.size.split("x"))
         written = "+".join(part for part in (self.schedule, self.reuse) if part is not None)
@@ -102,6 +102,7 @@ class ImageRequest(BaseModel):
                 self.text_length,
                 self.carry,
                 self.budget,
+                frames=frames,
                 negative_prompt=self.negative_prompt,
             )
             for index in range(self.n or 1)

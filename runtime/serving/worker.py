@@ -10,6 +10,7 @@ import logging
 import math
 import queue
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from types import TracebackType
@@ -52,6 +53,8 @@ class Worker:
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._cancelled: list[Event] = []
         self._failures = 0
+        # the last one that was counted; weak, because its traceback holds all that the call worked on
+        self._failure: Callable[[], DditError | None] = lambda: None
         self.seconds_apart = 1.0  # between two finished pictures, lately
         self._finished = -math.inf  # on the room's clock, when the last one was
         self._thread = threading.Thread(target=self._run, name="engine-room", daemon=True)
@@ -124,6 +127,9 @@ class Worker:
     def _judge(self, event: Closed) -> None:
         """Learn from an end how fast pictures are made, and whether the engines work."""
         if isinstance(event.error, BackendError) and not isinstance(event.error, NotFiniteError):
+            if event.error is self._failure():
+                return  # of the same call, which several pictures shared
+            self._failure = weakref.ref(event.error)
             self._failures += 1
             if self._failures >= FAILURES:
                 self.broken = f"the engines have failed {self._failures} times in a row: {event.error}"

@@ -71,6 +71,32 @@ def test_requests_made_from_our_own_description(server, examples):
     settled(server)
 
 
+def test_requests_for_clips_made_from_the_description(wan_bundle, examples):
+    pipeline, _, _ = fake_pipeline(Bundle.open(wan_bundle))
+    limits = Limits(body=20_000, body_seconds=0.3, steps=20, pixels=64 * 64, seconds=1.0)
+    with serving(pipeline, in_flight=8, waiting=32, limits=limits) as served:
+        description = httpx.get(f"{served.url}/openapi.json").json()
+        schema = schemathesis.openapi.from_dict(description)
+        found = [operation.ok() for operation in schema.get_all_operations()]
+        operations = [operation for operation in found if operation.path.startswith("/v1/videos")]
+        assert len(operations) == 5
+
+        def attack(operation, mode):
+            @examples(*((40, 1000) if operation.method == "post" else (5, 100)))
+            @given(case=operation.as_strategy(generation_mode=mode))
+            def send(case):
+                response = case.call(base_url=served.url, timeout=PATIENCE)
+                case.validate_response(response, checks=CHECKS)
+                count(f"HTTP: {operation.method.upper()} {operation.path}", outcome(response.status_code))
+
+            send()
+
+        for operation in operations:
+            attack(operation, schemathesis.GenerationMode.POSITIVE)
+            if operation.method == "post":
+                attack(operation, schemathesis.GenerationMode.NEGATIVE)
+
+
 HEADS = st.sampled_from(
     [b"POST " + GENERATE.encode(), b"GET /v1/models", b"GET /", b"BREW /pot", b"POST *", b"\x16\x03\x01"]
 )

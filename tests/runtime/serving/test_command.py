@@ -9,12 +9,6 @@ from conftest import run
 from ddit.runtime.cli import main
 
 
-def test_a_bundle_of_clips(wan_bundle):
-    result = run(main, "serve", wan_bundle, "--backend", "cpu")
-    assert result.exit_code == 2
-    assert "makes clips" in result.stderr
-
-
 def test_a_port_that_is_taken(tiny_bundle):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = run(main, "serve", tiny_bundle, "--backend", "cpu", "--port", taken.getsockname()[1])

@@ -265,7 +265,7 @@ def test_a_replica_is_killed_under_64_clients(served, alone):
         (["a", "a", "--ray"], "two bundles are of one model"),
         (["a", "--ray", "--replicas", "9", "--backend", "cpu"], "the Ray cluster has 8"),
         (["a", "--ray", "--backend", "cuda"], "the Ray cluster has 0"),
-        (["clips", "--ray"], "makes clips"),
+        (["clips", "--ray"], "served by one process"),
         (["a", "--ray", "--backend", "cpu"], "this Ray cluster serves bundles already"),
     ],
 )
