@@ -33,18 +33,25 @@ def make_decoder(backend: Backend) -> Decoder:
 
 
 class PictureDecoder(Decoder):
-    """One call of one graph."""
+    """One call of one graph for every picture.
+
+    Not one for all: a call takes memory for every picture in it, and cuDNN looks for its convolutions' kernels anew
+    when a batch is of another size than the last one, which takes longer than a picture does.
+    """
 
     def __init__(self, backend: Backend, info: DecoderInfo):
         self._backend, self._graph = backend, info.graph
 
     def __call__(self, latents: FloatArray, on_frame: OnFrame | None = None) -> list[Frames]:
         """Pictures of latents (B, C, H, W)."""
-        pictures = self._backend.engine(self._graph).run({LATENT: latents})[IMAGE]
-        _check(self._backend, self._graph, pictures)
-        if on_frame:
-            on_frame(1, 1)
-        return [(to_image(picture),) for picture in pictures]
+        engine, pictures = self._backend.engine(self._graph), []
+        for number in range(len(latents)):
+            (picture,) = engine.run({LATENT: latents[number : number + 1]})[IMAGE]
+            _check(self._backend, self._graph, picture)
+            pictures.append((to_image(picture),))
+            if on_frame:
+                on_frame(number + 1, len(latents))
+        return pictures
 
 
 class ClipDecoder(Decoder):
