@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from time import monotonic, sleep
 
 from ray import serve
 from ray.serve.config import HTTPOptions
@@ -20,6 +21,8 @@ from ddit.runtime.serving.schema import Limits
 from ddit.runtime.serving.server import listen
 
 INGRESS, ENGINES = "ddit", "ddit-engines-"  # the applications' names, the latter with a number
+END_SECONDS = 20.0  # that an idle application takes to end, at most
+POLL_SECONDS = 0.1
 
 
 def serve_on_ray(
@@ -70,10 +73,10 @@ def serve_on_ray(
             there = [*serve.status().applications]
             engines_of_ours = [name for name in there if name.startswith(ENGINES)]
             if INGRESS in there:  # first: engines are idle once it has finished what it accepted
-                serve.delete(INGRESS)
+                _delete(INGRESS, drain + END_SECONDS)
             if len(there) > len(engines_of_ours) + (INGRESS in there):  # somebody else's too
                 for name in engines_of_ours:
-                    serve.delete(name)
+                    _delete(name, END_SECONDS)
             else:
                 serve.shutdown()
 
@@ -89,6 +92,14 @@ def deploy(options: Sequence[EngineOptions], limits: Limits, drain: float) -> No
         serve.run(ingress(IngressOptions(applications=names, limits=limits, drain=drain)), name=INGRESS)
     except RuntimeError as error:
         raise BackendError(f"a replica did not start: {reason(_told(names) or str(error))}") from None
+
+
+def _delete(name: str, seconds: float) -> None:
+    """Delete an application, and wait so long for its end; Serve itself waits no more than a minute."""
+    serve.delete(name, _blocking=False)
+    until = monotonic() + seconds
+    while name in serve.status().applications and monotonic() < until:
+        sleep(POLL_SECONDS)
 
 
 def _told(names: Sequence[str]) -> str | None:
