@@ -84,9 +84,7 @@ class Pipeline:
             BundleError, BackendError, UsageError: the bundle is damaged, or the backend cannot run here.
         """
         bundle = Bundle.open(path)
-        opened = open_backend(backend, bundle, threads)
-        opened.low_memory |= low_memory
-        return cls(bundle, opened)
+        return cls(bundle, open_backend(backend, bundle, threads, low_memory=low_memory))
 
     def __call__(
         self,

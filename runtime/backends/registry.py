@@ -188,9 +188,10 @@ def kind_of(name: str) -> BackendKind:
     )
 
 
-def open_backend(name: str | None, bundle: Bundle, threads: int | None = None) -> Backend:
+def open_backend(name: str | None, bundle: Bundle, threads: int | None = None, *, low_memory: bool = False) -> Backend:
     """A backend by name, or the fastest that this machine can run when None.
 
+    ``low_memory``: text encoders and levels take turns in memory, whether there is enough for both or not.
     Raises `BackendError` where this machine cannot run the one asked for, `UsageError` where nobody knows the name.
     """
     if threads is not None and threads < 1:
@@ -198,7 +199,9 @@ def open_backend(name: str | None, bundle: Bundle, threads: int | None = None) -
     if threads is not None and threads > (cores := os.cpu_count() or 1):
         log.warning("%d threads are more than this machine's %d cores: %d are used", threads, cores, cores)
         threads = cores
-    return _open_fastest(bundle, threads) if name is None else kind_of(name).open(bundle, threads)
+    opened = _open_fastest(bundle, threads) if name is None else kind_of(name).open(bundle, threads)
+    opened.low_memory |= low_memory
+    return opened
 
 
 def _open_fastest(bundle: Bundle, threads: int | None) -> Backend:

@@ -22,6 +22,7 @@ from ddit.runtime.commands.options import (
     HEIGHT,
     IN_FLIGHT,
     JSON,
+    LOW_MEMORY,
     THREADS,
     WIDTH,
     Replicas,
@@ -94,6 +95,7 @@ from ddit.runtime.video import check_clip_type, frame_files
               "[default: one a GPU]")  # fmt: skip
 @BACKEND
 @THREADS
+@LOW_MEMORY
 @JSON
 @click.pass_context
 def generate(
@@ -123,6 +125,7 @@ def generate(
     replicas: tuple[int, int] | None,
     backend: str | None,
     threads: int | None,
+    low_memory: bool,
     as_json: bool,
 ) -> None:
     """Make one picture or one clip, or all those of a file of prompts."""
@@ -147,6 +150,8 @@ def generate(
             raise UsageError("--trace, --plot and --map are for one picture; results.jsonl says how many came about")
         if replicas and not ray:
             raise UsageError("--replicas is for --ray")
+        if low_memory and ray:
+            raise UsageError("--ray keeps text encoders and levels in memory; leave --low-memory out")
         generate_many(
             bundle,
             prompts,
@@ -155,6 +160,7 @@ def generate(
             fps=fps,
             backend=backend,
             threads=threads,
+            low_memory=low_memory,
             in_flight=in_flight,
             ray=ray,
             replicas=replicas,
@@ -181,7 +187,7 @@ def generate(
         check_clip_type(out)
     first = frame_files(out, 1) if numbered else [out]
     check_outputs([path for path in (*first, trace_file, plot_file, map_file) if path])
-    pipeline = Pipeline(opened, open_backend(backend, opened, threads))
+    pipeline = Pipeline(opened, open_backend(backend, opened, threads, low_memory=low_memory))
     if map_file and len(pipeline.bundle.manifest.levels) < 2:
         raise UsageError("a map shows what coarse levels would miss, and the bundle has none")
     with _progress_bar() as bar:

@@ -34,6 +34,7 @@ def generate_many(
     fps: float | None,
     backend: str | None,
     threads: int | None,
+    low_memory: bool,
     in_flight: int,
     ray: bool,
     replicas: tuple[int, int] | None,
@@ -51,7 +52,7 @@ def generate_many(
     for one in wanted:
         with naming(prompts, one):
             check_file(one.file, clips)
-    pipeline = None if ray else Pipeline(opened, open_backend(backend, opened, threads))
+    pipeline = None if ray else Pipeline(opened, open_backend(backend, opened, threads, low_memory=low_memory))
     steps = {}
     for one in wanted:
         with naming(prompts, one):

@@ -29,6 +29,10 @@ class BackendOption(click.Option):
 
 BACKEND = click.option("--backend", cls=BackendOption)
 THREADS = click.option("--threads", type=click.IntRange(1), help="Threads of one graph.  [default: all cores]")
+LOW_MEMORY = click.option(
+    "--low-memory", is_flag=True, help="Text encoders leave memory before the levels come, and are loaded anew for the "
+    "next prompt.  [default: where GPU memory is short]",
+)  # fmt: skip
 IN_FLIGHT = click.option("--in-flight", type=click.IntRange(1, 1024), default=32, show_default=True,
                          help="Pictures that denoise at once.")  # fmt: skip
 
