@@ -44,7 +44,8 @@ class PictureDecoder(Decoder):
 
     def __call__(self, latents: FloatArray, on_frame: OnFrame | None = None) -> list[Frames]:
         """Pictures of latents (B, C, H, W)."""
-        engine, pictures = self._backend.engine(self._graph), []
+        engine = self._backend.engine(self._graph)
+        pictures: list[Frames] = []
         for number in range(len(latents)):
             (picture,) = engine.run({LATENT: latents[number : number + 1]})[IMAGE]
             _check(self._backend, self._graph, picture)
