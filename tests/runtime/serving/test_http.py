@@ -263,7 +263,7 @@ def test_a_client_that_goes_gives_its_place_back(server):
 
 def test_more_than_may_wait_is_refused_with_a_time_to_come_again(server):
     done = []
-    long = {"prompt": "a red circle", "size": SIZE, "steps": 60, "schedule": "native", "n": 6}
+    long = {"prompt": "a red circle", "size": "256x256", "steps": 60, "schedule": "native", "n": 6}
     threads = [threading.Thread(target=lambda: done.append(ask(server, **long).status_code)) for _ in range(2)]
     for thread in threads:
         thread.start()
