@@ -16,6 +16,7 @@ from ddit.exporter.replacing import replacing
 from ddit.profiles import Profile
 from ddit.runtime.bundle import MANIFEST, Manifest, file_info
 from ddit.runtime.bundle.manifest import AdaptiveInfo, GraphInfo, LevelInfo, ParityResult, ScheduleInfo
+from ddit.runtime.policies import DIFFERENCE_ORDER
 
 # The paper's values (arXiv 2602.16968, section 4.1). τ belongs to a model and a step count, so these are a start only.
 PAPER = ScheduleInfo(tau=0.001, rho=0.4, warmup=3)
@@ -117,4 +118,7 @@ def _schedule(family: Family) -> ScheduleInfo:
     known = given["smooth"][0].statistic if "smooth" in given else {}
     if known and not {patch for patch in family.levels if patch != family.native} <= known.keys():
         del given["smooth"], given["tau"]  # the curve lacks a level, and τ is a multiple of the curve
+    if family.sampler.kind == "flow_unipc":
+        # a step looks at so many estimates before it, and a switch of level shows in the statistic that much longer
+        given = {"hold": DIFFERENCE_ORDER + family.sampler.order, **given}
     return PAPER.model_copy(update=given)

@@ -80,6 +80,11 @@ def test_native_steps_and_frames_are_diffusers(pipeline, euler_pipeline, solver,
     assert np.abs(frames / 255 - clip).max() <= 1 / 255
 
 
+def test_a_level_runs_as_long_as_a_switch_shows(pipeline, euler_pipeline):
+    assert pipeline.bundle.manifest.schedule.hold == 5, "UniPC's steps look at two estimates before them"
+    assert euler_pipeline.bundle.manifest.schedule.hold == 3
+
+
 def test_clips_in_a_batch_are_as_if_alone(pipeline):
     """Guided and not, under different policies: what they share a call with does not show."""
     requests = [
