@@ -4,7 +4,7 @@
 
 Starts the real server on a port of this machine for every way, and nothing else is ever asked. The clients are threads
 of another process. Every one sends its next request when the last one is answered. The three ways are the same engine
-room with other rules:
+room with other rules, and ``--no-http`` measures the rooms without servers:
 
     one at a time      a picture is begun when the one before is done
     request level      requests of one size and number of steps form a batch, and the next batch begins when it is done
@@ -36,8 +36,9 @@ from ddit.runtime.files import check_outputs, whole
 from ddit.runtime.serving.app import create_app
 from ddit.runtime.serving.engine_room import EngineRoom
 from ddit.runtime.serving.metrics import Metrics
+from ddit.runtime.serving.schema import ImageRequest
 from ddit.runtime.serving.server import SWITCH_SECONDS, PatientProtocol, listen, warmed_up
-from ddit.runtime.serving.tickets import State, Ticket
+from ddit.runtime.serving.tickets import Closed, Job, State, Ticket
 from ddit.runtime.serving.worker import Worker
 from ddit.runtime.tools.plots import figure, save
 
@@ -170,6 +171,29 @@ def load(port: int, way: str, clients: int, requests: Sequence[dict[str, object]
     return Measured(way, clients, tuple(latencies), time.perf_counter() - begin)
 
 
+def load_room(room: EngineRoom, way: str, clients: int, requests: Sequence[dict[str, object]]) -> Measured:
+    """The same without a server: the room alone, with as many tickets open as there would be clients."""
+    waiting = iter(requests)
+    latencies: list[float] = []
+    begin = room.clock()
+    for one in islice(waiting, clients):
+        ask_room(room, one)
+    while not room.idle:
+        for event in room.tick():
+            if isinstance(event, Closed):
+                if event.error:
+                    raise event.error
+                latencies.append(event.ticket.closed - event.ticket.arrived)
+                for one in islice(waiting, 1):
+                    ask_room(room, one)
+    return Measured(way, clients, tuple(latencies), room.clock() - begin)
+
+
+def ask_room(room: EngineRoom, values: dict[str, object]) -> None:
+    """Ask for what a request's body asks for."""
+    room.accept([Job(room.resolve(one)) for one in ImageRequest.model_validate(values).requests()])
+
+
 def requests_of(name: str, count: int) -> list[dict[str, object]]:
     """So many requests of a load."""
     prompts, kinds = cycle(PROMPTS), cycle(LOADS[name])
@@ -218,6 +242,7 @@ def plot(results: Sequence[Measured], path: Path) -> None:
 @click.option(
     "--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="In which the ways take turns."
 )
+@click.option("--http/--no-http", default=True, show_default=True, help="Through a server, or the engine room alone.")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw the figures (.png, .svg, .pdf).")
 @BACKEND
 @THREADS
@@ -227,6 +252,7 @@ def main(
     clients: tuple[int, ...],
     requests: int,
     rounds: int,
+    http: bool,
     plot_file: Path | None,
     backend: str | None,
     threads: int | None,
@@ -238,19 +264,23 @@ def main(
     results = []
     sys.setswitchinterval(SWITCH_SECONDS)
     with ExitStack() as stack:
-        ports = {way: stack.enter_context(serving(room)) for way, room in rooms(pipeline).items()}
-        apart = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
+        ways = rooms(pipeline)
+        if http:
+            ports = {way: stack.enter_context(serving(room)) for way, room in ways.items()}
+            apart = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
 
         def measured(way: str, count: int, sent: Sequence[dict[str, object]]) -> Measured:
-            return apart.submit(load, ports[way], way, count, sent).result()
+            if http:
+                return apart.submit(load, ports[way], way, count, sent).result()
+            return load_room(ways[way], way, count, sent)
 
-        for way in ports:
+        for way in ways:
             measured(way, max(clients), requests_of(name, 2 * max(clients)))  # engines see every batch once
         for count in clients:
             sent = requests_of(name, max(requests, 2 * count))
             # in turn, so that whatever else the machine does meets all of them
-            parts = [{way: measured(way, count, sent) for way in ports} for _ in range(rounds)]
-            results += [joined([part[way] for part in parts]) for way in ports]
+            parts = [{way: measured(way, count, sent) for way in ways} for _ in range(rounds)]
+            results += [joined([part[way] for part in parts]) for way in ways]
             say(f"{count} clients are done")
     click.echo(table(results))
     if plot_file:
