@@ -1,7 +1,7 @@
 """What clients of clips send and get: OpenAI's videos API, with what ddit adds to it."""
 
 import secrets
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -9,50 +9,30 @@ from ddit.runtime import Request
 from ddit.runtime.bundle import Manifest
 from ddit.runtime.bundle.manifest import VideoDecoderInfo
 from ddit.runtime.errors import UsageError
-from ddit.runtime.serving.schema import LARGEST_SEED, SIZE, Finite, Limits, Made
+from ddit.runtime.serving.schema import Finite, Limits, Made, RunRequest
 
 ClipFormat = Literal["mp4", "webp", "gif"]
 Status = Literal["queued", "in_progress", "completed", "failed"]
 LONGEST_SECONDS = 3600.0  # of a clip; the bundle's profile holds less
 
 
-class ClipRequest(BaseModel):
+class ClipRequest(RunRequest):
     """A clip of a prompt. Forms bring every value as text."""
 
     model_config = ConfigDict(
         extra="forbid", json_schema_extra={"example": {"prompt": "a zebra runs through fog", "seconds": "5"}}
     )
 
-    prompt: Annotated[str, Field(min_length=1, description="What the clip shows.")]
-    model: str | None = Field(None, max_length=200, description="The bundle's model; it may be left out.")
-    size: str | None = Field("auto", pattern=SIZE, description="WIDTHxHEIGHT in pixels, or auto.")
     seconds: Finite | None = Field(
         None, gt=0, le=LONGEST_SECONDS, description="Of the clip; the nearest that its frames can have."
     )
     # ddit's own
     frames: int | None = Field(None, ge=1, description="In place of seconds.")
     output_format: ClipFormat | None = "mp4"
-    seed: int | None = Field(None, ge=0, le=LARGEST_SEED, description="A random one if none.")
-    steps: int | None = Field(None, ge=1, description="Denoising steps; the bundle's if none.")
-    schedule: str | None = Field(None, max_length=1000, description="What every step runs, as ddit-run's --schedule.")
-    reuse: str | None = Field(None, max_length=1000, description="Which steps run no level; joins the schedule.")
-    budget: Finite | None = Field(None, gt=0, description="Seconds, in place of a schedule.")
-    guidance: Finite | None = Field(None, description="Guidance scale.")
-    negative_prompt: str | None = Field(None, description="What the clip shall not show.")
-    carry: Finite | None = Field(None, ge=0, le=1, description="Share of native detail that coarse steps take over.")
-    text_length: int | None = Field(None, ge=1, description="Tokens of the prompt.")
-    priority: Literal["low", "normal", "high"] | None = Field("normal", description="A quarter, one or four shares.")
-    timeout: Finite | None = Field(None, gt=0, description="Seconds after which the request is given up.")
 
-    def check(self, limits: Limits, model: str) -> None:
+    def check(self, limits: Limits) -> None:
         """Raise `UsageError` for what the server does not do."""
-        for name, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt or "")):
-            if len(text) > limits.prompt:
-                raise UsageError(f"{name} has {len(text)} characters; at most {limits.prompt} are taken")
-        if self.steps is not None and self.steps > limits.steps:
-            raise UsageError(f"{self.steps} steps were asked for; at most {limits.steps} are taken")
-        if self.model not in (None, model):
-            raise UsageError(f"there is no model {self.model!r} here; this server has {model!r}")
+        super().check(limits)
         if self.seconds is not None and self.frames is not None:
             raise UsageError("seconds and frames say the same; leave one out")
 
@@ -61,22 +41,7 @@ class ClipRequest(BaseModel):
         frames = self.frames
         if self.seconds is not None:
             frames = nearest_frames(manifest, self.seconds)
-        width, height = (None, None) if self.size in (None, "auto") else map(int, self.size.split("x"))
-        written = "+".join(part for part in (self.schedule, self.reuse) if part is not None)
-        return Request(
-            self.prompt,
-            secrets.randbelow(2**32) if self.seed is None else self.seed,
-            self.steps,
-            written or None,
-            height,
-            width,
-            self.guidance,
-            self.text_length,
-            self.carry,
-            self.budget,
-            frames=frames,
-            negative_prompt=self.negative_prompt,
-        )
+        return self.run(secrets.randbelow(2**32) if self.seed is None else self.seed, frames)
 
 
 def frames_per_second(manifest: Manifest) -> float:

@@ -141,7 +141,9 @@ class Clips:
 
     def _job(self, asked: ClipRequest) -> Job:
         limits, room = self._limits, self._worker.room
-        asked.check(limits, self._manifest.model.id)
+        asked.check(limits)
+        if asked.model not in (None, model := self._manifest.model.id):
+            raise UsageError(f"there is no model {asked.model!r} here; this server has {model!r}")
         try:
             check_clip_type(Path(f"clip.{asked.output_format or 'mp4'}"))
         except UsageError:
@@ -151,7 +153,7 @@ class Clips:
             raise UsageError(f"the schedule has {run.steps} steps; at most {limits.steps} are taken")
         if limits.pixels is not None and run.size.height * run.size.width > limits.pixels:
             raise UsageError(f"frames of {run.size} have more than the {limits.pixels} pixels that are taken")
-        deadline = room.clock() + min(asked.timeout or limits.seconds, limits.seconds)
+        deadline = room.clock() + limits.patience(asked)
         return Job(run, deadline, WEIGHTS[asked.priority or "normal"])
 
     async def _make(self, clip: Clip, order: Order) -> None:

@@ -30,20 +30,64 @@ class Limits:
     steps: int = 100
     seconds: float = 600.0  # until it is given up
 
-    def patience(self, asked: "ImageRequest") -> float:
+    def patience(self, asked: "RunRequest") -> float:
         """Seconds after which a request is given up."""
         return min(asked.timeout or self.seconds, self.seconds)
 
 
-class ImageRequest(BaseModel):
+class RunRequest(BaseModel):
+    """What a request may say of a run, whatever is made."""
+
+    prompt: Annotated[str, Field(min_length=1, description="What it shows.")]
+    model: str | None = Field(None, max_length=200, description="The bundle's model; it may be left out.")
+    size: str | None = Field("auto", pattern=SIZE, description="WIDTHxHEIGHT in pixels, or auto.")
+    # ddit's own
+    seed: int | None = Field(None, ge=0, le=LARGEST_SEED, description="Of the first one; a random one if none.")
+    steps: int | None = Field(None, ge=1, description="Denoising steps; the bundle's if none.")
+    schedule: str | None = Field(None, max_length=1000, description="What every step runs, as ddit-run's --schedule.")
+    reuse: str | None = Field(None, max_length=1000, description="Which steps run no level; joins the schedule.")
+    budget: Finite | None = Field(None, gt=0, description="Seconds, in place of a schedule.")
+    guidance: Finite | None = Field(None, description="Guidance scale.")
+    negative_prompt: str | None = Field(None, description="What it shall not show, where the model has such prompts.")
+    carry: Finite | None = Field(None, ge=0, le=1, description="Share of native detail that coarse steps take over.")
+    text_length: int | None = Field(None, ge=1, description="Tokens of the prompt.")
+    priority: Literal["low", "normal", "high"] | None = Field("normal", description="A quarter, one or four shares.")
+    timeout: Finite | None = Field(None, gt=0, description="Seconds after which the request is given up.")
+
+    def check(self, limits: Limits) -> None:
+        """Raise `UsageError` for what the server does not do."""
+        for name, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt or "")):
+            if len(text) > limits.prompt:
+                raise UsageError(f"{name} has {len(text)} characters; at most {limits.prompt} are taken")
+        if self.steps is not None and self.steps > limits.steps:
+            raise UsageError(f"{self.steps} steps were asked for; at most {limits.steps} are taken")
+
+    def run(self, seed: int, frames: int | None = None) -> Request:
+        """What the pipeline is asked for; ``frames`` for models that make clips."""
+        width, height = (None, None) if self.size in (None, "auto") else map(int, self.size.split("x"))
+        written = "+".join(part for part in (self.schedule, self.reuse) if part is not None)
+        return Request(
+            self.prompt,
+            seed,
+            self.steps,
+            written or None,
+            height,
+            width,
+            self.guidance,
+            self.text_length,
+            self.carry,
+            self.budget,
+            frames=frames,
+            negative_prompt=self.negative_prompt,
+        )
+
+
+class ImageRequest(RunRequest):
     """Pictures of a prompt."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"example": {"prompt": "a red circle", "seed": 7}})
 
-    prompt: Annotated[str, Field(min_length=1, description="What the picture shows.")]
-    model: str | None = Field(None, max_length=200, description="The bundle's model; it may be left out.")
     n: int | None = Field(1, ge=1, le=MAX_PICTURES, description="How many pictures, of consecutive seeds.")
-    size: str | None = Field("auto", pattern=SIZE, description="WIDTHxHEIGHT in pixels, or auto.")
     response_format: Literal["b64_json"] | None = Field(None, description="Pictures come in the response.")
     output_format: OutputFormat | None = "png"
     output_compression: int | None = Field(None, ge=0, le=100, description="Quality of JPEG and WebP.")
@@ -57,27 +101,12 @@ class ImageRequest(BaseModel):
     user: str | None = Field(None, max_length=1000)
     safety_identifier: str | None = Field(None, max_length=1000)
     # ddit's own
-    seed: int | None = Field(None, ge=0, le=LARGEST_SEED, description="Of the first picture; a random one if none.")
-    steps: int | None = Field(None, ge=1, description="Denoising steps; the bundle's if none.")
-    schedule: str | None = Field(None, max_length=1000, description="What every step runs, as ddit-run's --schedule.")
-    reuse: str | None = Field(None, max_length=1000, description="Which steps run no level; joins the schedule.")
-    budget: Finite | None = Field(None, gt=0, description="Seconds, in place of a schedule.")
-    guidance: Finite | None = Field(None, description="Guidance scale.")
-    negative_prompt: str | None = Field(None, description="What the picture shall not show, where the model has one.")
-    carry: Finite | None = Field(None, ge=0, le=1, description="Share of native detail that coarse steps take over.")
-    text_length: int | None = Field(None, ge=1, description="Tokens of the prompt.")
-    priority: Literal["low", "normal", "high"] | None = Field("normal", description="A quarter, one or four shares.")
-    timeout: Finite | None = Field(None, gt=0, description="Seconds after which the request is given up.")
     progress: bool | None = Field(False, description="Send ddit.progress events too, streaming.")
     trace: bool | None = Field(False, description="Return what every step did.")
 
     def check(self, limits: Limits) -> None:
         """Raise `UsageError` for what the server does not do."""
-        for name, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt or "")):
-            if len(text) > limits.prompt:
-                raise UsageError(f"{name} has {len(text)} characters; at most {limits.prompt} are taken")
-        if self.steps is not None and self.steps > limits.steps:
-            raise UsageError(f"{self.steps} steps were asked for; at most {limits.steps} are taken")
+        super().check(limits)
         if (self.partial_images or self.progress) and not self.stream:
             raise UsageError("partial_images and progress are for streams; set stream as well")
 
@@ -88,25 +117,7 @@ class ImageRequest(BaseModel):
     def requests(self, frames: int | None = None) -> list[Request]:
         """One for every picture; ``frames`` of each, for models that make clips."""
         seed = self.with_seed().seed or 0
-        width, height = (None, None) if self.size in (None, "auto") else map(int, self.size.split("x"))
-        written = "+".join(part for part in (self.schedule, self.reuse) if part is not None)
-        return [
-            Request(
-                self.prompt,
-                seed + index,
-                self.steps,
-                written or None,
-                height,
-                width,
-                self.guidance,
-                self.text_length,
-                self.carry,
-                self.budget,
-                frames=frames,
-                negative_prompt=self.negative_prompt,
-            )
-            for index in range(self.n or 1)
-        ]
+        return [self.run(seed + index, frames) for index in range(self.n or 1)]
 
 
 class ErrorBody(BaseModel):
