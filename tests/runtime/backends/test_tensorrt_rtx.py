@@ -30,10 +30,10 @@ def bundle(tiny_bundle, tmp_path) -> Path:
 
 
 @installed
-@pytest.mark.parametrize("opset", [17, 23])
-def test_every_graph_is_read(tiny_bundle, opset17_bundle, tmp_path, opset):
+@pytest.mark.parametrize("which", ["tiny_bundle", "opset17_bundle", "wan_bundle"])
+def test_every_graph_is_read(request, tmp_path, which):
     """What no fake can tell: whether TensorRT's parser takes the graphs, also those for its oldest release."""
-    path = shutil.copytree(tiny_bundle if opset == 23 else opset17_bundle, tmp_path / "a.bundle")
+    path = shutil.copytree(request.getfixturevalue(which), tmp_path / "a.bundle")
     opened = Bundle.open(path)
     trt = rtx.import_tensorrt_rtx()
     for name, info in opened.manifest.graphs.items():
@@ -63,6 +63,16 @@ def test_engines_are_built_for_a_named_target(bundle):
     assert f"0 engines built in 0 s, {len(graphs)} were there already; for sm89, TensorRT-RTX {version}" in again.stderr
     shown = run(ddit_run, "inspect", bundle)
     assert f"Engines for sm89, TensorRT-RTX {version}" in shown.stdout
+
+
+@installed
+def test_engines_of_clips_are_built(wan_bundle, tmp_path):
+    path = shutil.copytree(wan_bundle, tmp_path / "a.bundle")
+    result = run(export, "engines", path, *BACKEND, "--target", "sm120", "--json")
+    assert result.exit_code == 0, result.stderr
+    engines = json.loads(result.stdout)
+    assert [one["graph"] for one in engines] == list(Bundle.open(path).manifest.graphs)
+    assert all((path / "engines" / one["key"] / "engine.plan").stat().st_size == one["size"] for one in engines)
 
 
 @installed
