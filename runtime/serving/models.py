@@ -72,7 +72,7 @@ class LocalModel(Model):
             raise UnavailableError(self.broken or "the server is starting; try later")
         wanted = await asyncio.to_thread(self._jobs, asked)
         telling = Telling(asked, [job.run for job in wanted], self._manifest)
-        async with self.worker.order(wanted) as order:
+        async with self.worker.order(wanted, steps=bool(asked.progress)) as order:
             for told in telling.accepted():
                 yield told
             async for index, event in order:

@@ -177,7 +177,7 @@ class Model:
 
     async def _made(self, job: Job, sender: Any) -> Closed:
         """The end of a job. Raises `DditError` where there is no picture; it is given up when the client goes."""
-        async with self.worker.order([job]) as order:
+        async with self.worker.order([job], steps=False) as order:
             while True:
                 with suppress(asyncio.TimeoutError):
                     _, event = await asyncio.wait_for(order.next(), POLL)

@@ -17,7 +17,7 @@ from types import TracebackType
 
 from ddit.runtime.errors import BackendError, DditError, NotFiniteError
 from ddit.runtime.serving.engine_room import EngineRoom
-from ddit.runtime.serving.tickets import Closed, Event, Job, RoomFullError, Ticket
+from ddit.runtime.serving.tickets import Closed, Event, Job, RoomFullError, Stepped, Ticket
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +68,11 @@ class Worker:
         self._inbox.put(None)
         self._thread.join()
 
-    def order(self, jobs: Sequence[Job]) -> "Order":
-        """Order pictures, all or none; in an event loop. Raises `RoomFullError`, or `BackendError` when broken."""
+    def order(self, jobs: Sequence[Job], *, steps: bool = True) -> "Order":
+        """Order pictures, all or none; in an event loop. ``steps``: be told of every one.
+
+        Raises `RoomFullError`, or `BackendError` when broken.
+        """
         if self.broken:
             raise BackendError(self.broken)
         if self.open + len(jobs) > self.capacity:
@@ -78,7 +81,7 @@ class Worker:
                 f"{self.open} pictures are being made or wait, of at most {self.capacity}; try later", seconds
             )
         self.open += len(jobs)
-        return Order(self, jobs)
+        return Order(self, jobs, steps)
 
     def call(self, command: Command) -> None:
         """Have something done in the thread, between two ticks."""
@@ -176,7 +179,8 @@ class Worker:
 class Order:
     """Some jobs of one client, and what becomes of them. Belongs to an event loop."""
 
-    def __init__(self, worker: Worker, jobs: Sequence[Job]):
+    def __init__(self, worker: Worker, jobs: Sequence[Job], steps: bool):
+        self._steps = steps
         self.tickets: list[Ticket] = []  # the thread's
         self._worker = worker
         self._loop = asyncio.get_running_loop()
@@ -215,6 +219,8 @@ class Order:
 
     def tell(self, index: int, event: Event) -> None:
         """Hand an event over; in the worker's thread."""
+        if isinstance(event, Stepped) and not self._steps:
+            return  # it would cost more than the engines' own work on a small model's step
         self._put((index, event), closes=int(isinstance(event, Closed)))
 
     def refuse(self, error: DditError, jobs: int) -> None:
