@@ -33,6 +33,7 @@ from ddit.runtime.serving.tickets import Closed, Job, RoomFullError, State
 from ddit.runtime.serving.worker import Worker
 
 log = logging.getLogger(__name__)
+PROMPTS_LOG = logging.getLogger("ddit.runtime.conditioning.text")  # whose warnings hold parts of prompts
 
 Scalar = bytes | int | float
 
@@ -96,7 +97,6 @@ class Model:
         import triton_python_backend_utils as pb_utils
 
         self._triton = pb_utils
-        logging.getLogger("ddit.runtime.conditioning.text").setLevel(logging.ERROR)  # no prompts in the log
         entries = json.loads(args["model_config"])["parameters"].items()
         options = {name: entry["string_value"] for name, entry in entries}
         try:
@@ -122,6 +122,8 @@ class Model:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="answers", daemon=True)
         self._thread.start()
+        self._level = PROMPTS_LOG.level
+        PROMPTS_LOG.setLevel(logging.ERROR)
 
     def execute(self, requests: Sequence[Any]) -> list[None]:
         """Take requests; all are answered later."""
@@ -141,6 +143,7 @@ class Model:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        PROMPTS_LOG.setLevel(self._level)
 
     def _value(self, request: Any, name: str) -> Scalar | None:
         tensor = self._triton.get_input_tensor_by_name(request, name)

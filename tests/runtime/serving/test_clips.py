@@ -81,7 +81,8 @@ def test_openai_s_client_gets_the_pipeline_s_clip(server, pipeline, tmp_path):
     save_clip(alone.frames, tmp_path / "alone.mp4", fps)
     expected = frames_of((tmp_path / "alone.mp4").read_bytes())
     assert len(found) == len(expected) == 5
-    assert np.abs(np.asarray(found, float) - np.asarray(expected, float)).mean() < 1
+    # a rounded pixel may change what the codec leaves out around it
+    assert np.abs(np.asarray(found, float) - np.asarray(expected, float)).mean() < 3
     thumbnail = Image.open(io.BytesIO(videos.download_content(made.id, variant="thumbnail").read()))
     assert thumbnail.size == (64, 64)
 
