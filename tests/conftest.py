@@ -23,7 +23,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--bundles", type=Path, help="folder of tiny.bundle and opset17.bundle, made if they are not there"
     )
     parser.addoption(
-        "--thorough", action="store_true", help="many more examples of hostile input, others every time (robustness/)"
+        "--thorough",
+        action="store_true",
+        help="many more examples of hostile input, others every time (robustness/); also what takes minutes",
     )
 
 
