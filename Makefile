@@ -39,7 +39,7 @@ test: lint types unit
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files "*.cpp" "*.hpp" "*.cu" "*.cuh" "*/arguments.h" | xargs $(BIN)/clang-format --dry-run -Werror
+	git ls-files "*.cpp" "*.hpp" "*.cu" "*.cuh" ":(glob)**/kernels/*.h" | xargs $(BIN)/clang-format --dry-run -Werror
 
 # The packages live in exporter/, runtime/ and profiles/ and import as ddit.*: links show mypy that layout. Commands
 # and the packages beside them import from scripts/, as they do when they run.
