@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ddit.runtime import strict_json
 from ddit.runtime.bundle import Manifest
 from ddit.runtime.errors import UsageError
+from ddit.runtime.policies.parse import join_schedule
 from ddit.runtime.reading import read_text
 from ddit.runtime.request import Request
 
@@ -56,7 +57,7 @@ class Line(BaseModel):
                 raise UsageError("give size, or height and width")
             given["width"], given["height"] = map(int, self.size.split("x"))
         if self.reuse is not None:
-            given["schedule"] = "+".join(part for part in (self.schedule, self.reuse) if part is not None)
+            given["schedule"] = join_schedule(self.schedule, self.reuse)
         # a budget chooses the schedule, so that a line with one of them has no use for a default of the other
         useless = {"budget"} if "schedule" in given else {"schedule"} if "budget" in given else set()
         return Request(**{**{name: value for name, value in defaults.items() if name not in useless}, **given})

@@ -34,6 +34,7 @@ from ddit.runtime.denoise import Progress
 from ddit.runtime.errors import UsageError
 from ddit.runtime.files import check_outputs, whole
 from ddit.runtime.pipeline import Pipeline
+from ddit.runtime.policies.parse import join_schedule
 from ddit.runtime.saving import PICTURES, save_frames, save_picture
 from ddit.runtime.tools.plots import plot_complexity, plot_schedule, plot_types
 from ddit.runtime.trace import StepRecord, Trace
@@ -129,11 +130,10 @@ def generate(
     as_json: bool,
 ) -> None:
     """Make one picture or one clip, or all those of a file of prompts."""
-    schedule = "+".join(part for part in (schedule, reuse) if part is not None) or None
     asked: dict[str, Any] = {
         "seed": seed,
         "steps": steps,
-        "schedule": schedule,
+        "schedule": join_schedule(schedule, reuse) or None,
         "budget": budget,
         "height": height,
         "width": width,

@@ -72,6 +72,16 @@ class Choices:
     euler: bool = True  # whether the model is sampled with Euler's method
 
 
+def join_schedule(schedule: str | None, reuse: str | None) -> str | None:
+    """The written form of a schedule and a method of reuse that were given apart; None where neither was.
+
+    >>> join_schedule("dynamic", "teacache:0.4")
+    'dynamic+teacache:0.4'
+    """
+    given = [part for part in (schedule, reuse) if part is not None]
+    return "+".join(given) if given else None
+
+
 def parse_schedule(text: str, choices: Choices) -> Policy:
     """Make a policy from its written form. Raises `UsageError` that shows the form."""
     levels: list[Policy] = []

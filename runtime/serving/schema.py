@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ddit.runtime import Request
 from ddit.runtime.errors import UsageError
+from ddit.runtime.policies.parse import join_schedule
 
 MAX_PICTURES = 10  # of one request, as with OpenAI
 MAX_PARTIAL_IMAGES = 3
@@ -65,12 +66,11 @@ class RunRequest(BaseModel):
     def run(self, seed: int, frames: int | None = None) -> Request:
         """What the pipeline is asked for; ``frames`` for models that make clips."""
         width, height = (None, None) if self.size in (None, "auto") else map(int, self.size.split("x"))
-        written = "+".join(part for part in (self.schedule, self.reuse) if part is not None)
         return Request(
             self.prompt,
             seed,
             self.steps,
-            written or None,
+            join_schedule(self.schedule, self.reuse) or None,
             height,
             width,
             self.guidance,

@@ -25,6 +25,7 @@ from ddit.runtime.bundle import Bundle, Manifest
 from ddit.runtime.costs import warm_up
 from ddit.runtime.errors import BackendError, DditError, UsageError
 from ddit.runtime.pipeline import Pipeline
+from ddit.runtime.policies.parse import join_schedule
 from ddit.runtime.request import Request
 from ddit.runtime.serving.engine_room import EngineRoom
 from ddit.runtime.serving.pictures import made
@@ -83,7 +84,7 @@ def asked(values: Mapping[str, Scalar]) -> tuple[Request, float]:
     if priority not in WEIGHTS:
         raise UsageError(f"there is no priority {priority!r}; choose one of: {', '.join(WEIGHTS)}")
     if reuse is not None:
-        given["schedule"] = "+".join(str(part) for part in (given.get("schedule"), reuse) if part is not None)
+        given["schedule"] = join_schedule(given.get("schedule"), reuse)  # type: ignore[arg-type,assignment]
     given.setdefault("seed", secrets.randbelow(2**32))
     return Request(**given), WEIGHTS[str(priority)]  # type: ignore[arg-type]  # every name has its type in INPUTS
 

@@ -46,28 +46,30 @@ def server(tiny_bundle):
         yield served
 
 
+def attack(url, operation, examples, *, wrong):
+    """Send requests that the description allows, and with ``wrong`` as many that it does not."""
+    modes = [schemathesis.GenerationMode.POSITIVE, *([schemathesis.GenerationMode.NEGATIVE] if wrong else [])]
+    for mode in modes:
+
+        @examples
+        @given(case=operation.as_strategy(generation_mode=mode))
+        def send(case):
+            response = case.call(base_url=url, timeout=PATIENCE)
+            case.validate_response(response, checks=CHECKS)
+            count(f"HTTP: {operation.method.upper()} {operation.path}", outcome(response.status_code))
+
+        send()
+
+
 def test_requests_made_from_our_own_description(server, examples):
     description = httpx.get(f"{server.url}/openapi.json").json()
     schema = schemathesis.openapi.from_dict(description)
     operations = [operation.ok() for operation in schema.get_all_operations()]
     assert len(operations) == 6
 
-    def attack(operation, mode):
-        few, many = (60, 3000) if operation.path == GENERATE else (5, 100)
-
-        @examples(few, many)
-        @given(case=operation.as_strategy(generation_mode=mode))
-        def send(case):
-            response = case.call(base_url=server.url, timeout=PATIENCE)
-            case.validate_response(response, checks=CHECKS)
-            count(f"HTTP: {operation.method.upper()} {operation.path}", outcome(response.status_code))
-
-        send()
-
     for operation in operations:
-        attack(operation, schemathesis.GenerationMode.POSITIVE)
-        if operation.path == GENERATE:  # the others take nothing that could be wrong
-            attack(operation, schemathesis.GenerationMode.NEGATIVE)
+        takes = operation.path == GENERATE  # the others take nothing that could be wrong
+        attack(server.url, operation, examples(*((60, 3000) if takes else (5, 100))), wrong=takes)
     settled(server)
 
 
@@ -81,20 +83,9 @@ def test_requests_for_clips_made_from_the_description(wan_bundle, examples):
         operations = [operation for operation in found if operation.path.startswith("/v1/videos")]
         assert len(operations) == 5
 
-        def attack(operation, mode):
-            @examples(*((40, 1000) if operation.method == "post" else (5, 100)))
-            @given(case=operation.as_strategy(generation_mode=mode))
-            def send(case):
-                response = case.call(base_url=served.url, timeout=PATIENCE)
-                case.validate_response(response, checks=CHECKS)
-                count(f"HTTP: {operation.method.upper()} {operation.path}", outcome(response.status_code))
-
-            send()
-
         for operation in operations:
-            attack(operation, schemathesis.GenerationMode.POSITIVE)
-            if operation.method == "post":
-                attack(operation, schemathesis.GenerationMode.NEGATIVE)
+            takes = operation.method == "post"
+            attack(served.url, operation, examples(*((40, 1000) if takes else (5, 100))), wrong=takes)
 
 
 HEADS = st.sampled_from(
