@@ -250,7 +250,20 @@ def test_unknown_paths_and_methods(server):
     assert (response.status_code, response.headers["allow"]) == (405, "POST")
 
 
-def test_a_client_that_goes_gives_its_place_back(server):
+@pytest.fixture
+def slow(server, monkeypatch):
+    """Steps that take a while on any machine."""
+    session = server.worker.room.session
+    advance = session.advance
+
+    def later(members):
+        time.sleep(0.02)
+        advance(members)
+
+    monkeypatch.setattr(session, "advance", later)
+
+
+def test_a_client_that_goes_gives_its_place_back(server, slow):
     cancelled = server.metric('ddit_pictures_total{outcome="cancelled"}')
     body = {"prompt": "a red circle", "size": "256x256", "steps": 60, "schedule": "native", "n": 3}
     for stream in (False, True):
@@ -261,7 +274,7 @@ def test_a_client_that_goes_gives_its_place_back(server):
     assert server.metric('ddit_pictures_total{outcome="cancelled"}') == cancelled + 6
 
 
-def test_more_than_may_wait_is_refused_with_a_time_to_come_again(server):
+def test_more_than_may_wait_is_refused_with_a_time_to_come_again(server, slow):
     done = []
     long = {"prompt": "a red circle", "size": "256x256", "steps": 60, "schedule": "native", "n": 6}
     threads = [threading.Thread(target=lambda: done.append(ask(server, **long).status_code)) for _ in range(2)]
@@ -278,14 +291,14 @@ def test_more_than_may_wait_is_refused_with_a_time_to_come_again(server):
     assert ask(server, steps=1).status_code == 200
 
 
-def test_a_request_s_own_deadline(server):
+def test_a_request_s_own_deadline(server, slow):
     response = ask(server, size="256x256", steps=60, schedule="native", timeout=0.1)
     assert response.status_code == 408
     assert response.headers["x-should-retry"] == "false"
     assert response.json()["error"]["code"] == "timeout"
-    slow = {"steps": 60, "schedule": "native", "timeout": 0.05}
+    long = {"steps": 60, "schedule": "native", "timeout": 0.05}
     with pytest.raises(openai.APIError, match="longer than"):
-        list(client(server).images.generate(prompt="a", size="256x256", stream=True, extra_body=slow))
+        list(client(server).images.generate(prompt="a", size="256x256", stream=True, extra_body=long))
 
 
 def test_figures(server):
