@@ -63,14 +63,14 @@ async function showModel() {
   strip = new Strip($("strip"), $("legend"), patches);
   $("prompt").maxLength = ddit.limits.prompt;
   $("steps").max = ddit.limits.steps;
-  $("steps").value = ddit.steps;
+  $("steps").defaultValue = ddit.steps; // shown unless the user has typed something meanwhile
   for (const side of ["width", "height"]) {
     const ranges = ddit.sizes.map((size) => size[side]);
     const unit = ddit.size.multiple_of[side];
     $(side).min = unit * Math.ceil(Math.min(...ranges.map(([low]) => low)) / unit); // steps are counted from here
     $(side).max = Math.max(...ranges.map(([, high]) => high));
     $(side).step = unit;
-    $(side).value = ddit.size[side];
+    $(side).defaultValue = ddit.size[side];
   }
   $("negative-row").hidden = !ddit.negative_prompt;
   const coarse = patches.some((patch) => patch > ddit.native);

@@ -180,6 +180,21 @@ def test_the_form_knows_what_the_bundle_offers(server, open_page):
     assert page.get_by_label("Prompt", exact=True).get_attribute("maxlength") == str(model["ddit"]["limits"]["prompt"])
 
 
+def test_a_slow_answer_leaves_what_was_typed_before_it(server, open_page):
+    page, held = open_page(server), []
+    page.route("**/v1/models", lambda route: held.append(route))
+    with page.expect_request("**/v1/models"):
+        page.reload()
+    page.get_by_label("Steps", exact=True).fill("9")
+    page.get_by_label("Width", exact=True).fill("64")
+    held.pop().continue_()
+    page.get_by_text("flux on cpu").wait_for()
+    assert page.get_by_label("Steps", exact=True).input_value() == "9"
+    assert page.get_by_label("Width", exact=True).input_value() == "64"
+    model = httpx.get(f"{server.url}/v1/models").json()["data"][0]
+    assert page.get_by_label("Height", exact=True).input_value() == str(model["ddit"]["size"]["height"])
+
+
 def test_a_picture_its_steps_and_native_beside_it(server, open_page):
     """By keyboard alone, from the form to the slider."""
     page, bodies = open_page(server), []
