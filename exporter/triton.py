@@ -10,11 +10,12 @@ from pathlib import Path
 import click
 
 from ddit.runtime.bundle import Bundle, Manifest
-from ddit.runtime.commands.options import BACKEND, BUNDLE, THREADS
+from ddit.runtime.commands.options import BACKEND, BUNDLE, THREADS, VAE_TILING
 from ddit.runtime.console import DditCommand, say
 from ddit.runtime.errors import ModelError, UsageError
 from ddit.runtime.folders import flush, new_folder, replace_folder
 from ddit.runtime.serving.triton import CLIP, IMAGE, PROMPT, REPORT, inputs
+from ddit.runtime.tiling import check_side
 
 CONFIG = "config.pbtxt"
 MARK = "# Written by ddit-export triton"
@@ -40,6 +41,7 @@ class TritonPythonModel(Model):
               help="Pictures that may wait; more are refused as unavailable.")  # fmt: skip
 @BACKEND
 @THREADS
+@VAE_TILING
 def triton(
     bundle: Path,
     repository: Path,
@@ -49,11 +51,14 @@ def triton(
     waiting: int,
     backend: str | None,
     threads: int | None,
+    vae_tiling: int | None,
 ) -> None:
     """Write a bundle as a model into Triton's model repository REPO. Needs no torch."""
     opened = Bundle.open(bundle)
+    check_side(opened.manifest.latent, vae_tiling)
     name = name or bundle.resolve().name.removesuffix(".bundle")
-    options = {"in_flight": in_flight, "waiting": waiting, "backend": backend, "threads": threads}
+    options = {"in_flight": in_flight, "waiting": waiting, "backend": backend, "threads": threads,
+               "vae_tiling": vae_tiling}  # fmt: skip
     given = {key: str(value) for key, value in options.items() if value is not None}
     written = write_model(opened, repository, name, given, copy=copy)
     say(f"{written}; run: tritonserver --model-repository {repository}")

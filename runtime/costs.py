@@ -35,7 +35,8 @@ def measure_costs(pipeline: "Pipeline", size: Size, repeat: int = 7) -> Costs:
 
 def find_costs(pipeline: "Pipeline", size: Size) -> Costs:
     """The costs at a size. Afterwards every engine is loaded: no budget could hold that."""
-    for known in pipeline.bundle.manifest.calibrations:
+    calibrations = () if pipeline.tiled(size) else pipeline.bundle.manifest.calibrations  # which decoded whole latents
+    for known in calibrations:
         if (known.size, known.backend) == (size, str(pipeline.backend)):
             warm_up(pipeline, size)
             return known.costs

@@ -59,18 +59,25 @@ class Pipeline:
     sessions and compete for the machine's cores.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend):
+    def __init__(self, bundle: Bundle, backend: Backend, *, vae_tiling: int | None = None):
+        """``vae_tiling`` as `open` takes it. Raises `UsageError` for tiles that the bundle's latent is not cut into."""
         self.bundle = bundle
         self.backend = backend
         self._text = TextConditioner(backend)
-        self._decoder = make_decoder(backend)
+        self._decoder = make_decoder(backend, vae_tiling)
         self._programs = Programs(bundle.manifest)
         self._known_costs = lru_cache(maxsize=16)(partial(find_costs, self))
         self._alone = RLock()  # held by a run that lets go of engines
 
     @classmethod
     def open(
-        cls, path: Path | str, *, backend: str | None = None, threads: int | None = None, low_memory: bool = False
+        cls,
+        path: Path | str,
+        *,
+        backend: str | None = None,
+        threads: int | None = None,
+        low_memory: bool = False,
+        vae_tiling: int | None = None,
     ) -> "Pipeline":
         """Open a bundle's folder. Graphs are loaded when they are first needed.
 
@@ -79,12 +86,16 @@ class Pipeline:
             threads: of one graph on the CPU; all cores when None.
             low_memory: text encoders leave memory before the levels come, and are loaded anew for the next run. Runs
                 of several threads wait for each other then. Needs no asking for where `cuda` finds too little memory.
+            vae_tiling: the side in pixels of overlapping tiles in which pictures and clips that are larger are decoded,
+                so that the decoder takes no more memory than for a tile; a multiple of 32 with FLUX.1 and Wan 2.1. The
+                result is that of diffusers' ``vae.enable_tiling()``, and differs a little from one decoded whole.
 
         Raises:
-            BundleError, BackendError, UsageError: the bundle is damaged, or the backend cannot run here.
+            BundleError, BackendError, UsageError: the bundle is damaged, the backend cannot run here, or the latent is
+                not cut into such tiles.
         """
         bundle = Bundle.open(path)
-        return cls(bundle, open_backend(backend, bundle, threads, low_memory=low_memory))
+        return cls(bundle, open_backend(backend, bundle, threads, low_memory=low_memory), vae_tiling=vae_tiling)
 
     def __call__(
         self,
@@ -108,7 +119,8 @@ class Pipeline:
     ) -> Result:
         """Make one picture or clip. The arguments are those of `Request`.
 
-        ``on_step`` is told of every step (`Progress`), ``on_frame`` of every latent frame that was decoded.
+        ``on_step`` is told of every step (`Progress`), ``on_frame`` of every latent frame that was decoded, with
+        ``vae_tiling`` of every one of a tile.
 
         Raises:
             UsageError: for a request that the bundle cannot meet.
@@ -218,6 +230,7 @@ class Pipeline:
         self.bundle.manifest.sizes(first.size, text=first.text_length, batch=len(runs))
         for sizes in {tuple(scaled.items()): scaled for run in runs for scaled in run.scales.values()}.values():
             self.backend.check({**shapes.to_names(self.bundle.manifest.latent, sizes), "batch": len(runs)})
+            self._decoder.tiling(sizes["H"], sizes["W"], len(runs))
         return runs
 
     def encode(self, prompts: Sequence[str], text_length: int | None = None) -> dict[str, FloatArray]:
@@ -272,6 +285,11 @@ class Pipeline:
     def decode(self, latents: FloatArray, on_frame: OnFrame | None = None) -> list[Frames]:
         """The frames of latents (B, C, H, W), one of each, or of clips' (B, C, F, H, W)."""
         return self._decoder(latents, on_frame)
+
+    def tiled(self, size: shapes.Size) -> bool:
+        """Whether pictures or clips of a size are decoded in tiles."""
+        sizes = shapes.to_symbols(self.bundle.manifest.latent, size.by_name())
+        return len(self._decoder.tiling(sizes["H"], sizes["W"], 1)) > 1
 
     def policy(
         self,

@@ -7,7 +7,7 @@ samples that run together where the backend computes: on the host or on the GPU.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from threading import Lock
 
 import numpy as np
@@ -107,10 +107,11 @@ class Backend(ABC):
         first = frozenset(one.graph for one in manifest.encoders)
         return first, frozenset(manifest.graphs) - first
 
-    def check(self, sizes: Mapping[str, int]) -> None:  # noqa: B027
+    def check(self, sizes: Mapping[str, int], graphs: Collection[str] | None = None) -> None:  # noqa: B027
         """Raise `UsageError` for sizes that this backend's engines cannot run, before anything is loaded.
 
-        ``sizes``: pixels, frames, tokens and the batch by the names that profiles use.
+        ``sizes``: pixels, frames, tokens and the batch by the names that profiles use. ``graphs``: those that are to
+        run at these sizes; all when None.
         """
 
     def workspace(self, buffers: Mapping[str, TensorSpec], sizes: Mapping[str, int]) -> Workspace:

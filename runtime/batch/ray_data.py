@@ -33,6 +33,7 @@ def spread(
     *,
     backend: str | None,
     threads: int | None,
+    vae_tiling: int | None,
     in_flight: int,
     replicas: tuple[int, int] | None,
     frames_per_second: float | None,
@@ -67,7 +68,8 @@ def spread(
                 max_concurrent_calls_per_actor=tasks,
                 max_tasks_in_flight_per_actor=tasks,
             )
-            arguments = (str(bundle.resolve()), backend, threads, at_once, str(folder.resolve()), frames_per_second)
+            place = str(folder.resolve())
+            arguments = (str(bundle.resolve()), backend, threads, vae_tiling, at_once, place, frames_per_second)
             lines = ray.data.from_items([{"wanted": one.to_json()} for one in some], override_num_blocks=blocks)
             try:
                 for row in lines.map(
@@ -86,11 +88,12 @@ class Maker:
         bundle: str,
         backend: str | None,
         threads: int | None,
+        vae_tiling: int | None,
         in_flight: int,
         folder: str,
         frames_per_second: float | None,
     ):
-        pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
+        pipeline = Pipeline.open(bundle, backend=backend, threads=threads, vae_tiling=vae_tiling)
         self._folder, self._frames_per_second = Path(folder), frames_per_second
         self._worker = Worker(EngineRoom(pipeline, in_flight=in_flight, waiting=in_flight))
         self._places = asyncio.Semaphore(1 if in_flight == 1 else 2 * in_flight)

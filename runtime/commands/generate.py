@@ -24,6 +24,7 @@ from ddit.runtime.commands.options import (
     JSON,
     LOW_MEMORY,
     THREADS,
+    VAE_TILING,
     WIDTH,
     Replicas,
     Seconds,
@@ -97,6 +98,7 @@ from ddit.runtime.video import check_clip_type, frame_files
 @BACKEND
 @THREADS
 @LOW_MEMORY
+@VAE_TILING
 @JSON
 @click.pass_context
 def generate(
@@ -127,6 +129,7 @@ def generate(
     backend: str | None,
     threads: int | None,
     low_memory: bool,
+    vae_tiling: int | None,
     as_json: bool,
 ) -> None:
     """Make one picture or one clip, or all those of a file of prompts."""
@@ -161,6 +164,7 @@ def generate(
             backend=backend,
             threads=threads,
             low_memory=low_memory,
+            vae_tiling=vae_tiling,
             in_flight=in_flight,
             ray=ray,
             replicas=replicas,
@@ -187,7 +191,7 @@ def generate(
         check_clip_type(out)
     first = frame_files(out, 1) if numbered else [out]
     check_outputs([path for path in (*first, trace_file, plot_file, map_file) if path])
-    pipeline = Pipeline(opened, open_backend(backend, opened, threads, low_memory=low_memory))
+    pipeline = Pipeline(opened, open_backend(backend, opened, threads, low_memory=low_memory), vae_tiling=vae_tiling)
     if map_file and len(pipeline.bundle.manifest.levels) < 2:
         raise UsageError("a map shows what coarse levels would miss, and the bundle has none")
     with _progress_bar() as bar:

@@ -22,6 +22,7 @@ from ddit.runtime.folders import locked
 from ddit.runtime.pipeline import Pipeline
 from ddit.runtime.saving import PICTURES
 from ddit.runtime.serving.engine_room import EngineRoom
+from ddit.runtime.tiling import check_side
 from ddit.runtime.video import check_clip_type
 
 
@@ -35,6 +36,7 @@ def generate_many(
     backend: str | None,
     threads: int | None,
     low_memory: bool,
+    vae_tiling: int | None,
     in_flight: int,
     ray: bool,
     replicas: tuple[int, int] | None,
@@ -52,7 +54,11 @@ def generate_many(
     for one in wanted:
         with naming(prompts, one):
             check_file(one.file, clips)
-    pipeline = None if ray else Pipeline(opened, open_backend(backend, opened, threads, low_memory=low_memory))
+    check_side(opened.manifest.latent, vae_tiling)
+    pipeline = None
+    if not ray:
+        chosen = open_backend(backend, opened, threads, low_memory=low_memory)
+        pipeline = Pipeline(opened, chosen, vae_tiling=vae_tiling)
     steps = {}
     for one in wanted:
         with naming(prompts, one):
@@ -76,7 +82,7 @@ def generate_many(
             elif pipeline is None:
                 from ddit.runtime.batch.ray_data import spread
 
-                spread(left, out, bundle, backend=backend, threads=threads, in_flight=in_flight,
+                spread(left, out, bundle, backend=backend, threads=threads, vae_tiling=vae_tiling, in_flight=in_flight,
                        replicas=replicas, frames_per_second=frames_per_second, on_done=progress.done)  # fmt: skip
             else:
                 if pipeline.backend.low_memory:

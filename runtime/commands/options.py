@@ -33,6 +33,10 @@ LOW_MEMORY = click.option(
     "--low-memory", is_flag=True, help="Text encoders leave memory before the levels come, and are loaded anew for the "
     "next prompt.  [default: where GPU memory is short]",
 )  # fmt: skip
+VAE_TILING = click.option(
+    "--vae-tiling", type=int, metavar="PIXELS", help="Decode what is larger in overlapping tiles of this side, in the "
+    "memory that one of them takes; a multiple of 32, as in 512.  [default: all is decoded whole]",
+)  # fmt: skip
 IN_FLIGHT = click.option("--in-flight", type=click.IntRange(1, 1024), default=32, show_default=True,
                          help="Pictures that denoise at once.")  # fmt: skip
 

@@ -9,10 +9,11 @@ import click
 
 from ddit.runtime.backends.registry import open_backend
 from ddit.runtime.bundle import Bundle
-from ddit.runtime.commands.options import BACKEND, IN_FLIGHT, THREADS, Replicas, Seconds
+from ddit.runtime.commands.options import BACKEND, IN_FLIGHT, THREADS, VAE_TILING, Replicas, Seconds
 from ddit.runtime.console import DditCommand, say
 from ddit.runtime.errors import BackendError, UsageError
 from ddit.runtime.pipeline import Pipeline
+from ddit.runtime.tiling import check_side
 
 TOKEN = "DDIT_API_KEY"
 
@@ -37,6 +38,7 @@ TOKEN = "DDIT_API_KEY"
               "many as the queue asks for.  [default: 1 to the number of GPUs]")  # fmt: skip
 @BACKEND
 @THREADS
+@VAE_TILING
 def serve(
     bundles: tuple[Path, ...],
     host: str,
@@ -52,6 +54,7 @@ def serve(
     replicas: tuple[int, int] | None,
     backend: str | None,
     threads: int | None,
+    vae_tiling: int | None,
 ) -> None:
     """Serve a bundle over HTTP, with OpenAI's image API, and for clips its videos API; with --ray on many machines.
 
@@ -80,12 +83,14 @@ def serve(
     if token is None and not _is_loopback(host):
         say(f"warning: anyone who reaches {host} may use this server; set {TOKEN} to ask for a key")
     limits = Limits(prompt=max_prompt, pixels=max_pixels, steps=max_steps, seconds=timeout)
+    for one in opened:
+        check_side(one.manifest.latent, vae_tiling)
     if ray:
-        serve_on_ray(bundles, host, port, replicas=replicas, backend=backend, threads=threads, limits=limits,
-                     in_flight=in_flight, waiting=waiting, drain=drain)  # fmt: skip
+        serve_on_ray(bundles, host, port, replicas=replicas, backend=backend, threads=threads, vae_tiling=vae_tiling,
+                     limits=limits, in_flight=in_flight, waiting=waiting, drain=drain)  # fmt: skip
         return
     logging.getLogger("ddit.access").setLevel(logging.INFO)
-    pipeline = Pipeline(opened[0], open_backend(backend, opened[0], threads))
+    pipeline = Pipeline(opened[0], open_backend(backend, opened[0], threads), vae_tiling=vae_tiling)
     listening = listen(host, port)
     address, bound = listening.getsockname()[:2]
     say(f"http://{f'[{address}]' if ':' in address else address}:{bound} serves {ids[0]}")

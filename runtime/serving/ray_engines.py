@@ -39,6 +39,7 @@ class EngineOptions(BaseModel):
     bundle: str  # its folder, at the same path on every machine
     backend: str | None = None
     threads: int | None = Field(None, ge=1)
+    vae_tiling: int | None = None  # side in pixels of the tiles in which larger pictures are decoded
     in_flight: int = Field(32, ge=1, le=1024)  # pictures that a replica denoises at once
     waiting: int = Field(256, ge=0)  # requests that wait in the ingress while all replicas are full
     replicas: Annotated[tuple[int, int], Field(description="the fewest and the most")] = (1, 1)
@@ -75,7 +76,9 @@ class Engines:
         opened = Bundle.open(options.bundle)
         if opened.manifest.latent.has_frames:
             raise UsageError("this bundle makes clips, and the server answers with pictures; use ddit-run generate")
-        pipeline = Pipeline(opened, open_backend(options.backend, opened, options.threads))
+        pipeline = Pipeline(
+            opened, open_backend(options.backend, opened, options.threads), vae_tiling=options.vae_tiling
+        )
         self._metrics = Metrics(opened.manifest)
         worker = make_worker(
             pipeline, self._metrics, in_flight=options.in_flight, waiting=QUEUE * options.in_flight * MAX_PICTURES

@@ -33,6 +33,7 @@ def serve_on_ray(
     replicas: tuple[int, int] | None,
     backend: str | None,
     threads: int | None,
+    vae_tiling: int | None,
     limits: Limits,
     in_flight: int,
     waiting: int,
@@ -44,8 +45,8 @@ def serve_on_ray(
         least, most = pool(backend, replicas, len(bundles))
         options = [
             EngineOptions(
-                bundle=str(bundle.resolve()), backend=backend, threads=threads, in_flight=in_flight, waiting=waiting,
-                replicas=(least, most), limits=limits, drain=drain,
+                bundle=str(bundle.resolve()), backend=backend, threads=threads, vae_tiling=vae_tiling,
+                in_flight=in_flight, waiting=waiting, replicas=(least, most), limits=limits, drain=drain,
             )
             for bundle in bundles
         ]  # fmt: skip

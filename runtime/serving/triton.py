@@ -103,7 +103,8 @@ class Model:
         try:
             bundle = Bundle.open(Path(args["model_repository"]) / options["bundle"])  # an absolute path stays itself
             threads = int(options["threads"]) if "threads" in options else None
-            pipeline = Pipeline(bundle, open_backend(options.get("backend"), bundle, threads))
+            tile = int(options["vae_tiling"]) if "vae_tiling" in options else None
+            pipeline = Pipeline(bundle, open_backend(options.get("backend"), bundle, threads), vae_tiling=tile)
             self.open(pipeline, in_flight=int(options["in_flight"]), waiting=int(options["waiting"]))
         except DditError as error:
             raise pb_utils.TritonModelException(str(error)) from None

@@ -54,17 +54,17 @@ class _FrameDecoder(nn.Module):
         self.register_buffer("inverse_deviation", (1.0 / torch.tensor(vae.config.latents_std)).view(shape))
 
     def _run(self, latent_frame: Tensor, caches: list[Any]) -> Tensor:
-        """Frames (B, 3, frames, height, width) in [-1, 1]; the list is brought up to date."""
+        """Frames (B, 3, frames, height, width), which hosts cut to [-1, 1]; the list is brought up to date."""
         unscaled = (latent_frame / self.inverse_deviation + self.mean).to(self.dtype)
         frames: Tensor = self.decoder(self.post_quant_conv(unscaled), feat_cache=caches, feat_idx=[0])
-        return frames.float().clamp(-1.0, 1.0)
+        return frames.float()
 
 
 class FirstFrame(_FrameDecoder):
     """A clip's first latent frame, which becomes one frame."""
 
     def forward(self, latent_frame: Tensor) -> tuple[Tensor, ...]:
-        """(B, C, 1, H, W) → frames (B, 3, 1, 8H, 8W) in [-1, 1], then the caches for `NextFrames`, all float32.
+        """(B, C, 1, H, W) → frames (B, 3, 1, 8H, 8W), then the caches for `NextFrames`, all float32.
 
         Where the VAE has nothing yet, or one frame only, a cache has zeros: a causal convolution fills up with them.
         """

@@ -96,7 +96,7 @@ def decoded(vae: Any) -> Original:
             elif one is not None:  # the list also has places for convolutions that look at one frame only
                 after.append(torch.cat([one.new_zeros(one[:, :, : 2 - one.shape[2]].shape), one], dim=2))
         vae.clear_cache()
-        return torch.clamp(frames, min=-1.0, max=1.0), *after
+        return frames, *after
 
     return turn
 

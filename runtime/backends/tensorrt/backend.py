@@ -5,7 +5,7 @@ runs at the same time, so that the largest engine's scratch memory serves them a
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -108,17 +108,17 @@ class TensorRTBackend(DeviceBackend):
     def _open(self, graph: str) -> DeviceEngine:
         return TensorRTEngine(self, self.bundle.graph(graph), self.stored[graph])
 
-    def check(self, sizes: Mapping[str, int]) -> None:
-        """See that every graph has a whole engine for the sizes, and that those not yet loaded fit into GPU memory.
+    def check(self, sizes: Mapping[str, int], graphs: Collection[str] | None = None) -> None:
+        """See that the graphs have whole engines for the sizes, and that those not yet loaded fit into GPU memory.
 
         Raises `UsageError` and `BackendError`.
         """
-        chosen = [choose(stored, sizes)[0] for stored in self.stored.values()]
+        chosen = [choose(self.stored[graph], sizes)[0] for graph in (self.stored if graphs is None else graphs)]
         missing = [one for one in chosen if one.info.key not in self._loaded]
         for one in missing:
             one.check()
-        for graphs in self.phases() if self.low_memory else (self.bundle.manifest.graphs,):
-            self.check_memory([one for one in missing if one.info.graph in graphs])
+        for phase in self.phases() if self.low_memory else (self.bundle.manifest.graphs,):
+            self.check_memory([one for one in missing if one.info.graph in phase])
 
     def release(self) -> None:
         """The scratch memory stays."""
