@@ -19,8 +19,10 @@ from ddit.runtime import Bundle, Pipeline, Request
 from ddit.runtime.backends.artifacts import EngineStore
 from ddit.runtime.backends.onnxruntime import host as onnxruntime
 from ddit.runtime.cli import main as ddit_run
+from ddit.runtime.decoding import to_pixels
 from ddit.runtime.errors import BackendError, UsageError
 from ddit.runtime.policies import Decision, Fixed, Policy
+from ddit.runtime.tiling import tilings
 from fake_cuda import FakeCuda
 from fake_tensorrt import SCRATCH, VERSIONS, FakeTensorRT
 
@@ -153,6 +155,29 @@ def test_a_latent_grows_only_to_sizes_that_engines_were_built_for(one_machine, t
     pipeline.resolve([Request("red", schedule="native", height=128, width=128)])
     with pytest.raises(UsageError, match=r"height 64, width 64.* is outside what the TensorRT engine"):
         pipeline.resolve([Request("red", schedule="progressive", height=128, width=128)])
+
+
+def test_tiles_that_engines_hold(built):
+    """The profile begins at 64 pixels, and the short tiles at the edges would have 32."""
+    latents = np.random.default_rng(0).standard_normal((1, 4, 16, 20), dtype=np.float32)
+    pipeline = Pipeline.open(built.bundle, backend="tensorrt", vae_tiling=64)
+    ((picture,),) = pipeline.decode(latents)
+    engine = Pipeline.open(built.bundle, backend="cpu").backend.engine("vae_decoder")
+    short, whole = tilings(pipeline.bundle.manifest.latent, 16, 20, 64)
+    assert {"height": 32, "width": 64} in short.sizes()
+    assert whole.sizes() == [{"height": 64, "width": 64}]
+    expected = np.empty((3, 128, 160), np.float32)
+    for _, rows, columns, values in whole.decode(latents, lambda tile: (yield engine.run({"latent": tile})["image"])):
+        expected[:, rows, columns] = values[0]
+    np.testing.assert_array_equal(np.asarray(picture), to_pixels(expected[:, None])[0])
+
+
+def test_tiles_that_no_engine_holds_are_refused_first(built):
+    pipeline = Pipeline.open(built.bundle, backend="tensorrt", vae_tiling=32)
+    pipeline.backend.deserialize = None
+    words = r"^the VAE cannot decode tiles of 32 pixels here: height 32, width 32, batch 1 is outside what the TensorRT"
+    with pytest.raises(UsageError, match=words):
+        pipeline("red", steps=1, **SIZE)
 
 
 def test_attention_may_decompose(tiny_bundle, tmp_path, monkeypatch):

@@ -343,9 +343,12 @@ def test_a_model_s_folder_is_written_whole_or_not_at_all(tiny_bundle, tmp_path, 
     def write(*options: object):
         return run(main, "triton", tiny_bundle, tmp_path, "--name", "m", *options)
 
-    assert write("--threads", 2).exit_code == 0
+    result = write("--vae-tiling", 100)
+    assert (result.exit_code, [*tmp_path.iterdir()]) == (2, [])
+    assert write("--threads", 2, "--vae-tiling", 64).exit_code == 0
     before = (tmp_path / "m" / "config.pbtxt").read_text()
     assert 'key: "threads" value: { string_value: "2" }' in before
+    assert 'key: "vae_tiling" value: { string_value: "64" }' in before
     assert str(tiny_bundle) in before
 
     def full(*paths: object) -> None:
