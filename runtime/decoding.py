@@ -71,6 +71,7 @@ class Decoder(ABC):
 
     def _find_tiling(self, height: int, width: int, batch: int) -> Tiling:
         ways = () if self._tile is None else tiling.tilings(self._latent, height, width, self._tile)
+        reason: UsageError | None = None
         for way in ways:
             try:
                 for size in way.sizes():
@@ -79,7 +80,7 @@ class Decoder(ABC):
                 reason = error
             else:
                 return way
-        if ways:
+        if reason:
             raise UsageError(f"the VAE cannot decode tiles of {self._tile} pixels here: {reason}; or take other tiles")
         return tiling.whole(self._latent, height, width)
 
