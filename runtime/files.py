@@ -98,3 +98,8 @@ def _is_stream(path: Path) -> bool:
             return True
         path = folder / os.readlink(path)
     return False
+
+
+def with_ending(path: Path, ending: str) -> Path:
+    """The path with another ending, to be suggested; in a folder that has no name, as ".", a name of ours."""
+    return path.with_suffix(ending) if path.name else path / f"out{ending}"

@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 
 from ddit.runtime.errors import DditError, UsageError
+from ddit.runtime.files import with_ending
 
 CLIPS = {".mp4", ".gif", ".webp"}
 CODEC = "libx264"  # what every player and browser knows
@@ -19,7 +20,7 @@ def check_clip_type(path: Path) -> None:
     if path.suffix.lower() not in CLIPS:
         known = ", ".join(sorted(CLIPS))
         raise UsageError(
-            f"{path} cannot hold a clip; name it {path.with_suffix('.mp4')} ({known}), or give a name with %d for "
+            f"{path} cannot hold a clip; name it {with_ending(path, '.mp4')} ({known}), or give a name with %d for "
             "pictures of all frames, as in frames/%03d.png"
         )
     if path.suffix.lower() == ".mp4":

@@ -18,6 +18,7 @@ from ddit.runtime.bundle import Bundle
 from ddit.runtime.bundle.manifest import VideoDecoderInfo
 from ddit.runtime.console import say, terminal
 from ddit.runtime.errors import DditError, UsageError
+from ddit.runtime.files import with_ending
 from ddit.runtime.folders import locked
 from ddit.runtime.pipeline import Pipeline
 from ddit.runtime.saving import PICTURES
@@ -110,7 +111,7 @@ def check_file(name: str, clips: bool) -> None:
     if clips:
         check_clip_type(path)
     elif path.suffix.lower() not in PICTURES:
-        raise UsageError(f"{name} has an unknown file type; name it {path.with_suffix('.png')}, for instance")
+        raise UsageError(f"{name} has an unknown file type; name it {with_ending(path, '.png')}, for instance")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import click
 
 from ddit.runtime.backends.registry import kinds
 from ddit.runtime.errors import UsageError
+from ddit.runtime.files import with_ending
 
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 HEIGHT = click.option("--height", type=int, help="Pixels.  [default: the profile's optimum]")
@@ -77,7 +78,7 @@ class Seconds(click.ParamType):  # type: ignore[type-arg]
 def check_type(path: Path, known: Set[str]) -> None:
     """Raise `UsageError` for a file whose ending is not among the known ones."""
     if path.suffix.lower() not in known:
-        raise UsageError(f"{path} has an unknown file type; name it {path.with_suffix('.png')}, for instance")
+        raise UsageError(f"{path} has an unknown file type; name it {with_ending(path, '.png')}, for instance")
 
 
 def read_prompts(path: Path) -> list[str]:

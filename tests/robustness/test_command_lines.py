@@ -43,6 +43,7 @@ OPTIONS = {
     "--carry": values("0", "0.5", "1"),
     "--text-length": values("16", "20", "5"),
     "--threads": values("1", "2", "100000"),
+    "--vae-tiling": values("32", "64", "65"),
     "--backend": values("cpu", "cuda", "tensorrt", "CPUExecutionProvider"),
     "--out": values("o.png", "o.jpg", "no/o.png", "o.blp", "o", ".", "o.webp", ".png"),
     "--trace": values("t.json", "no/t.json", "."),

@@ -74,6 +74,7 @@ def test_generate_says_at_which_sizes_it_ran(tiny_bundle, tmp_path):
         (["x" * 100_001], 2, "at most 100000 are read"),
         (["a \udcff circle"], 2, "not valid UTF-8"),
         (["a red circle", "--out", "out.blp"], 2, "unknown file type; name it out.png"),
+        (["a red circle", "--out", "."], 2, "unknown file type; name it out.png"),
         (["a red circle", "--plot", "plot.pgf"], 2, "unknown file type; name it plot.png"),
         (["a red circle", "--backend", "NoSuchProvider"], 2, "no provider 'NoSuchProvider'"),
         (["a red circle", "--out", "no/such/folder/out.png"], 2, "cannot be written"),

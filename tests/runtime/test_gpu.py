@@ -63,3 +63,14 @@ def test_replayed_steps_and_parted_batches_give_what_plain_ones_give(bundle):
         alone = pipeline(prompt, seed=seed, **options)
         assert alone.trace.levels == one.trace.levels
         np.testing.assert_allclose(one.latent, alone.latent, atol=1e-2)
+
+
+def test_tiles_are_the_cpu_s(bundle):
+    """Tiles of 128, 96 and 64 pixels, which engines for the profile hold."""
+    opened, backend = bundle
+    latents = np.random.default_rng(0).standard_normal((1, 4, 32, 24), dtype=np.float32)
+    expected, actual = (
+        np.asarray(Pipeline(opened, open_backend(name, opened), vae_tiling=128).decode(latents)[0][0], float)
+        for name in ("cpu", backend)
+    )
+    assert np.abs(actual - expected).mean() < 1

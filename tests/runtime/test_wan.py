@@ -165,6 +165,7 @@ def test_generate_writes_numbered_frames(wan_bundle, tmp_path):
     ("arguments", "words"),
     [
         (["--out", "clip.avi"], "cannot hold a clip; name it clip.mp4"),
+        (["--out", "."], "cannot hold a clip; name it out.mp4"),
         (["--out", "%%.png"], "no place for the frames' numbers"),
         (["--frames", "0"], "the number of frames must be at least 1"),
         (["--negative-prompt", "red", "--guidance", "1"], "a negative prompt needs guidance above 1"),
