@@ -189,6 +189,15 @@ def test_a_failure_gives_the_buffers_back(wan_bundle):
     assert not backend.workspaces
 
 
+def test_the_decoder_takes_its_memory_once(pipeline):
+    """ONNX Runtime's plan of all buffers would lie beside what the first tile of a size took."""
+    plans = {
+        graph: pipeline.backend.engine(graph).session.get_session_options().enable_mem_pattern
+        for graph in ("vae_decoder", "level-2")
+    }
+    assert plans == {"vae_decoder": False, "level-2": True}
+
+
 def test_a_budget_is_planned_from_what_tiles_cost(rich_bundle):
     assert Pipeline.open(rich_bundle, backend="cpu").bundle.manifest.calibrations
     pipeline = Pipeline.open(rich_bundle, backend="cpu", vae_tiling=32)

@@ -238,9 +238,7 @@ class CudaBackend(DeviceBackend):
 
     def _session(self, info: GraphInfo, weights: Mapping[str, Any], *, replays: bool) -> Any:
         """A session on our stream that uses ``weights``, on the GPU already, instead of loading its own."""
-        options = session_options()
-        # A plan of all buffers as one block would lie beside what the first run took, and so need the memory twice.
-        options.enable_mem_pattern = False
+        options = session_options(plan=False)
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")  # for `on_cpu`
         for name, value in weights.items():
             options.add_initializer(name, value)

@@ -64,23 +64,31 @@ def check_provider(provider: str) -> None:
         raise UsageError(f"ONNX Runtime has no provider {provider!r} here; it has: {', '.join(available)}{mend}")
 
 
-def session_options(threads: int | None = None, *, prepack: bool = False) -> Any:
+def session_options(threads: int | None = None, *, prepack: bool = False, plan: bool = True) -> Any:
     """Options of every session.
 
     With ``prepack`` every session copies its weights into the order that products read fastest. Without, they stay
-    memory-mapped from the bundle's files, and the levels of a bundle share one copy of the trunk.
+    memory-mapped from the bundle's files, and the levels of a bundle share one copy of the trunk. With ``plan`` all
+    buffers of a size become one block after the first run, beside what that run took: memory is needed twice.
     """
     options = import_onnxruntime().SessionOptions()
     options.log_severity_level = FATAL  # warnings about the graph are no concern of who runs it
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    options.enable_mem_pattern = plan
     if threads:
         options.intra_op_num_threads = threads
     return options
 
 
 def open_session(
-    path: Path, provider: str = CPU, threads: int | None = None, *, prepack: bool = False, fold: bool = True
+    path: Path,
+    provider: str = CPU,
+    threads: int | None = None,
+    *,
+    prepack: bool = False,
+    plan: bool = True,
+    fold: bool = True,
 ) -> Any:
     """A session over an ONNX file.
 
@@ -91,7 +99,10 @@ def open_session(
     disabled = [] if fold else ["ConstantFolding"]
     with engine_errors(f"load {path.name}"):
         return import_onnxruntime().InferenceSession(
-            path, session_options(threads, prepack=prepack), providers=[provider], disabled_optimizers=disabled
+            path,
+            session_options(threads, prepack=prepack, plan=plan),
+            providers=[provider],
+            disabled_optimizers=disabled,
         )
 
 
@@ -166,7 +177,8 @@ class OnnxRuntimeBackend(Backend):
         path = self.bundle.file(info.file)
         log.info("opening %s with %s", path.name, self.provider)
         self.bundle.verify_small(info.file)
-        session = open_session(path, self.provider, self.threads, prepack=self._prepack, fold=fold)
+        plan = graph not in self.bundle.manifest.decoder.graphs  # which need more memory than all others
+        session = open_session(path, self.provider, self.threads, prepack=self._prepack, plan=plan, fold=fold)
         return OnnxRuntimeEngine(session, graph, info)
 
 
