@@ -88,8 +88,8 @@ class Pipeline:
                 of several threads wait for each other then. Needs no asking for where `cuda` finds too little memory.
             vae_tiling: the side in pixels of overlapping tiles in which pictures and clips that are larger are decoded,
                 so that the decoder takes no more memory than for a tile; a multiple of 32 with FLUX.1 and Wan 2.1. The
-                result is that of diffusers' ``vae.enable_tiling()``, and not that of decoding whole: the decoder's norms
-                see a tile only.
+                result is that of diffusers' ``vae.enable_tiling()``, and not that of decoding whole: the decoder's
+                norms see a tile only.
 
         Raises:
             BundleError, BackendError, UsageError: the bundle is damaged, the backend cannot run here, or the latent is
