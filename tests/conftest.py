@@ -55,7 +55,11 @@ def make_once(path: Path, make) -> Path:
 
     with FileLock(f"{path}.lock"):
         if not path.exists():
-            make(path)
+            try:
+                make(path)
+            except BaseException:  # half of it does not stay
+                shutil.rmtree(path, ignore_errors=True)
+                raise
     return path
 
 

@@ -113,7 +113,7 @@ def test_guidance_carry_and_text_length(bundle, pipeline, host, tmp_path):
         (("--first-step", "1"), 2, "needs the latent to go on from"),
         (("--latent", "ids.json"), 2, "is no .npy file"),
         (("--noise", "other.npy"), 2, "the noise has shape (1, 2, 3), the picture needs (4, 8, 8)"),
-        (("--provider", "npu"), 2, "the provider is cpu or cuda"),
+        (("--provider", "npu"), 2, "the provider is cpu, cuda or tensorrt"),
         (("--out", "missing/o.png"), 1, "missing/o.png cannot be written"),
         (("--what",), 2, "'--what' is not known"),
     ],

@@ -9,6 +9,9 @@
 #include "ddit/onnxruntime.hpp"
 #include "ddit/session.hpp"
 #include "strings.hpp"
+#ifdef DDIT_TENSORRT
+#include "ddit/tensorrt.hpp"
+#endif
 
 namespace {
 
@@ -30,8 +33,8 @@ constexpr const char* kHelp =
   --text-length NUMBER tokens, padding included
   --guidance NUMBER    guidance scale
   --carry NUMBER       share of the last native step's detail that coarse steps take over
-  --provider NAME      cpu (default) or cuda
-  --device NUMBER      the GPU, with cuda
+  --provider NAME      cpu (default), cuda, or tensorrt with the bundle's engines
+  --device NUMBER      the GPU, from 0
   --threads NUMBER     of one graph on the CPU
   --repeat NUMBER      make the picture so many times, for measurements
 )";
@@ -94,18 +97,28 @@ Arguments read(int count, char** words) {
   }
   if (read.bundle.empty() || ids.empty() || read.out.empty())
     throw ddit::UsageError("give a bundle, --ids and --out; ddit_host --help shows all");
-  if (read.provider != "cpu" && read.provider != "cuda")
-    throw ddit::UsageError("the provider is cpu or cuda, not '" + read.provider + "'");
+  if (read.provider != "cpu" && read.provider != "cuda" && read.provider != "tensorrt")
+    throw ddit::UsageError("the provider is cpu, cuda or tensorrt, not '" + read.provider + "'");
   read.engine.cuda = read.provider == "cuda";
   request.ids = ddit::read_ids(ids);
   return read;
 }
 
+std::unique_ptr<ddit::Backend> open(const ddit::Bundle& bundle, const Arguments& arguments) {
+  if (arguments.provider != "tensorrt") return std::make_unique<ddit::OnnxRuntime>(bundle, arguments.engine);
+#ifdef DDIT_TENSORRT
+  return std::make_unique<ddit::TensorRT>(bundle, arguments.engine.device);
+#else
+  throw ddit::BackendError(
+      "this ddit_host was built without TensorRT; cmake -DTENSORRT_ROOT=FOLDER builds one with it");
+#endif
+}
+
 void run(const Arguments& arguments) {
   const auto bundle = ddit::Bundle::open(arguments.bundle);
-  ddit::OnnxRuntime engines(bundle, arguments.engine);
+  const auto engines = open(bundle, arguments);
   for (int i = 0; i < arguments.repeat; ++i) {
-    const ddit::Result result = ddit::generate(engines, arguments.request);
+    const ddit::Result result = ddit::generate(*engines, arguments.request);
     std::size_t predicted = 0;
     for (const auto& record : result.trace.steps) predicted += record.level ? 0 : 1;
     std::printf("%s: %zu steps, %zu of them predicted, in %.1f ms\n", result.trace.schedule.c_str(),

@@ -261,6 +261,8 @@ Image decode(Backend& backend, const Tensor& latent, const Sizes& sizes) {
 Result generate(Backend& backend, const Request& request, const std::function<void(const StepRecord&)>& on_step) {
   Run run = resolve(request, backend.bundle().manifest(), backend.name());
   const Sizes sizes = run.sizes;
+  backend.check(sizes);
+  for (const auto& [scale, smaller] : run.scales) backend.check(smaller);
   const auto begin = Clock::now();
   auto conditions = encode(backend, run);
   const double encoded = milliseconds_since(begin);

@@ -33,5 +33,6 @@ void write_text(const std::filesystem::path& path, const std::string& text);
 
 /// SHA-256 of a file in hexadecimal digits. Throws `BundleError`.
 std::string sha256_of(const std::filesystem::path& path);
+std::string sha256_of_text(const std::string& text);
 
 }  // namespace ddit
