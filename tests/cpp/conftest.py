@@ -183,16 +183,19 @@ def checked_host(sanitized) -> Run:
     return runner(sanitized / "ddit_host")
 
 
-def write_inputs(bundle: Path, folder: Path, height: int, width: int) -> Sequence[object]:
+def write_inputs(bundle: Path, folder: Path, height: int, width: int, frames: int | None = None) -> Sequence[object]:
     """The prompt's ids and the seed's noise as files, and the arguments that name them."""
     opened = Bundle.open(bundle)
     manifest = opened.manifest
-    ids = {
-        one.graph: Tokenizer(opened.file(one.tokenizer.file), one.tokenizer)(PROMPT)[0].tolist()
-        for one in manifest.encoders
-    }
-    sides = [size // axis.downscale for size, axis in zip((height, width), manifest.latent.axes, strict=True)]
-    (folder / "ids.json").write_text(json.dumps(ids))
+    encoders = {one.graph: Tokenizer(opened.file(one.tokenizer.file), one.tokenizer) for one in manifest.encoders}
+    files: list[object] = []
+    for option, text in (("--ids", PROMPT), ("--negative-ids", "")):
+        if text or manifest.guidance.kind == "two_passes":
+            file = folder / f"{option.removeprefix('--')}.json"
+            file.write_text(json.dumps({graph: encode(text)[0].tolist() for graph, encode in encoders.items()}))
+            files += (option, file)
+    sizes = {"frames": frames, "height": height, "width": width}
+    sides = [axis.to_latent(sizes[axis.name]) for axis in manifest.latent.axes]
     np.save(folder / "noise.npy", noise(SEED, (manifest.latent.channels, *sides)))
-    size = ("--height", height, "--width", width)
-    return ("--ids", folder / "ids.json", "--noise", folder / "noise.npy", *size)
+    clip = ("--frames", frames) if frames else ()
+    return (*files, "--noise", folder / "noise.npy", "--height", height, "--width", width, *clip)

@@ -32,7 +32,7 @@ std::vector<Shape> shapes_at(const Manifest& manifest, const GraphInfo& info, co
     return found;
   };
   Sizes sizes = {{"B", size("batch")}, {"L", size("text")}};
-  for (const Axis& axis : manifest.axes) sizes[axis.symbol] = size(axis.name) / axis.downscale;
+  for (const Axis& axis : manifest.axes) sizes[axis.symbol] = axis.to_latent(size(axis.name));
   std::vector<Shape> shapes;
   for (const TensorSpec& spec : info.inputs) shapes.push_back(spec.resolve(sizes));
   return shapes;

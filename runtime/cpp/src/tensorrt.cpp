@@ -249,7 +249,7 @@ void TensorRT::check(const Sizes& sizes) const {
     if (choose(stored, shapes)) continue;
     std::string asked;
     for (const Axis& axis : bundle().manifest().axes)
-      asked += axis.name + " " + std::to_string(sizes.at(axis.symbol) * axis.downscale) + ", ";
+      asked += axis.name + " " + std::to_string(axis.from_latent(sizes.at(axis.symbol))) + ", ";
     throw UsageError(asked + "text " + std::to_string(sizes.at("L")) + " is outside what the TensorRT engine of " +
                      graph + " was built for; build another: ddit-export engines " + bundle().path().string() +
                      " --profile PROFILE");

@@ -131,7 +131,7 @@ class Check {
     for (std::size_t i = 0; i < std::min(result.trace.steps.size(), one.at("steps").size()); ++i)
       step(asked.schedule + ": step " + std::to_string(i), result.trace.steps[i], one.at("steps")[i]);
     compare_.near(asked.schedule + ": latent", result.latent.values, load(one.at("latent")).values, 0, 1e-3);
-    std::vector<float> pixels(result.image.pixels.begin(), result.image.pixels.end());
+    std::vector<float> pixels(result.image().pixels.begin(), result.image().pixels.end());
     compare_.near(asked.schedule + ": picture", pixels, load(one.at("picture")).values, 0, 1);
   }
 
