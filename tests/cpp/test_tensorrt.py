@@ -53,13 +53,15 @@ def tensorrt_host(tensorrt_builds) -> Run:
     return runner(tensorrt_builds[NEWEST] / "ddit_host")
 
 
-def check(host: Run, bundle: Path, folder: Path, schedule: str, height: int = 128, width: int = 64) -> None:
-    """The host makes the CPU's picture with the same decisions."""
+def check(
+    host: Run, bundle: Path, folder: Path, schedule: str, height: int = 128, width: int = 64, frames: int | None = None
+) -> None:
+    """The host makes the CPU's picture or clip with the same decisions."""
     expected = Pipeline.open(bundle, backend="cpu")(
-        PROMPT, seed=SEED, steps=12, schedule=schedule, height=height, width=width
+        PROMPT, seed=SEED, steps=12, schedule=schedule, height=height, width=width, frames=frames
     )
-    outputs = ("--out", folder / "o.png", "--latent-out", folder / "o.npy", "--trace", folder / "o.json")
-    inputs = write_inputs(bundle, folder, height, width)
+    outputs = ("--out", folder / "%d.png", "--latent-out", folder / "o.npy", "--trace", folder / "o.json")
+    inputs = write_inputs(bundle, folder, height, width, frames)
     done = host(bundle, *inputs, *outputs, "--steps", 12, "--schedule", schedule, "--provider", "tensorrt")
     assert done.returncode == 0, done.stderr
     levels = [step["level"] for step in json.loads((folder / "o.json").read_text())["steps"]]
@@ -84,6 +86,11 @@ def test_every_kind_of_schedule(tensorrt_host, bundle, tmp_path, schedule):
 def test_a_latent_grows_and_every_profile_serves_its_sizes(tensorrt_host, bundle, tmp_path):
     check(tensorrt_host, bundle, tmp_path, "progressive+adaptive:0.2", 128, 128)
     check(tensorrt_host, bundle, tmp_path, "native", 192, 128)
+
+
+def test_a_clip(tensorrt_host, wan_bundle, tmp_path):
+    bundle = with_engines(wan_bundle, tmp_path / "a.bundle", TENSORRT[NEWEST])
+    check(tensorrt_host, bundle, tmp_path, "dynamic:tau=1,hold=2+adaptive:0.5", 64, 64, 9)
 
 
 def refused(host: Run, bundle: Path, folder: Path, *options: object, size: tuple[int, int] = (128, 64)) -> str:
