@@ -27,6 +27,8 @@ from ddit.runtime.folders import locked
 from ddit.runtime.tools.verify import FP8_TOLERANCE, load_references, relative_error
 
 Report = Callable[[str], None]
+Phase = Callable[[str, int, int], None]  # told a phase's name, steps done and their number
+Cases = Sequence[tuple[dict[str, int], Mapping[str, Array]]]  # sizes and inputs
 
 WEIGHTS = f"{FLOAT8}.safetensors"  # of all levels
 CHECKED = f"against the {TWIN} twin"  # what `ParityResult` says of them
@@ -70,7 +72,7 @@ def add_float8(bundle: Bundle, report: Report, progress: Progress) -> tuple[Pari
         results: list[ParityResult] = []
         for name, info in graphs.items():
             report(f"comparing {name} with its {TWIN} twin, on the CPU")
-            with progress(name) as at:
+            with progress("comparing") as at:
                 results += _compare(bundle, name, info, twins[name], at)
         report("hashing")
         added = {file: file_info(folder / file) for file in (WEIGHTS, *twins.values())}
@@ -84,9 +86,7 @@ def add_float8(bundle: Bundle, report: Report, progress: Progress) -> tuple[Pari
     return tuple(results)
 
 
-def _counted(
-    weights: Collection[ir.ExternalTensor], at: Callable[[str, int, int], None]
-) -> Iterator[ir.ExternalTensor]:
+def _counted(weights: Collection[ir.ExternalTensor], at: Phase) -> Iterator[ir.ExternalTensor]:
     for done, weight in enumerate(weights):
         at("weights", done, len(weights))
         yield weight
@@ -140,21 +140,12 @@ def _check_space(folder: Path, size: int) -> None:
         )
 
 
-def _compare(
-    bundle: Bundle, graph: str, info: GraphInfo, file: str, at: Callable[[str, int, int], None]
-) -> list[ParityResult]:
+def _compare(bundle: Bundle, graph: str, info: GraphInfo, file: str, at: Phase) -> list[ParityResult]:
     """A level's FP8 twin on the CPU, by its functions' bodies, against the twin that it was made of."""
     cases = _cases(bundle, graph, info)
-    outputs: list[dict[str, NDArray[np.float32]]] = []
-    for one in (info.twins[TWIN], file):
-        # holds no weights of its own: they are mapped, and made float32 when a product needs them
-        session = open_session(bundle.file(one), CPU, fold=False)
-        for _, inputs in cases:
-            at("comparing", len(outputs), 2 * len(cases))
-            with engine_errors(f"run {one}"):
-                outputs.append(_run(session, inputs))
+    expected, outputs = (_outputs(bundle.file(one), cases, at) for one in (info.twins[TWIN], file))
     results = []
-    for case, ((sizes, _), wanted, found) in enumerate(zip(cases, outputs, outputs[len(cases) :], strict=False)):
+    for case, ((sizes, _), wanted, found) in enumerate(zip(cases, expected, outputs, strict=True)):
         for spec in info.outputs:
             error = relative_error(found[spec.name], wanted[spec.name])
             result = ParityResult(
@@ -170,6 +161,20 @@ def _compare(
     return results
 
 
+def _outputs(path: Path, cases: Cases, at: Phase) -> list[dict[str, NDArray[np.float32]]]:
+    """What a graph gives for every case.
+
+    Its session holds no weights of its own: they are mapped, and made float32 when a product needs them.
+    """
+    session = open_session(path, CPU, fold=False)
+    outputs = []
+    for done, (_, inputs) in enumerate(cases):
+        at(path.stem, done, len(cases))
+        with engine_errors(f"run {path.name}"):
+            outputs.append(_run(session, inputs))
+    return outputs
+
+
 def _run(session: Any, inputs: Mapping[str, Array]) -> dict[str, NDArray[np.float32]]:
     """Run a session so that Ctrl-C ends it after a node: a run of a large model takes minutes."""
     options = import_onnxruntime().RunOptions()
@@ -183,7 +188,7 @@ def _run(session: Any, inputs: Mapping[str, Array]) -> dict[str, NDArray[np.floa
     return dict(zip([output.name for output in session.get_outputs()], values, strict=True))
 
 
-def _cases(bundle: Bundle, graph: str, info: GraphInfo) -> Sequence[tuple[dict[str, int], Mapping[str, Array]]]:
+def _cases(bundle: Bundle, graph: str, info: GraphInfo) -> Cases:
     """Inputs with their sizes: those that the exporter kept of this level, or else random ones at the smallest size."""
     manifest = bundle.manifest
     sizes = {one.case: one.sizes for one in manifest.parity if one.graph == graph and one.twin is None}
