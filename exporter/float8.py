@@ -185,7 +185,8 @@ def _run(session: Any, inputs: Mapping[str, Array]) -> dict[str, NDArray[np.floa
         except KeyboardInterrupt:
             options.terminate = True
             raise
-    return dict(zip([output.name for output in session.get_outputs()], values, strict=True))
+    # copies, because ONNX Runtime's arrays keep all memory of their session
+    return {output.name: value.copy() for output, value in zip(session.get_outputs(), values, strict=True)}
 
 
 def _cases(bundle: Bundle, graph: str, info: GraphInfo) -> Cases:
