@@ -39,15 +39,20 @@ def add_float8(bundle: Bundle, report: Report, progress: Progress) -> tuple[Pari
     """Write every level's FP8 twin and their weights into a bundle, and return how far each is from its other twin.
 
     The manifest names them when all are there and right; until then a bundle is what it was. One weight at a time is
-    in memory, whatever the size of the model. Raises `UsageError` for a bundle without twins or without large products
-    and while another process does the same, `ParityError` where a level's error is above `FP8_TOLERANCE`, `ModelError`
-    where the disk is too small.
+    in memory, whatever the size of the model. Raises `UsageError` for a bundle without twins or without large products,
+    for one in bfloat16, and while another process does the same; `ParityError` where a level's error is above
+    `FP8_TOLERANCE`; `ModelError` where the disk is too small.
     """
     manifest, folder = bundle.manifest, bundle.path
     graphs = {level.graph: manifest.graphs[level.graph] for level in manifest.levels}
     if without := [name for name, info in graphs.items() if TWIN not in info.twins]:
         raise UsageError(
             f"{without[0]} has no twin for the {TWIN} backend to start from; export {folder} again, at opset 23"
+        )
+    if half := [name for name, info in graphs.items() if info.dtype == "bf16"]:
+        raise UsageError(
+            f"{half[0]} is in bfloat16, which ONNX Runtime cannot run on the CPU to check FP8; export {folder} again "
+            "with --dtype fp16"
         )
     for info in graphs.values():
         bundle.verify_small(info.twins[TWIN])

@@ -120,6 +120,19 @@ def test_a_bundle_without_twins_is_refused(copied):
     assert "level-2 has no twin for the cuda backend" in result.stderr
 
 
+def test_a_bundle_in_bfloat16_is_refused_before_anything_is_written(copied):
+    manifest = json.loads((copied / "bundle.json").read_text())
+    for level in manifest["levels"]:
+        manifest["graphs"][level["graph"]]["dtype"] = "bf16"
+    (copied / "bundle.json").write_text(json.dumps(manifest))
+    before = files(copied)
+    result = run(main, "fp8", copied)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: level-2 is in bfloat16")
+    assert "--dtype fp16" in result.stderr
+    assert files(copied) == before
+
+
 def test_a_model_without_large_products_is_refused(tiny_bundle):
     result = run(main, "fp8", tiny_bundle)
     assert (result.exit_code, result.stdout) == (2, "")
