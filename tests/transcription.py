@@ -77,7 +77,7 @@ def told(manifest: dict, sigma: float) -> float:
 
 
 def unipc_levels(shift: float, train_steps: int, steps: int) -> np.ndarray:
-    u = np.array([1 + i * (1 / train_steps - 1) / steps for i in range(steps)])
+    u = np.array([i * ((1 / train_steps - 1) / steps) + 1 for i in range(steps)])
     levels = shift * u / (1 + (shift - 1) * u)
     return np.append([min(levels[0], 1 - 1e-6), *levels[1:]], 0)
 

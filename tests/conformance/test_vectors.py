@@ -11,7 +11,7 @@ import conformance as command
 from conformance_bundle import CLIP, SIZE, STEPS
 from ddit.runtime import Pipeline, Request
 from ddit.runtime.bundle.manifest import UniPCInfo
-from ddit.runtime.samplers.sigmas import sigmas
+from ddit.runtime.samplers.sigmas import sigmas, timesteps
 from ddit.runtime.samplers.unipc import coefficients
 from transcription import (
     Host,
@@ -81,8 +81,8 @@ def test_noise_of_the_specification_s_table():
 
 def test_noise_levels_and_tables(content, host, load):
     np.testing.assert_array_equal(load(content["sigmas"]), host.sigmas)
-    timesteps = [told(host.manifest, sigma) for sigma in host.exact[:-1]]
-    np.testing.assert_array_equal(load(content["timesteps"]), np.array(timesteps, np.float32))
+    asked = [told(host.manifest, sigma) for sigma in host.exact[:-1]]
+    np.testing.assert_array_equal(load(content["timesteps"]), np.array(asked, np.float32))
     for patch, names in content["tables"].items():
         for name, wanted in position_tables(host.manifest, int(patch), host.size).items():
             np.testing.assert_allclose(load(names[name]), wanted, atol=2e-7)
@@ -102,6 +102,14 @@ def test_solver(content, host, load):
     sigmas = host.sigmas.astype(np.float64)
     wanted = [unipc_solver(sigmas, step, 0, sampler["order"]) for step in range(STEPS)]
     np.testing.assert_allclose(load(content["solver"]), wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("shift", "steps"), [(3.0, 50), (3.0, 111), (1.0, 9)])  # of the last two, some nearly whole
+def test_timesteps_of_unipc(shift, steps):
+    sampler = {"kind": "flow_unipc", "shift": shift, "order": 2, "train_steps": 1000}
+    wanted = [told({"sampler": sampler}, sigma) for sigma in unipc_levels(shift, 1000, steps)[:-1]]
+    found = timesteps(UniPCInfo(**sampler, steps=steps), steps, 0)
+    np.testing.assert_array_equal(found, np.array(wanted, np.float32))
 
 
 @pytest.mark.parametrize("order", [1, 2])
