@@ -285,7 +285,7 @@ def fp8(path: Path, as_json: bool) -> None:
     if results:
         say(f"{path} has its FP8 twins already")
     else:
-        results = [*add_float8(bundle, say)]
+        results = [*add_float8(bundle, say, _build_progress)]
     errors = {result.graph: max(one.error for one in results if one.graph == result.graph) for result in results}
     if as_json:
         click.echo(strict_json.dump({"backend": FLOAT8, "errors": errors}))

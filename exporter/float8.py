@@ -1,9 +1,11 @@
 """FP8 twins of a bundle's levels: written into the bundle beside the others, and compared with them."""
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -14,33 +16,43 @@ from ddit.exporter.graphs.rewrite import BACKEND as TWIN
 from ddit.exporter.graphs.stored import Stored, write_tensors
 from ddit.runtime import shapes
 from ddit.runtime.backends.base import Array
-from ddit.runtime.backends.onnxruntime.host import CPU, FLOAT8, OnnxRuntimeEngine, open_session
-from ddit.runtime.bundle import Bundle, file_info
+from ddit.runtime.backends.building import Progress
+from ddit.runtime.backends.onnxruntime.host import CPU, FLOAT8, engine_errors, import_onnxruntime, open_session
+from ddit.runtime.bundle import Bundle, file_info, read_manifest
 from ddit.runtime.bundle.manifest import GraphInfo, ParityResult
 from ddit.runtime.bundle.names import FP8, FP8_SCALE, GUIDANCE, TABLES, TIMESTEP
 from ddit.runtime.errors import ModelError, ParityError, UsageError
-from ddit.runtime.files import whole
+from ddit.runtime.files import PARTIAL, whole
+from ddit.runtime.folders import locked
 from ddit.runtime.tools.verify import FP8_TOLERANCE, load_references, relative_error
 
 Report = Callable[[str], None]
+Phase = Callable[[str, int, int], None]  # told a phase's name, steps done and their number
+Cases = Sequence[tuple[dict[str, int], Mapping[str, Array]]]  # sizes and inputs
 
 WEIGHTS = f"{FLOAT8}.safetensors"  # of all levels
 CHECKED = f"against the {TWIN} twin"  # what `ParityResult` says of them
 DTYPES = {"F8_E4M3": ir.DataType.UINT8, "F32": ir.DataType.FLOAT}  # in the graphs, by safetensors' names
 
 
-def add_float8(bundle: Bundle, report: Report) -> tuple[ParityResult, ...]:
+def add_float8(bundle: Bundle, report: Report, progress: Progress) -> tuple[ParityResult, ...]:
     """Write every level's FP8 twin and their weights into a bundle, and return how far each is from its other twin.
 
-    The manifest names them when all are there and right; until then a bundle is what it was. Raises `UsageError` for a
-    bundle without twins or without large products, `ParityError` where a level's error is above `FP8_TOLERANCE`,
-    `ModelError` where the disk is too small.
+    The manifest names them when all are there and right; until then a bundle is what it was. One weight at a time is
+    in memory, whatever the size of the model. Raises `UsageError` for a bundle without twins or without large products,
+    for one in bfloat16, and while another process does the same; `ParityError` where a level's error is above
+    `FP8_TOLERANCE`; `ModelError` where the disk is too small.
     """
     manifest, folder = bundle.manifest, bundle.path
     graphs = {level.graph: manifest.graphs[level.graph] for level in manifest.levels}
     if without := [name for name, info in graphs.items() if TWIN not in info.twins]:
         raise UsageError(
             f"{without[0]} has no twin for the {TWIN} backend to start from; export {folder} again, at opset 23"
+        )
+    if half := [name for name, info in graphs.items() if info.dtype == "bf16"]:
+        raise UsageError(
+            f"{half[0]} is in bfloat16, which ONNX Runtime cannot run on the CPU to check FP8; export {folder} again "
+            "with --dtype fp16"
         )
     for info in graphs.values():
         bundle.verify_small(info.twins[TWIN])
@@ -49,12 +61,13 @@ def add_float8(bundle: Bundle, report: Report) -> tuple[ParityResult, ...]:
     if not weights:
         raise UsageError(f"{folder} has no products that are large enough for FP8; the {TWIN} backend is as fast")
     tensors = layout(weights)
-    _check_space(folder, sum(tensor.nbytes for tensor in tensors.values()))
+    size = sum(tensor.nbytes for tensor in tensors.values())
     twins = {name: f"{Path(info.file).stem}.{FLOAT8}.onnx" for name, info in graphs.items()}
-    with _removed_on_failure([folder / file for file in (WEIGHTS, *twins.values())]):
-        report(f"writing {len(weights)} weights in FP8")
-        with whole(folder / WEIGHTS) as path:
-            begins = write_tensors(path, tensors, contents(weights.values()))
+    with _only_writer(bundle, next(iter(graphs.values())).twins[TWIN], [WEIGHTS, *twins.values()]):
+        _check_space(folder, size)
+        report(f"writing {len(weights)} weights in FP8, {size / 1e9:.1f} GB")
+        with progress("FP8") as at, whole(folder / WEIGHTS) as path:
+            begins = write_tensors(path, tensors, contents(_counted(weights.values(), at)))
         stored = {name: _external(folder, name, tensor, begins[name]) for name, tensor in tensors.items()}
         rounded = {name: Rounded(stored[name + FP8], stored[name + FP8_SCALE]) for name in weights}
         for name, model in models.items():
@@ -63,8 +76,10 @@ def add_float8(bundle: Bundle, report: Report) -> tuple[ParityResult, ...]:
                 ir.save(model, path)
         results: list[ParityResult] = []
         for name, info in graphs.items():
-            report(f"comparing {name}")
-            results += _compare(bundle, name, info, twins[name])
+            report(f"comparing {name} with its {TWIN} twin, on the CPU")
+            with progress("comparing") as at:
+                results += _compare(bundle, name, info, twins[name], at)
+        report("hashing")
         added = {file: file_info(folder / file) for file in (WEIGHTS, *twins.values())}
         bundle.keep(
             lambda current: {
@@ -74,6 +89,12 @@ def add_float8(bundle: Bundle, report: Report) -> tuple[ParityResult, ...]:
             }
         )
     return tuple(results)
+
+
+def _counted(weights: Collection[ir.ExternalTensor], at: Phase) -> Iterator[ir.ExternalTensor]:
+    for done, weight in enumerate(weights):
+        at("weights", done, len(weights))
+        yield weight
 
 
 def _with_twin(info: GraphInfo, file: str) -> GraphInfo:
@@ -89,14 +110,31 @@ def _external(folder: Path, name: str, tensor: Stored, begin: int) -> ir.Externa
 
 
 @contextmanager
-def _removed_on_failure(files: list[Path]) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        for file in files:
-            with suppress(OSError):
-                file.unlink()
-        raise
+def _only_writer(bundle: Bundle, twin: str, files: Sequence[str]) -> Iterator[None]:
+    """Write files in the block: when it fails they are removed, and before it what a killed process left of them.
+
+    Raises `UsageError` where another process is in such a block.
+    """
+    # the lock of a twin, because `Bundle.keep` takes the folder's, and so do calibrations, which need not wait
+    with locked(bundle.file(twin), wait=False) as free:
+        if not free:
+            raise UsageError(f"another process is writing the FP8 twins of {bundle.path}; wait for its end")
+        _remove_unlisted(bundle.path, files)
+        try:
+            yield
+        except BaseException:
+            _remove_unlisted(bundle.path, files)
+            raise
+
+
+def _remove_unlisted(folder: Path, files: Sequence[str]) -> None:
+    """Remove those of the files that the manifest does not name, whole or half written."""
+    listed = read_manifest(folder).files
+    for file in files:
+        for path in (folder / file, *folder.glob(f".{Path(file).stem}{PARTIAL}*")):
+            if path.name not in listed:
+                with suppress(OSError):
+                    path.unlink()
 
 
 def _check_space(folder: Path, size: int) -> None:
@@ -107,13 +145,12 @@ def _check_space(folder: Path, size: int) -> None:
         )
 
 
-def _compare(bundle: Bundle, graph: str, info: GraphInfo, file: str) -> Iterator[ParityResult]:
+def _compare(bundle: Bundle, graph: str, info: GraphInfo, file: str, at: Phase) -> list[ParityResult]:
     """A level's FP8 twin on the CPU, by its functions' bodies, against the twin that it was made of."""
     cases = _cases(bundle, graph, info)
-    expected = [engine.run(inputs) for engine in [_engine(bundle, info.twins[TWIN])] for _, inputs in cases]
-    engine = _engine(bundle, file)
-    for case, ((sizes, inputs), wanted) in enumerate(zip(cases, expected, strict=True)):
-        found = engine.run(inputs)
+    expected, outputs = (_outputs(bundle.file(one), cases, at) for one in (info.twins[TWIN], file))
+    results = []
+    for case, ((sizes, _), wanted, found) in enumerate(zip(cases, expected, outputs, strict=True)):
         for spec in info.outputs:
             error = relative_error(found[spec.name], wanted[spec.name])
             result = ParityResult(
@@ -125,15 +162,39 @@ def _compare(bundle: Bundle, graph: str, info: GraphInfo, file: str) -> Iterator
                     f"{graph} in FP8 is off by {error:.1e} in {spec.name}, allowed is {FP8_TOLERANCE:g}; "
                     f"this model needs the {TWIN} backend"
                 )
-            yield result
+            results.append(result)
+    return results
 
 
-def _engine(bundle: Bundle, file: str) -> OnnxRuntimeEngine:
-    """A session that holds no weights of its own: they are mapped, and made float32 when a product needs them."""
-    return OnnxRuntimeEngine(open_session(bundle.file(file), CPU, fold=False), file)
+def _outputs(path: Path, cases: Cases, at: Phase) -> list[dict[str, NDArray[np.float32]]]:
+    """What a graph gives for every case.
+
+    Its session holds no weights of its own: they are mapped, and made float32 when a product needs them.
+    """
+    session = open_session(path, CPU, fold=False)
+    outputs = []
+    for done, (_, inputs) in enumerate(cases):
+        at(path.stem, done, len(cases))
+        with engine_errors(f"run {path.name}"):
+            outputs.append(_run(session, inputs))
+    return outputs
 
 
-def _cases(bundle: Bundle, graph: str, info: GraphInfo) -> Sequence[tuple[dict[str, int], Mapping[str, Array]]]:
+def _run(session: Any, inputs: Mapping[str, Array]) -> dict[str, NDArray[np.float32]]:
+    """Run a session so that Ctrl-C ends it after a node: a run of a large model takes minutes."""
+    options = import_onnxruntime().RunOptions()
+    with ThreadPoolExecutor(1) as pool:  # a thread that is inside ONNX Runtime hears of no Ctrl-C
+        run = pool.submit(session.run, None, dict(inputs), options)
+        try:
+            values = run.result()
+        except KeyboardInterrupt:
+            options.terminate = True
+            raise
+    # copies, because ONNX Runtime's arrays keep all memory of their session
+    return {output.name: value.copy() for output, value in zip(session.get_outputs(), values, strict=True)}
+
+
+def _cases(bundle: Bundle, graph: str, info: GraphInfo) -> Cases:
     """Inputs with their sizes: those that the exporter kept of this level, or else random ones at the smallest size."""
     manifest = bundle.manifest
     sizes = {one.case: one.sizes for one in manifest.parity if one.graph == graph and one.twin is None}

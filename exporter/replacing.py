@@ -9,13 +9,17 @@ from pathlib import Path
 
 from ddit.runtime.backends.artifacts import FOLDER as ENGINES
 from ddit.runtime.backends.artifacts import EngineStore
+from ddit.runtime.backends.onnxruntime.host import FLOAT8
 from ddit.runtime.bundle import MANIFEST, Bundle, read_manifest
 from ddit.runtime.errors import ModelError, UsageError
 from ddit.runtime.files import PARTIAL
 from ddit.runtime.folders import flush, locked, new_folder, replace_folder
 
 ENDINGS = (".onnx", ".safetensors", ".tokenizer.json")  # of a bundle's files
-KILLED = f".{Path(MANIFEST).stem}{PARTIAL}"  # a manifest that a killed calibration was writing
+KILLED = (
+    f".{Path(MANIFEST).stem}{PARTIAL}",
+    f"{FLOAT8}.",
+)  # in names: what killed calibrations and ddit-export fp8 left
 
 
 @contextmanager
@@ -69,7 +73,7 @@ def _check_place(out: Path, target: Path) -> None:
 def _foreign(bundle: Path) -> list[str]:
     """The names of what a bundle's folder holds beside the bundle."""
     names = sorted(path.name for path in bundle.iterdir())
-    others = [name for name in names if name not in (MANIFEST, ENGINES) and not name.startswith(KILLED)]
+    others = [name for name in names if name not in (MANIFEST, ENGINES) and not any(part in name for part in KILLED)]
     try:
         # of any version of the format
         files = json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))["files"]

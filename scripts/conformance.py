@@ -3,8 +3,9 @@
     python scripts/conformance.py demo.bundle --out vectors --steps 20 --height 256 --width 256
 
 The folder holds float32 arrays (`.npy`) and `vectors.json`, which says which is what: token ids, noise, noise levels,
-tables, seeded inputs and the outputs of every graph, and for every policy the decisions, statistics and latent of a
-whole run. They come from the Python runtime on the CPU.
+what the model is told of them and the solver's weights, tables, seeded inputs and the outputs of every graph, and for
+every policy the decisions, statistics, latent and frames of a whole run. They come from the Python runtime on the CPU.
+A bundle of clips takes `--frames` too; a picture is written as a clip of one frame.
 """
 
 import json
@@ -24,11 +25,13 @@ from ddit.runtime.conditioning.text import Tokenizer
 from ddit.runtime.console import DditCommand, say
 from ddit.runtime.errors import DditError, UsageError
 from ddit.runtime.policies import Decision, Policy, RunHistory
+from ddit.runtime.request import Run
 from ddit.runtime.samplers.growing import growing_tables, noise_coefficients, small_noise
 from ddit.runtime.samplers.sigmas import noise
+from ddit.runtime.samplers.unipc import coefficients as solver_weights
 from ddit.runtime.tools.samples import sample_inputs
 
-FORMAT = 1
+FORMAT = 2
 SCHEDULES = (
     *("native", "fixed", "dynamic", "dynamic:tau=1", "dynamic:tau=1.2,hold=1", "dynamic:tau=1,hold=2+adaptive:0.5"),
     *("adaptive", "adaptive:tolerance=0.3,order=2"),
@@ -99,6 +102,7 @@ class Vectors:
 @click.option("--steps", type=click.IntRange(3), help="Of every run.  [default: the model's]")
 @click.option("--height", type=click.IntRange(1), help="Pixels.  [default: the profile's]")
 @click.option("--width", type=click.IntRange(1), help="Pixels.  [default: the profile's]")
+@click.option("--frames", type=click.IntRange(1), help="Of a clip.  [default: the profile's]")
 @click.option("--schedule", "schedules", multiple=True, help="A policy; again for more.  [default: one of every kind]")
 def main(
     bundle: Path,
@@ -108,10 +112,11 @@ def main(
     steps: int | None,
     height: int | None,
     width: int | None,
+    frames: int | None,
     schedules: tuple[str, ...],
 ) -> None:
     """Write the conformance vectors of BUNDLE."""
-    request = Request(prompt, seed, steps, height=height, width=width)
+    request = Request(prompt, seed, steps, height=height, width=width, frames=frames)
     content = write_vectors(Pipeline.open(bundle, backend="cpu"), request, schedules or SCHEDULES, out)
     say(f"{out}: {len(content['graphs'])} graphs, {len(content['runs'])} runs")
 
@@ -122,18 +127,11 @@ def write_vectors(pipeline: Pipeline, request: Request, schedules: Sequence[str]
     A policy that the bundle cannot run at this size is left out.
     """
     vectors, manifest = Vectors(folder), pipeline.bundle.manifest
-    if manifest.latent.has_frames:
-        raise UsageError("conformance vectors are of pictures; the bundle makes clips")
     (run,) = pipeline.resolve([request])
     full = shapes.resolve(manifest.latent.shape, run.sizes)[1:]
-    ids = {
-        one.graph: Tokenizer(pipeline.bundle.file(one.tokenizer.file), one.tokenizer)(
-            run.prompt, run.text_length if one.free_length else None
-        )[0]
-        for one in manifest.encoders
-    }
     coefficients = noise_coefficients(run.seed, full)
-    small = tuple(side // 2 for side in full[1:])
+    large = full[-2], full[-1]
+    small = large[0] // 2, large[1] // 2
     runs: list[dict[str, Any]] = []
     content: dict[str, Any] = {
         "format": FORMAT,
@@ -143,18 +141,22 @@ def write_vectors(pipeline: Pipeline, request: Request, schedules: Sequence[str]
         "steps": run.steps,
         "height": run.size.height,
         "width": run.size.width,
+        "frames": run.size.frames,
         "text_length": run.text_length,
         "guidance": run.guidance,
         "carry": run.carry,
-        "ids": {graph: row.tolist() for graph, row in ids.items()},
+        "ids": _ids(pipeline, run.prompt, run.text_length),
+        "negative_ids": _ids(pipeline, run.negative_prompt, run.text_length) if run.guided else None,
         "noise": vectors.array("noise", noise(run.seed, full)),
         "coefficients": vectors.array("coefficients", coefficients),
-        "small_noise": vectors.array("small_noise", small_noise(coefficients, (full[0], *small))),
+        "small_noise": vectors.array("small_noise", small_noise(coefficients, (*full[:-2], *small))),
         "sigmas": vectors.array("sigmas", run.sigmas),
+        "timesteps": vectors.array("timesteps", run.timesteps),
+        "solver": _solver(manifest, run, vectors),
         "tables": {
             patch: vectors.arrays(f"level-{patch}", _tables(manifest, patch, run.sizes)) for patch in manifest.patches
         },
-        "growing_tables": vectors.arrays("growing", growing_tables((small[0], small[1]), (full[1], full[2]))),
+        "growing_tables": vectors.arrays("growing", growing_tables(small, large)),
         "graphs": [_graph(pipeline, graph, run.sizes, vectors) for graph in manifest.graphs],
         "runs": runs,
     }
@@ -170,6 +172,25 @@ def write_vectors(pipeline: Pipeline, request: Request, schedules: Sequence[str]
         raise DditError("the bundle can run none of the policies at this size; choose another with --height, --width")
     (folder / "vectors.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return content
+
+
+def _ids(pipeline: Pipeline, text: str, length: int) -> dict[str, list[int]]:
+    """A text's token ids by encoder."""
+    return {
+        one.graph: Tokenizer(pipeline.bundle.file(one.tokenizer.file), one.tokenizer)(
+            text, length if one.free_length else None
+        )[0].tolist()
+        for one in pipeline.bundle.manifest.encoders
+    }
+
+
+def _solver(manifest: Manifest, run: Run, vectors: Vectors) -> str | None:
+    """UniPC's weights (steps, order + 1) in a run that never grows; nothing with Euler's method."""
+    if manifest.sampler.kind != "flow_unipc":
+        return None
+    sigmas, order = run.sigmas.tolist(), manifest.sampler.order
+    rows = [solver_weights(sigmas, step, 0, order) for step in range(run.steps)]
+    return vectors.array("solver", np.array(rows))
 
 
 def _tables(manifest: Manifest, patch: int, sizes: Mapping[str, int]) -> dict[str, NDArray[np.float32]]:
@@ -194,7 +215,7 @@ def _graph(pipeline: Pipeline, graph: str, sizes: Mapping[str, int], vectors: Ve
 def _run(pipeline: Pipeline, request: Request, schedule: str, vectors: Vectors, name: str) -> dict[str, Any]:
     """A whole run: what was decided at every step, on what, and where it led."""
     manifest = pipeline.bundle.manifest
-    size = {"height": request.height, "width": request.width}
+    size = {"height": request.height, "width": request.width, "frames": request.frames}
     recording = Recording(pipeline.policy(schedule, steps=request.steps, **size))
     result = pipeline(
         request.prompt, seed=request.seed, steps=request.steps, schedule=recording, **size  # type: ignore[arg-type]
@@ -221,7 +242,7 @@ def _run(pipeline: Pipeline, request: Request, schedule: str, vectors: Vectors, 
         "rho": recording.quantile() or manifest.schedule.rho,
         "steps": steps,
         "latent": vectors.array(f"{name}.latent", result.latent),
-        "picture": vectors.array(f"{name}.picture", np.asarray(result.image, np.float32)),
+        "frames": vectors.array(f"{name}.frames", np.stack([np.asarray(frame) for frame in result.frames])),
     }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from conformance_bundle import SIZE, STEPS, enrich
+from conformance_bundle import CLIP, CLIP_SCHEDULES, PICTURES, SIZE, STEPS, enrich
 
 
 def run(command, *arguments: object) -> Result:
@@ -55,7 +55,11 @@ def make_once(path: Path, make) -> Path:
 
     with FileLock(f"{path}.lock"):
         if not path.exists():
-            make(path)
+            try:
+                make(path)
+            except BaseException:  # half of it does not stay
+                shutil.rmtree(path, ignore_errors=True)
+                raise
     return path
 
 
@@ -128,7 +132,7 @@ def rich_bundle(shared_folder, tiny_bundle) -> Path:
 
     def enriched(path: Path) -> None:
         shutil.copytree(tiny_bundle, path)
-        enrich(path)
+        enrich(path, PICTURES)
 
     return make_once(shared_folder / "rich.bundle", enriched)
 
@@ -136,14 +140,16 @@ def rich_bundle(shared_folder, tiny_bundle) -> Path:
 @pytest.fixture(scope="session")
 def vectors(shared_folder, rich_bundle) -> Path:
     """The conformance vectors of that bundle."""
+    size = ("--height", SIZE[0], "--width", SIZE[1])
+    return make_once(shared_folder / "vectors", lambda path: write_vectors(rich_bundle, path, *size))
+
+
+def write_vectors(bundle: Path, path: Path, *options: object) -> None:
+    """The conformance vectors of a bundle."""
     from conformance import main
 
-    def write(path: Path) -> None:
-        size = ("--steps", STEPS, "--height", SIZE[0], "--width", SIZE[1])
-        result = run(main, rich_bundle, "--out", path, *size)
-        assert result.exit_code == 0, result.stderr
-
-    return make_once(shared_folder / "vectors", write)
+    result = run(main, bundle, "--out", path, "--steps", STEPS, *options)
+    assert result.exit_code == 0, result.stderr
 
 
 @pytest.fixture(scope="session")
@@ -188,6 +194,25 @@ def export_wan(path: Path, scheduler=None, *, levels: str) -> None:
 def wan_bundle(shared_folder) -> Path:
     """A tiny Wan 2.1 with UniPC, at levels 2, 4 and 8."""
     return make_once(shared_folder / "wan.bundle", lambda path: export_wan(path, levels="2,4,8"))
+
+
+@pytest.fixture(scope="session")
+def rich_wan_bundle(shared_folder, wan_bundle) -> Path:
+    """The tiny Wan bundle with a curve of smooth clips, paths and calibrations."""
+
+    def enriched(path: Path) -> None:
+        shutil.copytree(wan_bundle, path)
+        enrich(path, [CLIP])
+
+    return make_once(shared_folder / "rich-wan.bundle", enriched)
+
+
+@pytest.fixture(scope="session")
+def clip_vectors(shared_folder, rich_wan_bundle) -> Path:
+    """The conformance vectors of that bundle."""
+    options: list[object] = [word for name, value in CLIP.items() for word in (f"--{name}", value)]
+    options += [word for schedule in CLIP_SCHEDULES for word in ("--schedule", schedule)]
+    return make_once(shared_folder / "clip-vectors", lambda path: write_vectors(rich_wan_bundle, path, *options))
 
 
 @pytest.fixture(scope="session")

@@ -12,17 +12,29 @@ import onnxruntime
 from scipy.fft import dctn, idctn
 
 F32 = np.float32
+Size = tuple[int, ...]  # (H, W) in latent pixels, of a clip (F, H, W)
 
 
 # --- sampling.md -----------------------------------------------------------------------------------------------------
 
 
-def latent_size(manifest: dict, height: int, width: int) -> tuple[int, int]:
-    pixels = {"height": height, "width": width}
-    return tuple(pixels[axis["name"]] // axis["downscale"] for axis in manifest["latent"]["axes"])
+def latent_size(manifest: dict, height: int, width: int, frames: int | None = None) -> Size:
+    size = []
+    for axis in manifest["latent"]["axes"]:
+        if axis["name"] == "frames":
+            assert (frames - 1) % axis["downscale"] == 0
+            size.append((frames - 1) // axis["downscale"] + 1)
+        else:
+            size.append({"height": height, "width": width}[axis["name"]] // axis["downscale"])
+    return tuple(size)
 
 
-def scaled_size(manifest: dict, size: tuple[int, int], scale: Fraction) -> tuple[int, int]:
+def grid(size: Size, patch: int) -> Size:
+    """Patches along the axes; frames are not cut."""
+    return (*size[:-2], size[-2] // patch, size[-1] // patch)
+
+
+def scaled_size(manifest: dict, size: Size, scale: Fraction) -> Size:
     if scale == 1:
         return size
     unit = math.lcm(*(level["patch"] for level in manifest["levels"]))
@@ -32,25 +44,40 @@ def scaled_size(manifest: dict, size: tuple[int, int], scale: Fraction) -> tuple
         candidates = sorted({max(1, wanted // unit), wanted // unit + 1}, key=lambda n: (abs(n * unit - wanted), n))
         return candidates[0] * unit
 
-    return tuple(map(nearest, size))
+    return (*size[:-2], *map(nearest, size[-2:]))
 
 
-def noise_levels(manifest: dict, steps: int, size: tuple[int, int]) -> np.ndarray:
-    sampler, native = manifest["sampler"], manifest["native"]
+def noise_levels(manifest: dict, steps: int, size: Size) -> np.ndarray:
+    return exact_levels(manifest, steps, size).astype(F32)
+
+
+def exact_levels(manifest: dict, steps: int, size: Size) -> np.ndarray:
+    """The noise levels in float64."""
+    sampler = manifest["sampler"]
+    if sampler["kind"] == "flow_unipc":
+        return unipc_levels(sampler["shift"], sampler["train_steps"], steps)
     last = sampler.get("smallest") or 1 / steps
     even = [1 + i * (last - 1) / (steps - 1) if i < steps - 1 else last for i in range(steps)] if steps > 1 else [1.0]
     u = np.array(even).astype(F32).astype(np.float64)
-    tokens = size[0] // native * (size[1] // native)
+    tokens = math.prod(grid(size, manifest["native"]))
     slope = (sampler["max_shift"] - sampler["base_shift"]) / (
         sampler["max_image_seq_len"] - sampler["base_image_seq_len"]
     )
     mu = sampler["base_shift"] + (tokens - sampler["base_image_seq_len"]) * slope
     s = math.exp(mu) if sampler["use_dynamic_shifting"] else sampler["shift"]
-    return np.append(s * u / (1 + (s - 1) * u), 0).astype(F32)
+    return np.append(s * u / (1 + (s - 1) * u), 0)
+
+
+def told(manifest: dict, sigma: float) -> float:
+    """The `timestep` of levels and the gate."""
+    sampler = manifest["sampler"]
+    if sampler["kind"] != "flow_unipc":
+        return sigma
+    return math.floor(sigma * sampler["train_steps"]) / sampler["train_steps"]
 
 
 def unipc_levels(shift: float, train_steps: int, steps: int) -> np.ndarray:
-    u = np.array([1 + i * (1 / train_steps - 1) / steps for i in range(steps)])
+    u = np.array([i * ((1 / train_steps - 1) / steps) + 1 for i in range(steps)])
     levels = shift * u / (1 + (shift - 1) * u)
     return np.append([min(levels[0], 1 - 1e-6), *levels[1:]], 0)
 
@@ -93,17 +120,17 @@ def unipc_solver(sigmas: np.ndarray, i: int, first: int, q: int) -> list[float]:
     return b
 
 
-def position_tables(manifest: dict, patch: int, size: tuple[int, int]) -> dict[str, np.ndarray]:
-    ratio, grid = patch / manifest["native"], (size[0] // patch, size[1] // patch)
-    angles = np.empty((*grid, sum(axis["dimensions"] for axis in manifest["positions"]["axes"])))
+def position_tables(manifest: dict, patch: int, size: Size) -> dict[str, np.ndarray]:
+    ratio, patches = patch / manifest["native"], grid(size, patch)
+    angles = np.empty((*patches, sum(axis["dimensions"] for axis in manifest["positions"]["axes"])))
     names = [axis["name"] for axis in manifest["latent"]["axes"]]
     at = 0
     for axis in manifest["positions"]["axes"]:
         for k in range(axis["dimensions"] // 2):
             frequency = manifest["positions"]["theta"] ** (-2 * k / axis["dimensions"])
-            for place in np.ndindex(grid):
-                i = place[names.index(axis["axis"])] if axis["axis"] else None
-                coordinate = 0 if i is None else (i + 0.5) * ratio - 0.5
+            for place in np.ndindex(patches):
+                i = place[names.index(axis["axis"])] if axis["axis"] else 0
+                coordinate = (i + 0.5) * ratio - 0.5 if axis["axis"] in ("height", "width") else i
                 angles[(*place, slice(at, at + 2))] = coordinate * frequency
             at += 2
     return {"rope_cos": np.cos(angles).astype(F32), "rope_sin": np.sin(angles).astype(F32)}
@@ -137,6 +164,7 @@ def growing_tables(small: tuple[int, int], large: tuple[int, int]) -> dict[str, 
 
 
 def picture(image: np.ndarray) -> np.ndarray:
+    """(3, height, width) → (height, width, 3)."""
     return np.round((np.clip(image, -1, 1) + F32(1)) * F32(127.5)).transpose(1, 2, 0)
 
 
@@ -259,8 +287,7 @@ class Reuse:
         self.gate = self.kind in ("teacache", "spectralcache")
         self.polynomial = host.manifest["gate"]["coefficients"] if self.gate else []
         if self.kind == "dpcache":
-            size = {"steps": host.steps, "height": host.height, "width": host.width}
-            (self.path,) = [p["computed"] for p in host.manifest["paths"] if size.items() <= p.items()]
+            (self.path,) = [one["computed"] for one in host.manifest["paths"] if host.is_for(one)]
 
     def __call__(self, h: History) -> Found | None:
         return getattr(self, "_" + self.kind)(h)
@@ -342,7 +369,7 @@ def taylor(steps: list[int], step: int, order: int) -> list[float]:
 @dataclass
 class Stage:
     scale: Fraction
-    size: tuple[int, int]
+    size: Size
 
 
 class Progressive:
@@ -353,20 +380,20 @@ class Progressive:
         self.delta = float(asked.get("delta", 0.05))
         scales = [*map(Fraction, asked.get("scales", "1/2").split("-")), Fraction(1)]
         self.stages = [Stage(scale, scaled_size(host.manifest, host.size, scale)) for scale in scales]
-        self.spectrum, self.full = host.manifest["spectrum"], host.size
+        self.spectrum, self.full = host.manifest["spectrum"], host.size[-2:]
 
     def stage(self, h: History, estimate: np.ndarray | None) -> Stage:
         """The stage of the next step; ``estimate`` is x̂ where there is one."""
         here = next(n for n, stage in enumerate(self.stages) if stage.scale == h.scale)
         n, i = here, h.i
         while n + 1 < len(self.stages):
-            height, width = self.stages[n].size
+            height, width = self.stages[n].size[-2:]
             omega = min(height / self.full[0], width / self.full[1]) * min(self.full) / 2
             power = self.spectrum["amplitude"] * omega ** -self.spectrum["exponent"]
             if self.own and n == here and estimate is not None:
                 a, b = np.meshgrid(np.arange(height) / height, np.arange(width) / width, indexing="ij")
                 edge = (np.sqrt(a**2 + b**2) >= 0.9) & (np.sqrt(a**2 + b**2) < 1)
-                power = math.prod(self.full) / (height * width) * np.mean(dct(estimate)[:, edge] ** 2)
+                power = math.prod(self.full) / (height * width) * np.mean(dct(estimate)[..., edge] ** 2)
             odds = power * (1 + power - self.delta)
             until = 1 / (1 + math.sqrt(self.delta / odds)) if odds > 0 else 0
             if not (h.sigmas[i] <= until or i == h.steps - 1):
@@ -379,21 +406,29 @@ class Progressive:
 
 
 class Host:
-    """A bundle, a size and a number of steps; `run` makes a picture under a written policy."""
+    """A bundle, a size and a number of steps; `run` makes a picture or clip under a written policy."""
 
-    def __init__(self, bundle: Path, *, steps: int, height: int, width: int, backend: str = "cpu"):
+    def __init__(
+        self, bundle: Path, *, steps: int, height: int, width: int, frames: int | None = None, backend: str = "cpu"
+    ):
         self.bundle = bundle
         self.manifest = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
-        self.steps, self.height, self.width, self.backend = steps, height, width, backend
-        self.size = latent_size(self.manifest, height, width)
+        self.steps, self.height, self.width, self.frames, self.backend = steps, height, width, frames, backend
+        self.size = latent_size(self.manifest, height, width, frames)
+        self.exact = exact_levels(self.manifest, steps, self.size)
         self.sigmas = noise_levels(self.manifest, steps, self.size)
         self.coarse = sorted({level["patch"] for level in self.manifest["levels"]} - {self.manifest["native"]})
         self._sessions: dict[str, Any] = {}
 
+    def is_for(self, entry: dict) -> bool:
+        """Whether a calibration or a path is for these runs."""
+        wanted = {"steps": self.steps, "height": self.height, "width": self.width, "frames": self.frames}
+        return {name: entry.get(name) for name in wanted} == wanted
+
     def settings(self, kind: str) -> dict:
         """A calibration of the kind for these runs, or the bundle's defaults."""
-        wanted = {"kind": kind, "steps": self.steps, "height": self.height, "width": self.width}
-        fitting = [one for one in self.manifest.get("calibrations", []) if wanted.items() <= one.items()]
+        known = self.manifest.get("calibrations", [])
+        fitting = [one for one in known if one["kind"] == kind and self.is_for(one)]
         own = [one for one in fitting if one["backend"] == self.backend]
         default = self.manifest["schedule" if kind == "dynamic" else "adaptive"]
         return own[0] if own else fitting[-1] if fitting else default
@@ -419,9 +454,35 @@ class Host:
             conditions |= {encoder["feeds"][name]: value for name, value in outputs.items()}
         return conditions
 
-    def empty(self, size: tuple[int, int], gate: bool) -> dict[str, np.ndarray]:
+    def velocity(self, level: int, buffers: dict, negative: dict[str, np.ndarray], size: Size) -> np.ndarray:
+        """Run a level; with a negative prompt's conditions twice."""
+        graph = next(one["graph"] for one in self.manifest["levels"] if one["patch"] == level)
+        buffers = {**buffers, **position_tables(self.manifest, level, size)}
+        conditional = self.call(graph, buffers)["velocity"]
+        if not negative:
+            return conditional
+        unconditional = self.call(graph, {**buffers, **negative})["velocity"]
+        both = {"velocity_conditional": conditional, "velocity_unconditional": unconditional}
+        return self.call("guide", {**buffers, **both})["velocity"]
+
+    def decode(self, latent: np.ndarray) -> np.ndarray:
+        """Frames (N, height, width, 3) of a latent; of a picture one."""
+        decoder = self.manifest["decoder"]
+        if decoder["kind"] == "image":
+            return np.stack([picture(image) for image in self.call(decoder["graph"], {"latent": latent})["image"]])
+        frames, state = [], {}
+        for number in range(latent.shape[2]):
+            found = self.call(
+                decoder["following" if number else "first"],
+                {**state, "latent_frame": latent[:, :, number : number + 1]},
+            )
+            frames += [picture(found["frames"][0, :, one]) for one in range(found["frames"].shape[2])]
+            state = {name.removeprefix("next_"): v for name, v in found.items() if name.startswith("next_")}
+        return np.stack(frames)
+
+    def empty(self, size: Size, gate: bool) -> dict[str, np.ndarray]:
         """Zeros for every buffer that has a ``next_`` twin."""
-        numbers = {"B": 1, "H": size[0], "W": size[1]}
+        numbers = {"B": 1, **dict(zip("FHW"[-len(size) :], size, strict=True))}
 
         def side(dim: int | str) -> int:
             symbol, _, divisor = str(dim).partition("/")
@@ -435,7 +496,15 @@ class Host:
             if spec["name"].startswith("next_")
         }
 
-    def run(self, schedule: str, ids: dict[str, list[int]], noise: np.ndarray, guidance: float, carry: float) -> dict:
+    def run(
+        self,
+        schedule: str,
+        ids: dict[str, list[int]],
+        noise: np.ndarray,
+        guidance: float,
+        carry: float,
+        negative_ids: dict[str, list[int]] | None = None,
+    ) -> dict:
         """A whole run: a list of what every step did, and the latent."""
         kinds = {part.partition(":")[0]: part for part in schedule.split("+")}
         levels = Levels(next((kinds[k] for k in ("native", "fixed", "dynamic") if k in kinds), "native"), self)
@@ -445,19 +514,22 @@ class Host:
         native = self.manifest["native"]
 
         coefficients = dct(noise).astype(F32)
-        history = History(self.sigmas.copy())
+        history, exact = History(self.sigmas.copy()), self.exact.copy()
         size = self.size
         latent = noise
         if growing:
             history.scale, size = growing.stages[0].scale, growing.stages[0].size
-            latent = idctn(coefficients[:, : size[0], : size[1]].astype(np.float64), norm="ortho", axes=(1, 2))
+            low = coefficients[..., : size[-2], : size[-1]]
+            latent = idctn(low.astype(np.float64), norm="ortho", axes=(-2, -1))
         conditions = {**self.encode(ids), "guidance": np.array([guidance], F32)}
+        two_passes = self.manifest["guidance"]["kind"] == "two_passes" and guidance > 1
+        negative = self.encode(negative_ids) if two_passes else {}
         state = {**self.empty(size, bool(gate)), "latent": latent[None].astype(F32)}
         native_done, steps = False, []
 
         def run_gate() -> None:
-            sigma = history.sigmas[history.i : history.i + 1]
-            found = self.call(gate, {**conditions, **state, "timestep": sigma})
+            timestep = np.array([told(self.manifest, exact[history.i])], F32)
+            found = self.call(gate, {**conditions, **state, "timestep": timestep})
             state["gate_input"] = found["next_gate_input"]
             history.changes[history.i] = tuple(
                 float(found[name][0]) for name in ("gate_change", "gate_change_low", "gate_change_high")
@@ -478,15 +550,16 @@ class Host:
                     gain, size = ratio / (1 + (ratio - 1) * t), stage.size
                     sigmas = history.sigmas.copy()
                     sigmas[i] *= F32(gain)
+                    exact[i] = sigmas[i]
                     history = History(sigmas, i, scale=stage.scale)
                     grown = self.call(
                         "grow",
                         {
                             "latent": in_corner(state["latent"], (1, noise.shape[0], *size)),
-                            "noise": coefficients[None, :, : size[0], : size[1]],
+                            "noise": coefficients[None, ..., : size[-2], : size[-1]],
                             "timestep": np.array([t], F32),
                             "gain": np.array([gain], F32),
-                            **growing_tables(old, size),
+                            **growing_tables(old[-2:], size[-2:]),
                         },
                     )
                     state.clear()
@@ -500,9 +573,14 @@ class Host:
             correction = found.correction if found and level else 0.0
             sigma, after = history.sigmas[i], history.sigmas[i + 1]
             shares = [carry if level == patch and native_done else 0 for patch in self.coarse]
+            if self.manifest["sampler"]["kind"] == "flow_unipc":
+                past = history.sigmas.astype(np.float64)
+                move = {"solver": unipc_solver(past, i, history.first, self.manifest["sampler"]["order"])}
+            else:
+                move = {"dt": after - sigma}
             rows = {
                 "timestep": sigma,
-                "dt": after - sigma,
+                **move,
                 "keep_estimate": level == native,
                 "keep_velocity": level is not None,
                 "prediction": [*weights, *[0.0] * (state["velocities"].shape[1] - len(weights))],
@@ -513,8 +591,8 @@ class Host:
             if level is None:
                 buffers |= self.call("predict", buffers)
             else:
-                graph = next(one["graph"] for one in self.manifest["levels"] if one["patch"] == level)
-                buffers |= self.call(graph, {**buffers, **position_tables(self.manifest, level, size)})
+                asked = {**buffers, "timestep": np.array([told(self.manifest, exact[i])], F32)}
+                buffers["velocity"] = self.velocity(level, asked, negative, size)
             results = self.call("step", buffers)
             state.update({name.removeprefix("next_"): v for name, v in results.items() if name.startswith("next_")})
             error = math.sqrt(np.mean(results["prediction_error"].astype(np.float64) ** 2))

@@ -102,8 +102,9 @@ def layout(weights: Mapping[str, ir.ExternalTensor]) -> dict[str, Stored]:
 def contents(weights: Iterable[ir.ExternalTensor]) -> Iterator[bytes]:
     """Their bytes; one weight is in memory at a time."""
     for weight in weights:
-        rounded, scale = quantise(weight.numpy())
-        weight.release()
+        # not its own numpy(), which reads no file that has another name too, as a copy by hard links has
+        values = np.memmap(weight.path, weight.dtype.numpy(), "r", weight.offset or 0, weight.shape.numpy())
+        rounded, scale = quantise(values)
         yield rounded.tobytes()
         yield scale.tobytes()
 

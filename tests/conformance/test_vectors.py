@@ -8,46 +8,66 @@ import numpy as np
 import pytest
 
 import conformance as command
-from conformance_bundle import SIZE, STEPS
+from conformance_bundle import CLIP, SIZE, STEPS
 from ddit.runtime import Pipeline, Request
 from ddit.runtime.bundle.manifest import UniPCInfo
-from ddit.runtime.samplers.sigmas import sigmas
+from ddit.runtime.samplers.sigmas import sigmas, timesteps
 from ddit.runtime.samplers.unipc import coefficients
 from transcription import (
     Host,
     dct,
     growing_tables,
     noise_levels,
-    picture,
     position_tables,
     quantile,
+    told,
     unipc_levels,
     unipc_solver,
 )
 
 ROOT = Path(__file__).parents[2]
-KINDS = ("native", "fixed", "dynamic", "adaptive", "adams", "taylorseer", "teacache", "spectralcache", "dpcache",
-         "progressive")  # fmt: skip
+KINDS = {
+    "vectors": ("native", "fixed", "dynamic", "adaptive", "adams", "taylorseer", "teacache", "spectralcache", "dpcache",
+                "progressive"),
+    "clip_vectors": ("native", "fixed", "dynamic", "adaptive", "taylorseer", "teacache", "dpcache", "progressive"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["vectors", "clip_vectors"])
+def vectors_of(request) -> str:
+    """Pictures, then clips: the name of the fixture with their vectors."""
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def content(vectors) -> dict:
-    return json.loads((vectors / "vectors.json").read_text())
+def folder(request, vectors_of) -> Path:
+    return request.getfixturevalue(vectors_of)
 
 
 @pytest.fixture(scope="module")
-def host(rich_bundle) -> Host:
-    return Host(rich_bundle, steps=STEPS, height=SIZE[0], width=SIZE[1])
+def bundle(request, vectors_of) -> Path:
+    return request.getfixturevalue({"vectors": "rich_bundle", "clip_vectors": "rich_wan_bundle"}[vectors_of])
 
 
 @pytest.fixture(scope="module")
-def load(vectors):
-    return lambda name: np.load(vectors / name)
+def content(folder) -> dict:
+    return json.loads((folder / "vectors.json").read_text())
 
 
-def test_there_is_a_run_of_every_kind(content):
+@pytest.fixture(scope="module")
+def host(bundle, vectors_of) -> Host:
+    size = CLIP if vectors_of == "clip_vectors" else {"height": SIZE[0], "width": SIZE[1]}
+    return Host(bundle, steps=STEPS, **size)
+
+
+@pytest.fixture(scope="module")
+def load(folder):
+    return lambda name: np.load(folder / name)
+
+
+def test_there_is_a_run_of_every_kind(content, vectors_of):
     written = " ".join(run["schedule"] for run in content["runs"])
-    assert not [kind for kind in KINDS if kind not in written]
+    assert not [kind for kind in KINDS[vectors_of] if kind not in written]
 
 
 def test_noise_of_the_specification_s_table():
@@ -61,15 +81,35 @@ def test_noise_of_the_specification_s_table():
 
 def test_noise_levels_and_tables(content, host, load):
     np.testing.assert_array_equal(load(content["sigmas"]), host.sigmas)
+    asked = [told(host.manifest, sigma) for sigma in host.exact[:-1]]
+    np.testing.assert_array_equal(load(content["timesteps"]), np.array(asked, np.float32))
     for patch, names in content["tables"].items():
         for name, wanted in position_tables(host.manifest, int(patch), host.size).items():
             np.testing.assert_allclose(load(names[name]), wanted, atol=2e-7)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 28, 50])
-def test_noise_levels_of_other_numbers_of_steps(host, rich_bundle, steps):
-    pipeline = Pipeline.open(rich_bundle, backend="cpu")
-    np.testing.assert_array_equal(pipeline.sigmas(steps, *SIZE), noise_levels(host.manifest, steps, host.size))
+def test_noise_levels_of_other_numbers_of_steps(content, host, bundle, steps):
+    found = Pipeline.open(bundle, backend="cpu").sigmas(steps, content["height"], content["width"], content["frames"])
+    np.testing.assert_array_equal(found, noise_levels(host.manifest, steps, host.size))
+
+
+def test_solver(content, host, load):
+    sampler = host.manifest["sampler"]
+    if sampler["kind"] != "flow_unipc":
+        assert content["solver"] is None
+        return
+    sigmas = host.sigmas.astype(np.float64)
+    wanted = [unipc_solver(sigmas, step, 0, sampler["order"]) for step in range(STEPS)]
+    np.testing.assert_allclose(load(content["solver"]), wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("shift", "steps"), [(3.0, 50), (3.0, 111), (1.0, 9)])  # of the last two, some nearly whole
+def test_timesteps_of_unipc(shift, steps):
+    sampler = {"kind": "flow_unipc", "shift": shift, "order": 2, "train_steps": 1000}
+    wanted = [told({"sampler": sampler}, sigma) for sigma in unipc_levels(shift, 1000, steps)[:-1]]
+    found = timesteps(UniPCInfo(**sampler, steps=steps), steps, 0)
+    np.testing.assert_array_equal(found, np.array(wanted, np.float32))
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -90,8 +130,8 @@ def test_noise_and_growing(content, host, load):
     )
     np.testing.assert_allclose(load(content["coefficients"]), dct(noise), atol=1e-6)
     small = load(content["small_noise"])
-    np.testing.assert_allclose(dct(small), dct(noise)[:, : small.shape[1], : small.shape[2]], atol=1e-6)
-    for name, wanted in growing_tables(small.shape[1:], host.size).items():
+    np.testing.assert_allclose(dct(small), dct(noise)[..., : small.shape[-2], : small.shape[-1]], atol=1e-6)
+    for name, wanted in growing_tables(small.shape[-2:], host.size[-2:]).items():
         np.testing.assert_allclose(load(content["growing_tables"][name]), wanted, atol=1e-6)
 
 
@@ -110,16 +150,24 @@ def test_step_is_the_specification_s_equations(content, host, load):
     clean = x["latent"] - sigma * v
     for share, p in zip(x["carry"], host.coarse, strict=True):
         change = clean - x["kept_estimate"]
-        v = v + share / sigma * (change - np.repeat(np.repeat(cut(change, p).mean(-1), p, axis=1), p, axis=2))
+        v = v + share / sigma * (change - np.repeat(np.repeat(cut(change, p).mean(-1), p, axis=-2), p, axis=-1))
     error = v - np.tensordot(x["prediction"], x["velocities"], axes=1)
-    first = x["dt"] * v
+    corrected, kept = x["latent"] + x["correction"] * error, {}
+    if "solver" in x:
+        first = x["solver"][0] * -sigma * v + sum(
+            share * (estimate - corrected) for share, estimate in zip(x["solver"][1:], x["estimates"], strict=True)
+        )
+        kept["next_estimates"] = np.stack([corrected - sigma * v, *x["estimates"][:-1]])
+    else:
+        first = x["dt"] * v
     third = first - x["difference1"] - x["difference2"]
     wanted = {
-        "next_latent": x["latent"] + x["correction"] * error + first,
+        "next_latent": corrected + first,
         "next_difference1": first,
         "next_difference2": first - x["difference1"],
         "next_kept_estimate": clean if x["keep_estimate"] > 0 else x["kept_estimate"],
         "next_velocities": np.stack([v, *x["velocities"][:-1]]) if x["keep_velocity"] > 0 else x["velocities"],
+        **kept,
         "prediction_error": np.sqrt((cut(error, host.manifest["native"]) ** 2).mean(axis=(0, -1))),
         **{f"deviation_{p}": cut(third, p).std(axis=-1).mean(axis=0) for p in host.coarse},
     }
@@ -129,18 +177,25 @@ def test_step_is_the_specification_s_equations(content, host, load):
 
 
 def cut(values: np.ndarray, p: int) -> np.ndarray:
-    """(C, H, W) → (C, H/p, W/p, p·p), patch by patch."""
-    _, height, width = values.shape
+    """(…, H, W) → (…, H/p, W/p, p·p), patch by patch."""
+    *others, height, width = values.shape
     rows = [
-        np.stack([values[:, i : i + p, j : j + p].reshape(len(values), -1) for j in range(0, width, p)], axis=1)
+        np.stack([values[..., i : i + p, j : j + p].reshape(*others, -1) for j in range(0, width, p)], axis=-2)
         for i in range(0, height, p)
     ]
-    return np.stack(rows, axis=1)
+    return np.stack(rows, axis=-3)
 
 
 def test_decisions_of_whole_runs(content, host, load):
     for run in content["runs"]:
-        made = host.run(run["schedule"], content["ids"], load(content["noise"]), content["guidance"], content["carry"])
+        made = host.run(
+            run["schedule"],
+            content["ids"],
+            load(content["noise"]),
+            content["guidance"],
+            content["carry"],
+            content["negative_ids"],
+        )
         assert [one["level"] for one in made["steps"]] == [one["level"] for one in run["steps"]], run["schedule"]
         for found, wanted in zip(made["steps"], run["steps"], strict=True):
             for name in ("step", "scale"):
@@ -152,8 +207,9 @@ def test_decisions_of_whole_runs(content, host, load):
             statistic = {str(p): quantile(values, run["rho"]) for p, values in found["deviations"].items()}
             assert statistic == pytest.approx(wanted["statistic"], rel=1e-3, abs=1e-6)
         np.testing.assert_allclose(made["latent"][0], load(run["latent"]), atol=1e-3)
-        image = host.call(host.manifest["decoder"]["graph"], {"latent": made["latent"]})["image"][0]
-        assert abs(picture(image) - load(run["picture"])).max() <= 1
+        frames = load(run["frames"])
+        assert frames.shape == (content["frames"] or 1, content["height"], content["width"], 3)
+        assert abs(host.decode(made["latent"]) - frames).max() <= 1
 
 
 def test_a_schedule_that_cannot_run_is_left_out(rich_bundle, tmp_path):

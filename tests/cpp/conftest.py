@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from ddit.runtime.samplers.sigmas import noise
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "runtime" / "cpp"
+EMULATED = Path(__file__).parent / "emulated_tensorrt"
+TENSORRT = {8: "8.6.0", 10: "10.9.0.34", 11: "11.4.0.106"}
 PROMPT = "a red circle on a striped background"
 SEED = 7
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # pip's cmake and ninja first
@@ -51,7 +54,6 @@ def sdk(shared_folder) -> Path:
         try:
             make_sdk(path)
         except DditError as error:
-            shutil.rmtree(path, ignore_errors=True)
             pytest.skip(f"the C++ host cannot be built here: {error}")
 
     return make_once(shared_folder / "onnxruntime", make)
@@ -65,14 +67,10 @@ def tool(*arguments: object, cwd: Path = ROOT) -> None:
 
 
 def build(preset: str, sdk: Path, folder: Path, *more: str) -> None:
-    """Configure and build a preset in a folder; half a build does not stay."""
+    """Configure and build a preset in a folder."""
     settings = (f"-DONNXRUNTIME_ROOT={sdk}", f"-DNLOHMANN_JSON_INCLUDE_DIR={json_headers()}")
-    try:
-        tool("cmake", "--preset", preset, "-B", folder, *settings, *more, cwd=SOURCE)
-        tool("cmake", "--build", folder)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    tool("cmake", "--preset", preset, "-B", folder, *settings, *more, cwd=SOURCE)
+    tool("cmake", "--build", folder)
 
 
 @pytest.fixture(scope="session")
@@ -87,14 +85,84 @@ def sanitized(shared_folder, sdk) -> Path:
     return make_once(shared_folder / "cpp-sanitized", lambda path: build("sanitize", sdk, path))
 
 
+@pytest.fixture(scope="session")
+def cuda() -> Path:
+    """CUDA's runtime library and its headers, as Python packages bring them: include/ and lib/."""
+    found = importlib.util.find_spec("nvidia")
+    folders = map(Path, found.submodule_search_locations if found else ())
+    fitting = (one / "cu13" for one in folders if (one / "cu13" / "include" / "crt").is_dir())
+    if (folder := next(fitting, None)) is None:
+        pytest.skip("needs CUDA's headers: pip install nvidia-cuda-runtime nvidia-cuda-crt")
+    return folder
+
+
+def compile_shared(source: Path, library: Path, *options: object) -> None:
+    """One file to a shared library, which is found by its own name."""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    shared = ("-std=c++17", "-O1", "-shared", "-fPIC", f"-Wl,-soname,{library.name}")
+    tool("g++", *shared, source, *options, "-o", library)
+
+
+@pytest.fixture(scope="session")
+def emulated(shared_folder, sdk, cuda) -> dict[int, Path]:
+    """A folder with an emulated TensorRT and the GPU under it for every release: include/ and lib/."""
+
+    def make(folder: Path, release: int) -> None:
+        header = folder / "include" / "NvInferRuntime.h"
+        header.parent.mkdir(parents=True)
+        header.write_text(f"#define TENSORRT_RELEASE {release}\n{(EMULATED / header.name).read_text()}")
+        gpu, lib = folder / "lib" / "libcudart.so.13", sdk / "lib"
+        compile_shared(EMULATED / "cudart.cpp", gpu, "-isystem", cuda / "include")
+        folders = (header.parent, cuda / "include", sdk / "include" / "onnxruntime", json_headers())
+        libraries = (gpu, f"-L{lib}", "-lonnxruntime", f"-Wl,-rpath,{lib}:{gpu.parent}")
+        includes = (word for path in folders for word in ("-I", path))
+        compile_shared(EMULATED / "nvinfer.cpp", gpu.with_name("libnvinfer.so"), *includes, *libraries)
+
+    return {
+        release: make_once(shared_folder / f"tensorrt-{release}", partial(make, release=release))
+        for release in TENSORRT
+    }
+
+
+@pytest.fixture(scope="session")
+def tensorrt_builds(shared_folder, sdk, cuda, emulated) -> dict[int, Path]:
+    """A folder with ddit_host for every release: the newest as CMake builds it, the others from its objects."""
+    newest = max(TENSORRT)
+    places = (f"-DTENSORRT_ROOT={emulated[newest]}", f"-DCUDAToolkit_ROOT={cuda}")
+    gpu = f"-DTensorRT_CUDART_LIBRARY={emulated[newest] / 'lib' / 'libcudart.so.13'}"
+    built = make_once(shared_folder / "cpp-tensorrt", lambda path: build("release", sdk, path, *places, gpu))
+
+    def make(folder: Path, release: int) -> None:
+        folder.mkdir()
+        here = emulated[release]
+        strict = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Werror")
+        includes = ("-I", SOURCE / "include", "-I", SOURCE / "src", "-isystem", cuda / "include")
+        main = next(built.rglob("main.cpp.o"))
+        libraries = (
+            here / "lib" / "libnvinfer.so",
+            here / "lib" / "libcudart.so.13",
+            sdk / "lib" / "libonnxruntime.so",
+        )
+        where = f"-Wl,-rpath,{here / 'lib'}:{sdk / 'lib'}"
+        objects = (SOURCE / "src" / "tensorrt.cpp", main, built / "libddit.a")
+        tool("g++", *strict, *includes, "-isystem", here / "include", *objects, *libraries, "-lpng", where,
+             "-o", folder / "ddit_host")  # fmt: skip
+
+    return {newest: built} | {
+        release: make_once(shared_folder / f"cpp-tensorrt-{release}", partial(make, release=release))
+        for release in TENSORRT
+        if release != newest
+    }
+
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def runner(program: Path) -> Run:
-    """Calls of a program."""
+def runner(program: Path, **variables: str) -> Run:
+    """Calls of a program, with variables of its environment."""
     # a bundle may ask for more memory than there is: then the allocation fails, which is no error of the program.
     # ONNX Runtime keeps objects until the end of the process
-    environment = {**os.environ, "ASAN_OPTIONS": "allocator_may_return_null=1:detect_leaks=0"}
+    environment = {**os.environ, "ASAN_OPTIONS": "allocator_may_return_null=1:detect_leaks=0", **variables}
 
     def call(*arguments: object) -> subprocess.CompletedProcess[str]:
         words = [str(program), *map(str, arguments)]
@@ -115,16 +183,19 @@ def checked_host(sanitized) -> Run:
     return runner(sanitized / "ddit_host")
 
 
-def write_inputs(bundle: Path, folder: Path, height: int, width: int) -> Sequence[object]:
+def write_inputs(bundle: Path, folder: Path, height: int, width: int, frames: int | None = None) -> Sequence[object]:
     """The prompt's ids and the seed's noise as files, and the arguments that name them."""
     opened = Bundle.open(bundle)
     manifest = opened.manifest
-    ids = {
-        one.graph: Tokenizer(opened.file(one.tokenizer.file), one.tokenizer)(PROMPT)[0].tolist()
-        for one in manifest.encoders
-    }
-    sides = [size // axis.downscale for size, axis in zip((height, width), manifest.latent.axes, strict=True)]
-    (folder / "ids.json").write_text(json.dumps(ids))
+    encoders = {one.graph: Tokenizer(opened.file(one.tokenizer.file), one.tokenizer) for one in manifest.encoders}
+    files: list[object] = []
+    for option, text in (("--ids", PROMPT), ("--negative-ids", "")):
+        if text or manifest.guidance.kind == "two_passes":
+            file = folder / f"{option.removeprefix('--')}.json"
+            file.write_text(json.dumps({graph: encode(text)[0].tolist() for graph, encode in encoders.items()}))
+            files += (option, file)
+    sizes = {"frames": frames, "height": height, "width": width}
+    sides = [axis.to_latent(sizes[axis.name]) for axis in manifest.latent.axes]
     np.save(folder / "noise.npy", noise(SEED, (manifest.latent.channels, *sides)))
-    size = ("--height", height, "--width", width)
-    return ("--ids", folder / "ids.json", "--noise", folder / "noise.npy", *size)
+    clip = ("--frames", frames) if frames else ()
+    return (*files, "--noise", folder / "noise.npy", "--height", height, "--width", width, *clip)

@@ -3,11 +3,15 @@
 import json
 import shutil
 
+import pytest
+
 from cpp.conftest import runner
 
 
-def test_every_vector(release, rich_bundle, vectors):
-    done = runner(release / "ddit_vectors")(rich_bundle, vectors)
+@pytest.mark.parametrize(("bundle", "folder"), [("rich_bundle", "vectors"), ("rich_wan_bundle", "clip_vectors")])
+def test_every_vector(release, request, bundle, folder):
+    """Of pictures and of clips."""
+    done = runner(release / "ddit_vectors")(request.getfixturevalue(bundle), request.getfixturevalue(folder))
     assert done.returncode == 0, done.stderr
     number, _, failed = done.stdout.split(maxsplit=2)
     assert int(number) > 1000

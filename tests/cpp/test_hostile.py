@@ -22,19 +22,24 @@ STEPS = 5
 
 
 @pytest.fixture(scope="module")
-def victim(tiny_bundle, tmp_path_factory) -> Path:
-    """A copy of the tiny bundle. Whoever damages it repairs it."""
-    return shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("hostile") / "victim.bundle")
+def victims(tiny_bundle, wan_bundle, tmp_path_factory) -> dict[str, Path]:
+    """Copies of a bundle of pictures and of one of clips. Whoever damages one repairs it."""
+    folder = tmp_path_factory.mktemp("hostile")
+    bundles = {"pictures": tiny_bundle, "clips": wan_bundle}
+    return {name: shutil.copytree(bundle, folder / f"{name}.bundle") for name, bundle in bundles.items()}
 
 
 @pytest.fixture(scope="module")
-def attempt(victim, checked_host, tmp_path_factory):
+def attempt(victims, checked_host, tmp_path_factory):
     """What becomes of a bundle in the host."""
-    folder = tmp_path_factory.mktemp("attempts")
-    options = (*write_inputs(victim, folder, 64, 64), "--steps", STEPS, "--out", folder / "o.png")
+    options = {}
+    for name, frames in (("pictures", None), ("clips", 5)):
+        folder = tmp_path_factory.mktemp("attempts")
+        inputs = write_inputs(victims[name], folder, 64, 64, frames)
+        options[name] = (*inputs, "--steps", STEPS, "--out", folder / "%d.png")
 
-    def make() -> str:
-        done = checked_host(victim, *options)
+    def make(name: str) -> str:
+        done = checked_host(victims[name], *options[name])
         if done.returncode == 0:
             return "ran"
         lines = done.stderr.splitlines()
@@ -55,7 +60,9 @@ def examples(pytestconfig, few: int, many: int):
     )
 
 
-def test_manifests(victim, attempt, pytestconfig):
+@pytest.mark.parametrize("kind", ["pictures", "clips"])
+def test_manifests(victims, attempt, pytestconfig, kind):
+    victim = victims[kind]
     whole = (victim / "bundle.json").read_text()
 
     @examples(pytestconfig, 60, 2000)
@@ -64,7 +71,7 @@ def test_manifests(victim, attempt, pytestconfig):
         manifest = json.loads(whole)
         mutate(manifest, data)
         (victim / "bundle.json").write_text(json.dumps(manifest))
-        outcome = attempt()
+        outcome = attempt(kind)
         count("C++: manifests", outcome)
         try:
             read_manifest(victim)
@@ -78,7 +85,8 @@ def test_manifests(victim, attempt, pytestconfig):
 
 
 @pytest.mark.parametrize("recorded", [True, False], ids=["as recorded", "with a hash that fits"])
-def test_files(victim, attempt, pytestconfig, recorded):
+def test_files(victims, attempt, pytestconfig, recorded):
+    victim = victims["pictures"]
     whole = {name: (victim / name).read_bytes() for name in FILES}
 
     @examples(pytestconfig, 20, 1000)
@@ -91,7 +99,7 @@ def test_files(victim, attempt, pytestconfig, recorded):
             manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
             (victim / "bundle.json").write_text(json.dumps(manifest))
         try:
-            count("C++: files", attempt())
+            count("C++: files", attempt("pictures"))
         finally:
             for file in (name, "bundle.json"):
                 (victim / file).write_bytes(whole[file])
@@ -115,7 +123,8 @@ def test_files(victim, attempt, pytestconfig, recorded):
         ("ids.json", b'{"clip": [], "t5": [], "x\\n\\u001b[2J": []}'),
     ],
 )  # fmt: skip
-def test_inputs(victim, checked_host, tmp_path, name, content):
+def test_inputs(victims, checked_host, tmp_path, name, content):
+    victim = victims["pictures"]
     inputs = write_inputs(victim, tmp_path, 64, 64)
     (tmp_path / name).write_bytes(content)
     done = checked_host(victim, *inputs, "--steps", 2, "--out", tmp_path / "o.png")

@@ -214,11 +214,15 @@ def test_what_somebody_put_there_meanwhile_is_kept(old, tiny_bundle):
     assert version_of(old) == "old"
 
 
-def test_what_a_killed_calibration_left_is_no_reason_to_refuse(old, tiny_bundle):
-    (old / ".bundle.partial-12345678.json").write_text("{")
+@pytest.mark.parametrize(
+    "left",
+    [".bundle.partial-12345678.json", ".cuda-fp8.partial-12345678.safetensors", "level-2.cuda-fp8.onnx"],
+)
+def test_what_a_killed_command_left_is_no_reason_to_refuse(old, tiny_bundle, left):
+    (old / left).write_text("{")
     export(old, tiny_bundle)
     assert version_of(old) == "new"
-    assert not list(old.glob(".bundle*"))
+    assert not (old / left).exists()
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format_version": 1}'])

@@ -25,6 +25,10 @@ FATAL = 4  # ONNX Runtime's level of messages: what it raises says all that its 
 # coarse steps, which spend their time on reading weights, are a fifth faster then.
 PREPACK_LIMIT = 500_000_000
 
+# ONNX Runtime's optimizers that compute with weights when a session is opened. The second makes float32 of the weights
+# in half precision that the CPU has no kernels for.
+FOLDING = ("ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer")
+
 
 def import_onnxruntime() -> Any:
     """ONNX Runtime, or a `BackendError` that says how to install it."""
@@ -96,7 +100,7 @@ def open_session(
     takes no memory then, and time at every run.
     """
     check_provider(provider)
-    disabled = [] if fold else ["ConstantFolding"]
+    disabled = [] if fold else [*FOLDING]
     with engine_errors(f"load {path.name}"):
         return import_onnxruntime().InferenceSession(
             path,

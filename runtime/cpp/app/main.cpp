@@ -9,29 +9,34 @@
 #include "ddit/onnxruntime.hpp"
 #include "ddit/session.hpp"
 #include "strings.hpp"
+#ifdef DDIT_TENSORRT
+#include "ddit/tensorrt.hpp"
+#endif
 
 namespace {
 
 constexpr const char* kHelp =
     R"(Usage: ddit_host BUNDLE --ids IDS.json (--latent NOISE.npy | --noise NOISE.npy) --out IMAGE.png [OPTIONS]
 
-  Make a picture with a bundle, without Python.
+  Make a picture or a clip with a bundle, without Python.
 
   --ids FILE           token ids by text encoder, {"clip": [1, 2], "t5": [3]}; shorter rows are filled up
-  --latent FILE        what the run starts from, float32 (C, H, W) in latent pixels
+  --negative-ids FILE  those of the negative prompt, or of the empty text, for models with two passes
+  --latent FILE        what the run starts from, float32 (C, H, W) in latent pixels; of a clip (C, F, H, W)
   --noise FILE         the starting noise of the full size, for progressive schedules and instead of --latent
-  --out FILE           the picture, PNG
+  --out FILE           the picture, PNG; of a clip a name with %d for its frames, as in frames/%03d.png
   --latent-out FILE    the latent that was decoded, .npy
   --trace FILE         what every step did, JSON
   --schedule TEXT      adaptive (default), native, fixed:8x10,2x20, dynamic, progressive, teacache:0.4, …
   --steps NUMBER       denoising steps
   --first-step NUMBER  the step at which the latent is, from 0
   --height, --width    pixels
+  --frames NUMBER      of a clip
   --text-length NUMBER tokens, padding included
   --guidance NUMBER    guidance scale
   --carry NUMBER       share of the last native step's detail that coarse steps take over
-  --provider NAME      cpu (default) or cuda
-  --device NUMBER      the GPU, with cuda
+  --provider NAME      cpu (default), cuda, or tensorrt with the bundle's engines
+  --device NUMBER      the GPU, from 0
   --threads NUMBER     of one graph on the CPU
   --repeat NUMBER      make the picture so many times, for measurements
 )";
@@ -72,6 +77,8 @@ Arguments read(int count, char** words) {
       {"--first-step", [&](const auto& name, const auto& value) { request.first_step = whole(name, value, kMost); }},
       {"--height", [&](const auto& name, const auto& value) { request.height = whole(name, value, kSide); }},
       {"--width", [&](const auto& name, const auto& value) { request.width = whole(name, value, kSide); }},
+      {"--frames", [&](const auto& name, const auto& value) { request.frames = whole(name, value, kSide); }},
+      {"--negative-ids", [&](const auto&, const auto& value) { request.negative_ids = ddit::read_ids(value); }},
       {"--text-length", [&](const auto& name, const auto& value) { request.text_length = whole(name, value, kMost); }},
       {"--guidance", [&](const auto& name, const auto& value) { request.guidance = decimal(name, value); }},
       {"--carry", [&](const auto& name, const auto& value) { request.carry = decimal(name, value); }},
@@ -94,24 +101,42 @@ Arguments read(int count, char** words) {
   }
   if (read.bundle.empty() || ids.empty() || read.out.empty())
     throw ddit::UsageError("give a bundle, --ids and --out; ddit_host --help shows all");
-  if (read.provider != "cpu" && read.provider != "cuda")
-    throw ddit::UsageError("the provider is cpu or cuda, not '" + read.provider + "'");
+  if (read.provider != "cpu" && read.provider != "cuda" && read.provider != "tensorrt")
+    throw ddit::UsageError("the provider is cpu, cuda or tensorrt, not '" + read.provider + "'");
   read.engine.cuda = read.provider == "cuda";
   request.ids = ddit::read_ids(ids);
   return read;
 }
 
+std::unique_ptr<ddit::Backend> open(const ddit::Bundle& bundle, const Arguments& arguments) {
+  if (arguments.provider != "tensorrt") return std::make_unique<ddit::OnnxRuntime>(bundle, arguments.engine);
+#ifdef DDIT_TENSORRT
+  return std::make_unique<ddit::TensorRT>(bundle, arguments.engine.device);
+#else
+  throw ddit::BackendError(
+      "this ddit_host was built without TensorRT; cmake -DTENSORRT_ROOT=FOLDER builds one with it");
+#endif
+}
+
+/// Where the picture goes, or every frame of the clip.
+std::vector<std::filesystem::path> files_of(const ddit::Manifest& manifest, const Arguments& arguments) {
+  if (!manifest.has_frames()) return {arguments.out};
+  const auto number = arguments.request.frames.value_or(manifest.entries.front().frames->optimum);
+  return ddit::frame_files(arguments.out, number);
+}
+
 void run(const Arguments& arguments) {
   const auto bundle = ddit::Bundle::open(arguments.bundle);
-  ddit::OnnxRuntime engines(bundle, arguments.engine);
+  const auto engines = open(bundle, arguments);
+  const auto files = files_of(bundle.manifest(), arguments);
   for (int i = 0; i < arguments.repeat; ++i) {
-    const ddit::Result result = ddit::generate(engines, arguments.request);
+    const ddit::Result result = ddit::generate(*engines, arguments.request);
     std::size_t predicted = 0;
     for (const auto& record : result.trace.steps) predicted += record.level ? 0 : 1;
     std::printf("%s: %zu steps, %zu of them predicted, in %.1f ms\n", result.trace.schedule.c_str(),
                 result.trace.steps.size(), predicted, result.trace.denoise_milliseconds);
     if (i + 1 < arguments.repeat) continue;
-    ddit::write_png(arguments.out, result.image);
+    ddit::write_frames(files, result.frames);
     if (!arguments.latent_out.empty()) ddit::write_npy(arguments.latent_out, result.latent);
     if (!arguments.trace.empty()) ddit::write_text(arguments.trace, ddit::to_json(result.trace));
   }

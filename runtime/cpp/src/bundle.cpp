@@ -107,14 +107,16 @@ int Manifest::text_length() const {
   return longest == 0 ? 1 : longest;
 }
 
+std::vector<Axis> Manifest::sides() const { return {axes.end() - 2, axes.end()}; }
+
 int Manifest::downscale(const std::string& name) const {
-  return name == axes[0].name ? axes[0].downscale : axes[1].downscale;
+  return std::find_if(axes.begin(), axes.end(), [&](const Axis& axis) { return axis.name == name; })->downscale;
 }
 
-bool Manifest::contains(std::int64_t height, std::int64_t width, std::int64_t text, std::int64_t batch) const {
+bool Manifest::contains(const RunSize& size, std::int64_t text) const {
   return std::any_of(entries.begin(), entries.end(), [&](const ProfileEntry& entry) {
-    return entry.height.contains(height) && entry.width.contains(width) && entry.text.contains(text) &&
-           entry.batch.contains(batch);
+    return entry.height.contains(size.height) && entry.width.contains(size.width) && entry.text.contains(text) &&
+           entry.batch.contains(1) && (!entry.frames || entry.frames->contains(size.frames));
   });
 }
 

@@ -4,7 +4,7 @@ namespace ddit {
 
 Engine& Backend::engine(const std::string& graph) {
   auto& engine = engines_[graph];
-  if (!engine) engine = open(bundle_.manifest().graphs.at(graph));
+  if (!engine) engine = open(graph);
   return *engine;
 }
 

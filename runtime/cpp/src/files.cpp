@@ -26,26 +26,20 @@ std::ifstream open_regular(const fs::path& path) {
   return file;
 }
 
-/// A file beside `path` that takes its place when `write` has returned.
-template <typename Write>
-void write_whole(const fs::path& path, Write write) {
-  const fs::path partial = path.parent_path() / ("." + path.filename().string() + ".partial");
-  std::error_code error;
-  const auto fail = [&] {
-    fs::remove(partial, error);
-    throw Error(path.string() + " cannot be written");
-  };
-  if (!write(partial)) fail();
-  fs::rename(partial, path, error);
-  if (error) fail();
-}
+/// The file beside `path` that takes its place when it is whole.
+fs::path partial_of(const fs::path& path) { return path.parent_path() / ("." + path.filename().string() + ".partial"); }
 
 void write_bytes(const fs::path& path, const std::string& bytes) {
-  write_whole(path, [&](const fs::path& partial) {
-    std::ofstream file(partial, std::ios::binary);
-    file.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
-    return static_cast<bool>(file.flush());
-  });
+  const fs::path partial = partial_of(path);
+  std::ofstream file(partial, std::ios::binary);
+  file.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+  bool written = static_cast<bool>(file.flush());
+  file.close();
+  std::error_code error;
+  if (written) fs::rename(partial, path, error);
+  if (written && !error) return;
+  fs::remove(partial, error);
+  throw Error(path.string() + " cannot be written");
 }
 
 /// The value of a key in an .npy header, a Python dictionary in writing: up to the next comma outside parentheses.
@@ -150,15 +144,45 @@ std::map<std::string, std::vector<std::int64_t>> read_ids(const fs::path& path) 
   return ids;
 }
 
-void write_png(const fs::path& path, const Image& image) {
-  png_image png = {};
-  png.version = PNG_IMAGE_VERSION;
-  png.width = static_cast<png_uint_32>(image.width);
-  png.height = static_cast<png_uint_32>(image.height);
-  png.format = PNG_FORMAT_RGB;
-  write_whole(path, [&](const fs::path& partial) {
-    return png_image_write_to_file(&png, partial.c_str(), 0, image.pixels.data(), 0, nullptr) != 0;
-  });
+void write_png(const fs::path& path, const Image& image) { write_frames({path}, {image}); }
+
+void write_frames(const std::vector<fs::path>& paths, const std::vector<Image>& frames) {
+  std::error_code error;
+  const auto fail = [&](const fs::path& at) {
+    for (const fs::path& path : paths) fs::remove(partial_of(path), error);
+    throw Error(at.string() + " cannot be written");
+  };
+  for (std::size_t i = 0; i < frames.size(); ++i) {
+    png_image png = {};
+    png.version = PNG_IMAGE_VERSION;
+    png.width = static_cast<png_uint_32>(frames[i].width);
+    png.height = static_cast<png_uint_32>(frames[i].height);
+    png.format = PNG_FORMAT_RGB;
+    const fs::path partial = partial_of(paths[i]);
+    if (png_image_write_to_file(&png, partial.c_str(), 0, frames[i].pixels.data(), 0, nullptr) == 0) fail(paths[i]);
+  }
+  for (const fs::path& path : paths) {
+    fs::rename(partial_of(path), path, error);
+    if (error) fail(path);
+  }
+}
+
+std::vector<fs::path> frame_files(const fs::path& pattern, std::int64_t number) {
+  const std::string name = pattern.filename().string();
+  const auto begin = name.find('%');
+  const auto end = begin == std::string::npos ? begin : name.find_first_not_of("0123456789", begin + 1);
+  if (end == std::string::npos || name[end] != 'd' || name.find('%', end) != std::string::npos || end - begin > 3)
+    throw UsageError(pattern.string() + " has no place for the frames' numbers; give one %d, as in frames/%03d.png");
+  const std::string digits = name.substr(begin + 1, end - begin - 1);
+  const char filler = !digits.empty() && digits[0] == '0' ? '0' : ' ';
+  const auto width = static_cast<std::size_t>(whole_number(digits).value_or(0));
+  std::vector<fs::path> files;
+  for (std::int64_t i = 0; i < number; ++i) {
+    std::string written = std::to_string(i);
+    if (written.size() < width) written.insert(0, width - written.size(), filler);
+    files.push_back(pattern.parent_path() / (name.substr(0, begin) + written + name.substr(end + 1)));
+  }
+  return files;
 }
 
 void write_text(const fs::path& path, const std::string& text) { write_bytes(path, text); }

@@ -68,9 +68,10 @@ Known shapes_of(const std::vector<TensorSpec>& specs) {
   return shapes;
 }
 
+/// A patch's place along every axis; frames are not cut into patches.
 SymbolicShape sides_over(const Manifest& manifest, std::int64_t patch) {
   SymbolicShape shape;
-  for (const Axis& axis : manifest.axes) shape.push_back(over(axis.symbol, patch));
+  for (const Axis& axis : manifest.axes) shape.push_back(over(axis.symbol, axis.is_frames() ? 1 : patch));
   return shape;
 }
 
@@ -93,7 +94,12 @@ void check_levels(const Manifest& manifest) {
   if (!native) throw Misfit("the native level is not among the levels");
   for (const Axis& axis : manifest.axes) axes.push_back(axis.name);
   check_unique("axis", axes);
-  if (axes != std::vector<std::string>{"height", "width"}) throw Misfit("a picture's latent has a height and a width");
+  if (axes != std::vector<std::string>{"height", "width"} &&
+      axes != std::vector<std::string>{"frames", "height", "width"})
+    throw Misfit("a latent has a height and a width, and a clip's has frames before them");
+  for (const ProfileEntry& entry : manifest.entries)
+    if (entry.frames.has_value() != manifest.has_frames())
+      throw Misfit("the profile has frames and the latent has none, or the other way round");
 }
 
 void check_names(const Manifest& manifest) {
@@ -101,7 +107,9 @@ void check_names(const Manifest& manifest) {
   for (const LevelInfo& level : manifest.levels) named.push_back(level.graph);
   for (const EncoderInfo& encoder : manifest.encoders) named.push_back(encoder.graph);
   if (manifest.gate) named.push_back(manifest.gate->graph);
-  named.insert(named.end(), {manifest.decoder, names::kUpdate, names::kPredict, names::kGrow});
+  named.insert(named.end(), {manifest.decoder.graph, names::kUpdate, names::kPredict, names::kGrow});
+  if (manifest.has_frames()) named.push_back(manifest.decoder.following);
+  if (manifest.guidance.two_passes) named.emplace_back(names::kGuide);
   for (const std::string& graph : named)
     if (manifest.graphs.count(graph) == 0) throw Misfit("there is no graph '" + graph + "'");
   check_unique("graph", named);
@@ -130,7 +138,7 @@ void check_names(const Manifest& manifest) {
         for (const Dimension& dim : spec.shape) {
           if (dim.symbol.empty()) continue;
           const bool side = dim.symbol == "H" || dim.symbol == "W";
-          if (!side && dim.symbol != "B" && dim.symbol != "L")
+          if (!side && dim.symbol != "B" && dim.symbol != "L" && !(manifest.has_frames() && dim.symbol == "F"))
             throw Misfit(name + ": nobody knows the dimension '" + dim.symbol + "'");
           if (dim.op == '/' && (side ? unit : 1) % dim.number != 0)
             throw Misfit(name + ": " + dim.symbol + " is not always a multiple of " + std::to_string(dim.number));
@@ -200,10 +208,20 @@ void check_update(const Manifest& manifest) {
   const std::int64_t kept = kept_velocities(manifest);
   SymbolicShape velocities = manifest.latent();
   velocities.insert(velocities.begin() + 1, fixed(kept));
-  Known known = {{names::kTimestep, kRow},         {names::kDt, kRow},
-                 {names::kCorrection, kRow},       {names::kKeepEstimate, kRow},
-                 {names::kKeepVelocity, kRow},     {names::kLatent, manifest.latent()},
-                 {names::kVelocities, velocities}, {names::kPrediction, {free("B"), fixed(kept)}}};
+  Known known = {{names::kTimestep, kRow},
+                 {names::kCorrection, kRow},
+                 {names::kKeepEstimate, kRow},
+                 {names::kKeepVelocity, kRow},
+                 {names::kVelocities, velocities},
+                 {names::kLatent, manifest.latent()},
+                 {names::kPrediction, {free("B"), fixed(kept)}}};
+  if (const int order = manifest.sampler.order; order == 0) {
+    known[names::kDt] = kRow;
+  } else {
+    known[names::kSolver] = {free("B"), fixed(order + 1)};
+    known[names::kEstimates] = manifest.latent();
+    known[names::kEstimates].insert(known[names::kEstimates].begin() + 1, fixed(order));
+  }
   const auto coarse = manifest.coarse();
   if (!coarse.empty()) known[names::kCarry] = {free("B"), fixed(static_cast<std::int64_t>(coarse.size()))};
   Known state;
@@ -270,7 +288,7 @@ void check_gate(const Manifest& manifest) {
 /// The grow graph takes two latents, two numbers a sample, and tables that are squares along the latent's sides.
 void check_grow(const Manifest& manifest) {
   const SymbolicShape latent = manifest.latent();
-  const Dimension height = latent[2], width = latent[3];
+  const Dimension height = latent[latent.size() - 2], width = latent.back();
   const GraphInfo& info = manifest.graphs.at(names::kGrow);
   check_all(names::kGrow, info.inputs,
             {{names::kLatent, latent},
@@ -285,24 +303,61 @@ void check_grow(const Manifest& manifest) {
   check_all(names::kGrow, info.outputs, {{std::string(names::kNext) + names::kLatent, latent}});
 }
 
+/// The graph of two passes takes both velocities, and gives what a level gives.
+void check_guide(const Manifest& manifest) {
+  if (!manifest.guidance.two_passes) return;
+  const Known given = shapes_of(manifest.graphs.at(manifest.levels.front().graph).outputs);
+  if (given.size() != 1 || given.count(names::kVelocity) == 0)
+    throw Misfit("a level of two passes gives a velocity and nothing else");
+  const GraphInfo& info = manifest.graphs.at(names::kGuide);
+  Known inputs = {{names::kGuidance, kRow}};
+  for (const char* name : names::kPasses) inputs[name] = given.at(names::kVelocity);
+  check_all(names::kGuide, info.inputs, inputs);
+  check_all(names::kGuide, info.outputs, given);
+}
+
 void check_decoder(const Manifest& manifest) {
-  const GraphInfo& info = manifest.graphs.at(manifest.decoder);
-  SymbolicShape image = {free("B"), fixed(3)};
-  for (const Axis& axis : manifest.axes) image.push_back(times(axis.symbol, axis.downscale));
-  check_all(manifest.decoder, info.inputs, {{names::kLatent, manifest.latent()}});
-  check_all(manifest.decoder, info.outputs, {{names::kImage, image}});
+  const DecoderInfo& decoder = manifest.decoder;
+  if (decoder.following.empty() == manifest.has_frames())
+    throw Misfit("clips have a decoder of the kind video, and pictures one of the kind image");
+  const GraphInfo& info = manifest.graphs.at(decoder.graph);
+  SymbolicShape image = {free("B"), fixed(3)}, frame = {free("B"), fixed(manifest.channels), fixed(1)};
+  for (const Axis& axis : manifest.sides()) {
+    image.push_back(times(axis.symbol, axis.downscale));
+    frame.push_back(free(axis.symbol));
+  }
+  if (!manifest.has_frames()) {
+    check_all(decoder.graph, info.inputs, {{names::kLatent, manifest.latent()}});
+    check_all(decoder.graph, info.outputs, {{names::kImage, image}});
+    return;
+  }
+  const GraphInfo& following = manifest.graphs.at(decoder.following);
+  check_rows(decoder.following, following.inputs);
+  const Known state = shapes_of(following.inputs);
+  check_all(decoder.graph, info.inputs, {{names::kLatentFrame, frame}});
+  if (state.count(names::kLatentFrame) == 0 || state.at(names::kLatentFrame) != frame)
+    throw Misfit(decoder.following + ": latent_frame is missing or has another shape than it has to");
+  for (const auto& [graph, count] :
+       {std::pair<std::string, int>{decoder.graph, 1}, {decoder.following, manifest.axes.front().downscale}}) {
+    SymbolicShape frames = image;
+    frames.insert(frames.begin() + 2, fixed(count));
+    Known given = {{names::kFrames, frames}};
+    for (const auto& [name, shape] : state)
+      if (name != names::kLatentFrame) given[names::kNext + name] = shape;
+    check_all(graph, manifest.graphs.at(graph).outputs, given);
+  }
 }
 
 void check_sampler(const Manifest& manifest) {
   if (!manifest.sampler.use_dynamic_shifting) return;
   for (const ProfileEntry& entry : manifest.entries)
     for (const bool largest : {false, true}) {
-      double tokens = 1;
+      Sizes sizes;
       for (const Axis& axis : manifest.axes) {
-        const Range& range = axis.name == "height" ? entry.height : entry.width;
-        const std::int64_t pixels = largest ? range.maximum : range.minimum;
-        tokens *= static_cast<double>(pixels / axis.downscale / manifest.native);
+        const Range& range = axis.is_frames() ? *entry.frames : axis.name == "height" ? entry.height : entry.width;
+        sizes[axis.symbol] = axis.to_latent(largest ? range.maximum : range.minimum);
       }
+      const double tokens = image_tokens(manifest, sizes);
       if (!(std::abs(flow_shift(manifest.sampler, tokens)) <= kSteepest))
         throw Misfit("the sampler's shift leaves no noise levels between 0 and 1 at the profile's sizes");
     }
@@ -319,8 +374,8 @@ void check_paths(const Manifest& manifest) {
   std::vector<std::string> sizes;
   for (const StepPath& path : manifest.paths)
     sizes.push_back(std::to_string(path.size.steps) + "," + std::to_string(path.size.height) + "," +
-                    std::to_string(path.size.width));
-  check_unique("the path for steps, height and width", sizes);
+                    std::to_string(path.size.width) + "," + std::to_string(path.size.frames));
+  check_unique("the path for steps, height, width and frames", sizes);
 }
 
 }  // namespace
@@ -333,6 +388,7 @@ void check_fit(const Manifest& manifest) {
   check_update(manifest);
   check_gate(manifest);
   check_grow(manifest);
+  check_guide(manifest);
   check_decoder(manifest);
   check_sampler(manifest);
   check_schedule(manifest, manifest.schedule);

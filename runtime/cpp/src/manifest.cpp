@@ -1,5 +1,6 @@
 // `bundle.json` to a `Manifest`. A bundle may come from anywhere: unknown fields, names that stand twice, numbers out
 // of bounds and text that cannot be shown on one line are errors.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <nlohmann/json.hpp>
@@ -216,13 +217,17 @@ LevelInfo level(const json& value, const std::string& where) {
   return info;
 }
 
+void check_axis(const std::string& name, const std::string& where) {
+  if (name != "frames" && name != "height" && name != "width")
+    fail(where, "this host knows the axes frames, height and width, not '" + name + "'");
+}
+
 Axis axis(const json& value, const std::string& where) {
   Fields fields(value, where);
   Axis found;
   found.name = plain_text(fields.at("name"), fields.path("name"));
-  if (found.name != "height" && found.name != "width")
-    fail(fields.path("name"), "this host knows the axes height and width, not '" + found.name + "'");
-  found.symbol = found.name == "height" ? "H" : "W";
+  check_axis(found.name, fields.path("name"));
+  found.symbol = found.name == "frames" ? "F" : found.name == "height" ? "H" : "W";
   found.downscale = small_integer(fields.at("downscale"), fields.path("downscale"), 1, 256);
   fields.done();
   return found;
@@ -246,18 +251,29 @@ EncoderInfo encoder(const json& value, const std::string& where) {
   return info;
 }
 
-/// The tag of a part that comes in kinds; a host refuses one that it does not know.
-void check_kind(Fields& fields, const std::string& what, const std::string& known, bool needed = true) {
+/// The tag of a part that comes in kinds, the first of those that are known where there is none; a host refuses one
+/// that it does not know.
+std::string kind_of(Fields& fields, const std::string& what, const std::vector<std::string>& known,
+                    bool needed = true) {
   const json* found = needed ? &fields.at("kind") : fields.find("kind");
-  if (found == nullptr) return;
+  if (found == nullptr) return known.front();
   const std::string kind = plain_text(*found, fields.path("kind"));
-  if (kind != known) fail(fields.path("kind"), "this host knows the " + what + " '" + known + "', not '" + kind + "'");
+  if (std::find(known.begin(), known.end(), kind) == known.end())
+    fail(fields.path("kind"), "this host knows the " + what + " '" + join(known, "' and '") + "', not '" + kind + "'");
+  return kind;
 }
 
 SamplerInfo sampler(const json& value, const std::string& where) {
   Fields fields(value, where);
-  check_kind(fields, "sampler", "flow_match_euler");
   SamplerInfo info;
+  if (kind_of(fields, "sampler", {"flow_match_euler", "flow_unipc"}) == "flow_unipc") {
+    info.shift = above_zero(fields.at("shift"), fields.path("shift"), 1e6);
+    info.order = small_integer(fields.at("order"), fields.path("order"), 1, 2);
+    info.train_steps = integer(fields.at("train_steps"), fields.path("train_steps"), 1, 1'000'000);
+    info.steps = small_integer(fields.at("steps"), fields.path("steps"), 1, kMaxSteps);
+    fields.done();
+    return info;
+  }
   info.use_dynamic_shifting = boolean(fields.at("use_dynamic_shifting"), fields.path("use_dynamic_shifting"));
   info.shift = above_zero(fields.at("shift"), fields.path("shift"), 1e6);
   info.base_shift = number(fields.at("base_shift"), fields.path("base_shift"), -1e6, 1e6);
@@ -275,7 +291,7 @@ SamplerInfo sampler(const json& value, const std::string& where) {
 
 RotaryInfo positions(const json& value, const std::string& where) {
   Fields fields(value, where);
-  check_kind(fields, "positions", "rotary", false);
+  kind_of(fields, "positions", {"rotary"}, false);
   RotaryInfo info;
   const auto axis_of = [](const json& one, const std::string& path) {
     Fields inner(one, path);
@@ -283,8 +299,7 @@ RotaryInfo positions(const json& value, const std::string& where) {
     const json& named = inner.at("axis");
     if (!named.is_null()) {
       found.axis = plain_text(named, inner.path("axis"));
-      if (found.axis != "height" && found.axis != "width")
-        fail(inner.path("axis"), "this host knows the axes height and width, not '" + found.axis + "'");
+      check_axis(found.axis, inner.path("axis"));
     }
     found.dimensions = small_integer(inner.at("dimensions"), inner.path("dimensions"), 2, 4096);
     if (found.dimensions % 2 != 0) fail(inner.path("dimensions"), "it has to be even");
@@ -300,11 +315,24 @@ RotaryInfo positions(const json& value, const std::string& where) {
 GuidanceInfo guidance(const json& value, const std::string& where) {
   Fields fields(value, where);
   GuidanceInfo info;
-  const std::string kind = plain_text(fields.at("kind"), fields.path("kind"));
-  if (kind != "embedded" && kind != "none")
-    fail(fields.path("kind"), "this host knows the guidance 'embedded' and 'none', not '" + kind + "'");
+  const std::string kind = kind_of(fields, "guidance", {"embedded", "two_passes", "none"});
   info.embedded = kind == "embedded";
+  info.two_passes = kind == "two_passes";
   info.standard = number(fields.at("default"), fields.path("default"), -kMaxGuidance, kMaxGuidance);
+  fields.done();
+  return info;
+}
+
+DecoderInfo decoder(const json& value, const std::string& where) {
+  Fields fields(value, where);
+  DecoderInfo info;
+  if (kind_of(fields, "decoder", {"image", "video"}) == "image") {
+    info.graph = name(fields.at("graph"), fields.path("graph"));
+  } else {
+    info.graph = name(fields.at("first"), fields.path("first"));
+    info.following = name(fields.at("following"), fields.path("following"));
+    info.frames_per_second = above_zero(fields.at("frames_per_second"), fields.path("frames_per_second"), 1000);
+  }
   fields.done();
   return info;
 }
@@ -360,18 +388,13 @@ AdaptiveInfo adaptive(Fields& fields) {
   return info;
 }
 
-/// A part that only clips have; this host makes pictures.
-void no_frames(Fields& fields) {
-  const json* frames = fields.find("frames");
-  if (frames != nullptr && !frames->is_null())
-    fail(fields.path("frames"), "this host makes pictures, and knows no frames");
-}
-
 RunSize run_size(Fields& fields) {
-  no_frames(fields);
+  const json* frames = fields.find("frames");
+  const bool clip = frames != nullptr && !frames->is_null();
   return {small_integer(fields.at("steps"), fields.path("steps"), 1, kMaxSteps),
           integer(fields.at("height"), fields.path("height"), 1, kLargest),
-          integer(fields.at("width"), fields.path("width"), 1, kLargest)};
+          integer(fields.at("width"), fields.path("width"), 1, kLargest),
+          clip ? integer(*frames, fields.path("frames"), 1, kLargest) : 0};
 }
 
 /// What a calibration tells readers and budgets; only the patches matter here.
@@ -449,9 +472,13 @@ Range range(const json& value, const std::string& where) {
 
 ProfileEntry profile_entry(const json& value, const std::string& where) {
   Fields fields(value, where);
-  no_frames(fields);
-  ProfileEntry entry{range(fields.at("height"), fields.path("height")), range(fields.at("width"), fields.path("width")),
-                     range(fields.at("text"), fields.path("text")), range(fields.at("batch"), fields.path("batch"))};
+  ProfileEntry entry;
+  entry.height = range(fields.at("height"), fields.path("height"));
+  entry.width = range(fields.at("width"), fields.path("width"));
+  entry.text = range(fields.at("text"), fields.path("text"));
+  entry.batch = range(fields.at("batch"), fields.path("batch"));
+  if (const json* frames = fields.find("frames"); frames != nullptr && !frames->is_null())
+    entry.frames = range(*frames, fields.path("frames"));
   fields.done();
   return entry;
 }
@@ -484,14 +511,10 @@ void check_version(const json& content) {
     throw Misfit("it has format " + std::to_string(version) + ", this host reads format " + std::to_string(kFormat));
 }
 
-/// First of all: a bundle of another kind is refused by what it is, and not by the first shape that is unlike a
-/// picture's.
+/// First of all: a bundle of an unknown kind is refused by what it is, and not by the first shape that nobody knows.
 void check_kinds(Fields& fields) {
-  for (const auto& [part, known] :
-       {std::pair<const char*, const char*>{"sampler", "flow_match_euler"}, {"decoder", "image"}}) {
-    Fields tagged(fields.at(part), part);
-    check_kind(tagged, part, known);
-  }
+  sampler(fields.at("sampler"), "sampler");
+  decoder(fields.at("decoder"), "decoder");
   guidance(fields.at("guidance"), "guidance");
 }
 
@@ -527,10 +550,7 @@ Manifest read(const json& content) {
   manifest.sampler = sampler(fields.at("sampler"), "sampler");
   manifest.positions = positions(fields.at("positions"), "positions");
   manifest.guidance = guidance(fields.at("guidance"), "guidance");
-  Fields decoder(fields.at("decoder"), "decoder");
-  check_kind(decoder, "decoder", "image");
-  manifest.decoder = name(decoder.at("graph"), "decoder.graph");
-  decoder.done();
+  manifest.decoder = decoder(fields.at("decoder"), "decoder");
   if (const json* found = fields.find("gate"); found != nullptr && !found->is_null())
     manifest.gate = gate(*found, "gate");
   manifest.carry = number(fields.at("carry"), "carry", 0, 1);

@@ -137,7 +137,8 @@ OnnxRuntime::~OnnxRuntime() { close(); }
 
 std::string OnnxRuntime::name() const { return options_.cuda ? "cuda" : "cpu"; }
 
-std::unique_ptr<Engine> OnnxRuntime::open(const GraphInfo& info) {
+std::unique_ptr<Engine> OnnxRuntime::open(const std::string& graph) {
+  const GraphInfo& info = bundle().manifest().graphs.at(graph);
   const auto twin = info.twins.find(name());
   const std::string& file = twin == info.twins.end() ? info.file : twin->second;
   bundle().verify(file);

@@ -248,8 +248,7 @@ std::unique_ptr<const Policy> progressive(const std::string& text, const Choices
         "the bundle does not know the spectrum of its model's latents, which progressive needs; measure it with "
         "ddit-run spectrum");
   Sizes sizes;
-  for (const Axis& axis : manifest.axes)
-    sizes[axis.symbol] = (axis.name == "height" ? choices.run.height : choices.run.width) / axis.downscale;
+  for (const Axis& axis : manifest.axes) sizes[axis.symbol] = axis.to_latent(choices.run.along(axis.name));
   auto stages = growing_stages(manifest, sizes, chosen.scales);
   return std::make_unique<Progressive>(std::move(policy), std::move(stages), std::move(chosen), *manifest.spectrum);
 }

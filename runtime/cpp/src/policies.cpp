@@ -58,14 +58,13 @@ double activation(double power, double delta) {
   return odds > 0 ? 1 / (1 + std::sqrt(delta / odds)) : 0.0;
 }
 
-/// The mean power of a latent (C, H, W) in orthonormal DCT-II coefficients at the edge of its band.
+/// The mean power of a latent (C, [F,] H, W) in orthonormal DCT-II coefficients at the edge of its band.
 double edge_power(const Tensor& latent) {
-  const std::int64_t height = latent.shape[1], width = latent.shape[2];
+  const std::int64_t height = latent.shape[latent.shape.size() - 2], width = latent.shape.back();
   const Tensor spectrum = dct_coefficients(latent);
   double sum = 0;
   std::int64_t number = 0;
-  std::size_t at = 0;
-  for (std::int64_t channel = 0; channel < latent.shape[0]; ++channel)
+  for (std::size_t at = 0; at < spectrum.values.size();)  // height and width lie innermost
     for (std::int64_t i = 0; i < height; ++i)
       for (std::int64_t j = 0; j < width; ++j, ++at) {
         const double frequency = std::hypot(static_cast<double>(i) / static_cast<double>(height),
@@ -391,7 +390,7 @@ Sizes scaled(const Manifest& manifest, const Sizes& sizes, Fraction scale) {
   Sizes small = sizes;
   if (scale.whole()) return small;
   const std::int64_t unit = manifest.unit();
-  for (const Axis& axis : manifest.axes) {
+  for (const Axis& axis : manifest.sides()) {
     const std::int64_t whole = sizes.at(axis.symbol), value = rounded(whole * scale.above, scale.below);
     const std::int64_t below = value / unit;
     const std::int64_t chosen = value - below * unit <= (below + 1) * unit - value ? below : below + 1;
@@ -411,7 +410,7 @@ std::vector<Stage> growing_stages(const Manifest& manifest, const Sizes& sizes, 
   std::vector<Sizes> each;
   for (const Fraction scale : rising) each.push_back(scaled(manifest, sizes, scale));
   for (std::size_t i = 0; i + 1 < each.size(); ++i)
-    for (const Axis& axis : manifest.axes)
+    for (const Axis& axis : manifest.sides())
       if (each[i].at(axis.symbol) >= each[i + 1].at(axis.symbol))
         throw UsageError("the scales " + written(rising[i]) + " and " +
                          (rising[i + 1].whole() ? "1" : written(rising[i + 1])) + " have the same " + axis.name +
@@ -419,8 +418,8 @@ std::vector<Stage> growing_stages(const Manifest& manifest, const Sizes& sizes, 
   std::vector<Stage> stages;
   for (std::size_t i = 0; i < each.size(); ++i) {
     double share = 1;
-    std::int64_t shorter = sizes.at(manifest.axes[0].symbol), pixels = 1;
-    for (const Axis& axis : manifest.axes) {
+    std::int64_t shorter = sizes.at(manifest.axes.back().symbol), pixels = 1;
+    for (const Axis& axis : manifest.sides()) {
       const std::int64_t full = sizes.at(axis.symbol);
       share = std::min(share, static_cast<double>(each[i].at(axis.symbol)) / static_cast<double>(full));
       shorter = std::min(shorter, full);

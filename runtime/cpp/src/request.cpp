@@ -14,22 +14,39 @@ constexpr int kMaxSteps = 10'000;
 constexpr double kMaxGuidance = 1'000;
 constexpr std::int64_t kLargestSide = 1'000'000;  // pixels
 
-std::string picture(std::int64_t height, std::int64_t width) {
-  return std::to_string(height) + "×" + std::to_string(width);
+/// `256×256 pixels`, of a clip with its frames.
+std::string written(const RunSize& size) {
+  return (size.frames > 0 ? std::to_string(size.frames) + " frames of " : "") + std::to_string(size.height) + "×" +
+         std::to_string(size.width) + " pixels";
 }
 
-/// The symbols' values of a picture. Throws `UsageError` where no level or no profile has that size.
-Sizes sizes_of(const Manifest& manifest, std::int64_t height, std::int64_t width, std::int64_t text) {
+void check_frames(const Axis& axis, std::int64_t frames) {
+  if (frames < 1 || frames > kLargestSide) throw UsageError("the number of frames must be at least 1");
+  const std::int64_t below = axis.from_latent(axis.to_latent(frames));
+  if (below == frames) return;
+  throw UsageError(std::to_string(frames) +
+                   " frames cannot be made: the latent has one for the first frame and one for every " +
+                   std::to_string(axis.downscale) + " more; nearest: " + std::to_string(below) + " or " +
+                   std::to_string(below + axis.downscale));
+}
+
+/// The symbols' values of a picture or clip. Throws `UsageError` where no level or no profile has that size.
+Sizes sizes_of(const Manifest& manifest, const RunSize& size, std::int64_t text) {
   Sizes sizes = {{"B", 1}, {"L", text}};
   for (const Axis& axis : manifest.axes) {
-    const std::int64_t pixels = axis.name == "height" ? height : width, unit = manifest.unit() * axis.downscale;
+    if (axis.is_frames()) {
+      check_frames(axis, size.frames);
+      sizes[axis.symbol] = axis.to_latent(size.frames);
+      continue;
+    }
+    const std::int64_t pixels = size.along(axis.name), unit = manifest.unit() * axis.downscale;
     if (pixels < unit || pixels % unit != 0 || pixels > kLargestSide)
       throw UsageError(axis.name + " " + std::to_string(pixels) + " is not a multiple of " + std::to_string(unit) +
                        ", which the levels' patches ask for in pixels");
     sizes[axis.symbol] = pixels / axis.downscale;
   }
-  if (!manifest.contains(height, width, text, 1))
-    throw UsageError(picture(height, width) + " pixels with " + std::to_string(text) +
+  if (!manifest.contains(size, text))
+    throw UsageError(written(size) + " with " + std::to_string(text) +
                      " text tokens are outside the bundle's profile '" + manifest.profile +
                      "'; export again with --profile");
   return sizes;
@@ -40,11 +57,13 @@ std::vector<std::pair<Fraction, Sizes>> scales_of(const Manifest& manifest, cons
   std::vector<std::pair<Fraction, Sizes>> found;
   for (const Fraction scale : policy.scales()) {
     const Sizes small = scaled(manifest, sizes, scale);
-    const std::int64_t height = small.at("H") * manifest.downscale("height");
-    const std::int64_t width = small.at("W") * manifest.downscale("width");
-    if (!manifest.contains(height, width, small.at("L"), 1))
-      throw UsageError("the schedule's smaller picture of " + picture(height, width) +
-                       " is outside the bundle's profile '" + manifest.profile + "'; choose a larger picture");
+    RunSize size;
+    size.height = small.at("H") * manifest.downscale("height");
+    size.width = small.at("W") * manifest.downscale("width");
+    if (manifest.has_frames()) size.frames = manifest.axes.front().from_latent(small.at("F"));
+    if (!manifest.contains(size, small.at("L")))
+      throw UsageError("the schedule's smaller picture of " + written(size) + " is outside the bundle's profile '" +
+                       manifest.profile + "'; choose a larger picture");
     found.emplace_back(scale, small);
   }
   return found;
@@ -63,16 +82,28 @@ void check_array(const std::string& what, const Tensor& tensor, const Shape& wan
 }
 
 /// An encoder's row of ids, filled up with its padding.
-Ids padded(const EncoderInfo& encoder, const Request& request, std::int64_t length) {
-  const auto found = request.ids.find(encoder.graph);
-  if (found == request.ids.end())
-    throw UsageError("there are no token ids for the text encoder '" + encoder.graph + "'");
+Ids padded(const EncoderInfo& encoder, const std::map<std::string, std::vector<std::int64_t>>& ids,
+           std::int64_t length) {
+  const auto found = ids.find(encoder.graph);
+  if (found == ids.end()) throw UsageError("there are no token ids for the text encoder '" + encoder.graph + "'");
   std::vector<std::int64_t> row = found->second;
   if (static_cast<std::int64_t>(row.size()) > length)
     throw UsageError("'" + encoder.graph + "' takes " + std::to_string(length) + " tokens, not " +
                      std::to_string(row.size()) + "; truncate the prompt with its tokenizer");
   row.resize(static_cast<std::size_t>(length), encoder.tokenizer.pad_id);
   return {{1, length}, std::move(row)};
+}
+
+/// All encoders' rows of ids.
+std::map<std::string, Ids> all_padded(const Manifest& manifest,
+                                      const std::map<std::string, std::vector<std::int64_t>>& ids,
+                                      std::int64_t tokens) {
+  std::map<std::string, Ids> rows;
+  for (const EncoderInfo& encoder : manifest.encoders)
+    rows[encoder.graph] = padded(encoder, ids, encoder.free_length ? tokens : encoder.tokenizer.length);
+  for (const auto& [graph, row] : ids)
+    if (rows.count(graph) == 0) throw UsageError("the bundle has no text encoder '" + graph + "'");
+  return rows;
 }
 
 /// Where the run starts: at the smallest scale, or at the one whose size a given latent has.
@@ -96,20 +127,31 @@ const Sizes& Run::at(Fraction scale) const {
 
 Run resolve(const Request& request, const Manifest& manifest, const std::string& backend) {
   Run run;
-  run.height = request.height.value_or(manifest.entries.front().height.optimum);
-  run.width = request.width.value_or(manifest.entries.front().width.optimum);
+  const ProfileEntry& usual = manifest.entries.front();
+  RunSize size;
+  size.height = request.height.value_or(usual.height.optimum);
+  size.width = request.width.value_or(usual.width.optimum);
+  if (request.frames && !usual.frames)
+    throw UsageError("this model makes pictures, which have no frames; leave them out");
+  if (usual.frames) size.frames = request.frames.value_or(usual.frames->optimum);
   const std::int64_t tokens = request.text_length.value_or(manifest.text_length());
-  run.sizes = sizes_of(manifest, run.height, run.width, tokens);
-  for (const EncoderInfo& encoder : manifest.encoders)
-    run.ids[encoder.graph] = padded(encoder, request, encoder.free_length ? tokens : encoder.tokenizer.length);
-  for (const auto& [graph, row] : request.ids)
-    if (run.ids.count(graph) == 0) throw UsageError("the bundle has no text encoder '" + graph + "'");
+  run.sizes = sizes_of(manifest, size, tokens);
+  run.ids = all_padded(manifest, request.ids, tokens);
   const GuidanceInfo& guidance = manifest.guidance;
   run.guidance = request.guidance.value_or(guidance.standard);
-  if (!guidance.embedded && run.guidance != guidance.standard)
+  if (!guidance.embedded && !guidance.two_passes && run.guidance != guidance.standard)
     throw UsageError("this model takes no guidance scale (it was not distilled for one); leave it out");
   if (!(std::abs(run.guidance) <= kMaxGuidance))
     throw UsageError("guidance must lie between -1000 and 1000, not " + shortest(run.guidance));
+  if (request.negative_ids && !guidance.two_passes)
+    throw UsageError("this model takes no negative prompt; leave its token ids out");
+  if (guidance.two_passes && run.guidance > 1) {
+    if (!request.negative_ids)
+      throw UsageError(
+          "guidance above 1 needs the token ids of a negative prompt, those of the empty text where there "
+          "is none; give --negative-ids, or --guidance 1");
+    run.negative_ids = all_padded(manifest, *request.negative_ids, tokens);
+  }
   run.carry = request.carry.value_or(manifest.carry);
   if (!(run.carry >= 0 && run.carry <= 1))
     throw UsageError("carry must lie between 0 and 1, not " + shortest(run.carry));
@@ -117,11 +159,12 @@ Run resolve(const Request& request, const Manifest& manifest, const std::string&
   if (asked < 1 || asked > kMaxSteps)
     throw UsageError("the number of steps must be between 1 and " + std::to_string(kMaxSteps) + ", not " +
                      std::to_string(asked));
-  const RunSize size{asked, run.height, run.width};
+  size.steps = asked;
   run.policy = parse_schedule(request.schedule, manifest, noise_levels(manifest, asked, run.sizes), size, backend);
   if (run.policy->gate() && !manifest.gate) throw UsageError("the schedule needs a gate graph, which the bundle lacks");
   const int steps = run.policy->steps(request.steps, manifest.sampler.steps);
   run.sigmas = noise_levels(manifest, steps, run.sizes);
+  run.timesteps = model_timesteps(manifest, steps, run.sizes);
   run.first_step = request.first_step;
   if (run.first_step < 0 || run.first_step >= steps)
     throw UsageError("the first step must lie between 0 and " + std::to_string(steps - 1) + ", not " +

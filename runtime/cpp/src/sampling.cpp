@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "names.hpp"
 
@@ -9,15 +10,30 @@ namespace ddit {
 namespace {
 
 constexpr double kPi = 3.14159265358979323846;
+constexpr double kBelowOne = 1 - 1e-6;  // UniPC looks at the logarithm of 1 − σ
+
+/// The length of a side, counted from the last one.
+std::int64_t side(const Tensor& values, std::size_t from_last) { return values.shape[values.shape.size() - from_last]; }
+
+/// How many arrays of height and width there are.
+std::size_t planes(const Tensor& values) {
+  return values.values.size() / static_cast<std::size_t>(side(values, 2) * side(values, 1));
+}
+
+Shape with_sides(Shape shape, std::int64_t height, std::int64_t width) {
+  shape[shape.size() - 2] = height;
+  shape.back() = width;
+  return shape;
+}
 
 /// left (n, n) · values (n, m) · rightᵀ, channel by channel; `transposed` takes leftᵀ and right instead.
 Tensor both_sides(const Tensor& values, bool transposed) {
-  const std::int64_t channels = values.shape[0], height = values.shape[1], width = values.shape[2];
+  const std::int64_t height = side(values, 2), width = side(values, 1);
   const auto left = dct_matrix(height), right = dct_matrix(width);
   const auto rows = static_cast<std::size_t>(height), columns = static_cast<std::size_t>(width);
   Tensor result(values.shape);
   std::vector<double> half(rows * columns), whole(columns);
-  for (std::size_t channel = 0; channel < static_cast<std::size_t>(channels); ++channel) {
+  for (std::size_t channel = 0; channel < planes(values); ++channel) {
     const float* in = values.values.data() + channel * rows * columns;
     float* out = result.values.data() + channel * rows * columns;
     std::fill(half.begin(), half.end(), 0.0);
@@ -49,6 +65,27 @@ Tensor table(std::int64_t small, std::int64_t size) {
   return padded;
 }
 
+/// The noise levels (steps) before they are rounded to float32.
+std::vector<double> exact_levels(const Manifest& manifest, int steps, const Sizes& sizes) {
+  const SamplerInfo& sampler = manifest.sampler;
+  const auto shifted = [](double level, double shift) { return shift * level / (1.0 + (shift - 1.0) * level); };
+  std::vector<double> levels;
+  if (sampler.order > 0) {
+    const double spacing = (1.0 / static_cast<double>(sampler.train_steps) - 1.0) / steps;
+    for (int i = 0; i < steps; ++i) levels.push_back(shifted(i * spacing + 1.0, sampler.shift));
+    levels.front() = std::min(levels.front(), kBelowOne);
+    return levels;
+  }
+  const double shift =
+      sampler.use_dynamic_shifting ? std::exp(flow_shift(sampler, image_tokens(manifest, sizes))) : sampler.shift;
+  const double last = sampler.smallest.value_or(1.0 / steps), spacing = steps > 1 ? (last - 1.0) / (steps - 1) : 0.0;
+  for (int i = 0; i < steps; ++i) {
+    const double even = steps > 1 && i == steps - 1 ? last : i * spacing + 1.0;
+    levels.push_back(shifted(static_cast<double>(static_cast<float>(even)), shift));
+  }
+  return levels;
+}
+
 }  // namespace
 
 double flow_shift(const SamplerInfo& sampler, double image_tokens) {
@@ -58,48 +95,94 @@ double flow_shift(const SamplerInfo& sampler, double image_tokens) {
   return sampler.base_shift + slope * (image_tokens - base);
 }
 
-std::vector<float> noise_levels(const Manifest& manifest, int steps, const Sizes& sizes) {
+double image_tokens(const Manifest& manifest, const Sizes& sizes) {
   double tokens = 1;
-  for (const Axis& axis : manifest.axes) tokens *= static_cast<double>(sizes.at(axis.symbol) / manifest.native);
-  const SamplerInfo& sampler = manifest.sampler;
-  const double shift = sampler.use_dynamic_shifting ? std::exp(flow_shift(sampler, tokens)) : sampler.shift;
-  const double last = sampler.smallest.value_or(1.0 / steps), spacing = steps > 1 ? (last - 1.0) / (steps - 1) : 0.0;
+  for (const Axis& axis : manifest.axes)
+    tokens *= static_cast<double>(sizes.at(axis.symbol) / (axis.is_frames() ? 1 : manifest.native));
+  return tokens;
+}
+
+std::vector<float> noise_levels(const Manifest& manifest, int steps, const Sizes& sizes) {
   std::vector<float> levels;
-  for (int i = 0; i < steps; ++i) {
-    const double even = steps > 1 && i == steps - 1 ? last : i * spacing + 1.0;
-    const auto plain = static_cast<double>(static_cast<float>(even));
-    levels.push_back(static_cast<float>(shift * plain / (1.0 + (shift - 1.0) * plain)));
-  }
+  for (const double level : exact_levels(manifest, steps, sizes)) levels.push_back(static_cast<float>(level));
   levels.push_back(0.0F);
   return levels;
+}
+
+std::vector<float> model_timesteps(const Manifest& manifest, int steps, const Sizes& sizes) {
+  std::vector<float> told;  // of the levels in float64: one that is just below a whole step is cut to the step before
+  for (const double level : exact_levels(manifest, steps, sizes))
+    told.push_back(static_cast<float>(model_timestep(manifest.sampler, level)));
+  return told;
+}
+
+double model_timestep(const SamplerInfo& sampler, double sigma) {
+  if (sampler.order == 0) return sigma;
+  const auto whole = static_cast<double>(sampler.train_steps);
+  return std::floor(sigma * whole) / whole;
+}
+
+std::vector<double> solver_weights(const std::vector<float>& sigmas, int step, int first, int order) {
+  const auto sigma = [&](int at) { return static_cast<double>(sigmas[static_cast<std::size_t>(at)]); };
+  const auto log_snr = [&](int at) {
+    return sigma(at) > 0 ? std::log((1 - sigma(at)) / sigma(at)) : std::numeric_limits<double>::infinity();
+  };
+  const int steps = static_cast<int>(sigmas.size()) - 1;
+  const auto order_at = [&](int at) { return std::min({order, at - first + 1, steps - at}); };
+  std::vector<double> weights(static_cast<std::size_t>(order) + 1);
+  const double share = sigma(step + 1) / sigma(step);  // of the corrected latent in the next one
+  if (step > first) {                                  // UniC: what it adds to the move of the step before
+    const double h = log_snr(step) - log_snr(step - 1), scale = -(1 - sigma(step)) * std::expm1(-h) * share;
+    if (order_at(step - 1) == 1) {
+      weights[0] += scale / 2;
+      weights[1] -= scale / 2;
+    } else {
+      const double ratio = (log_snr(step - 2) - log_snr(step - 1)) / h;
+      const double phi2 = std::expm1(-h) / -h - 1, phi3 = phi2 / -h - 0.5;
+      const double sum = phi2 / std::expm1(-h), slope = 2 * phi3 / std::expm1(-h);  // x + y and ratio·x + y
+      const double x = (sum - slope) / (1 - ratio), y = sum - x, older = (x - 0.5) / ratio;
+      weights[0] += scale * y;
+      weights[1] -= scale * (y + older);
+      weights[2] += scale * older;
+    }
+  }
+  weights[0] += 1 - share;
+  if (order_at(step) == 2) {  // UniP
+    const double h = log_snr(step + 1) - log_snr(step), ratio = (log_snr(step - 1) - log_snr(step)) / h;
+    const double slope = -(1 - sigma(step + 1)) * std::expm1(-h) / (2 * ratio);
+    weights[0] -= slope;
+    weights[1] += slope;
+  }
+  return weights;
 }
 
 std::map<std::string, Tensor> rotary_tables(const Manifest& manifest, int patch, const Sizes& sizes) {
   const double ratio = static_cast<double>(patch) / manifest.native;
   Shape shape;
-  for (const Axis& axis : manifest.axes) shape.push_back(sizes.at(axis.symbol) / patch);
+  for (const Axis& axis : manifest.axes) shape.push_back(sizes.at(axis.symbol) / (axis.is_frames() ? 1 : patch));
   std::int64_t rotated = 0;
   for (const RotaryAxis& axis : manifest.positions.axes) rotated += axis.dimensions;
   shape.push_back(rotated);
   Tensor cosines(shape), sines(shape);
+  const auto from_centre = [&](std::int64_t index) { return (static_cast<double>(index) + 0.5) * ratio - 0.5; };
   std::size_t at = 0;
-  for (std::int64_t row = 0; row < shape[0]; ++row)
-    for (std::int64_t column = 0; column < shape[1]; ++column)
-      for (const RotaryAxis& axis : manifest.positions.axes) {
-        double coordinate = 0;
-        if (!axis.axis.empty()) {
-          const auto index = static_cast<double>(axis.axis == manifest.axes[0].name ? row : column);
-          coordinate = (index + 0.5) * ratio - 0.5;
-        }
-        for (int pair = 0; pair < axis.dimensions; pair += 2) {
-          const double frequency = std::pow(manifest.positions.theta, -(static_cast<double>(pair) / axis.dimensions));
-          const double angle = coordinate * frequency;
-          for (int twice = 0; twice < 2; ++twice, ++at) {
-            cosines.values[at] = static_cast<float>(std::cos(angle));
-            sines.values[at] = static_cast<float>(std::sin(angle));
+  for (std::int64_t frame = 0; frame < (manifest.has_frames() ? shape[0] : 1); ++frame)
+    for (std::int64_t row = 0; row < side(cosines, 3); ++row)
+      for (std::int64_t column = 0; column < side(cosines, 2); ++column)
+        for (const RotaryAxis& axis : manifest.positions.axes) {
+          const double coordinate = axis.axis == "frames"   ? static_cast<double>(frame)
+                                    : axis.axis == "height" ? from_centre(row)
+                                    : axis.axis == "width"  ? from_centre(column)
+                                                            : 0;
+          for (int pair = 0; pair < axis.dimensions; pair += 2) {
+            const double frequency = std::pow(manifest.positions.theta, -(static_cast<double>(pair) / axis.dimensions));
+            const double angle = coordinate * frequency;
+            for (int twice = 0; twice < 2; ++twice, ++at) {
+              cosines.values[at] = static_cast<float>(std::cos(angle));
+              sines.values[at] = static_cast<float>(std::sin(angle));
+            }
           }
         }
-      }
   return {{names::kTables[0], std::move(cosines)}, {names::kTables[1], std::move(sines)}};
 }
 
@@ -120,12 +203,12 @@ Tensor dct_coefficients(const Tensor& noise) { return both_sides(noise, false); 
 Tensor inverse_dct(const Tensor& coefficients) { return both_sides(coefficients, true); }
 
 Tensor lowest(const Tensor& coefficients, std::int64_t height, std::int64_t width) {
-  const Shape& large = coefficients.shape;
-  Tensor small({large[0], height, width});
+  Tensor small(with_sides(coefficients.shape, height, width));
   auto out = small.values.begin();
-  for (std::int64_t channel = 0; channel < large[0]; ++channel)
+  for (std::size_t plane = 0; plane < planes(coefficients); ++plane)
     for (std::int64_t row = 0; row < height; ++row) {
-      const auto in = coefficients.values.begin() + (channel * large[1] + row) * large[2];
+      const auto before = static_cast<std::int64_t>(plane) * side(coefficients, 2) + row;
+      const auto in = coefficients.values.begin() + before * side(coefficients, 1);
       out = std::copy(in, in + width, out);
     }
   return small;
@@ -146,12 +229,12 @@ std::map<std::string, Tensor> growing_tables(std::int64_t small_height, std::int
 }
 
 Tensor in_corner(const Tensor& latent, std::int64_t height, std::int64_t width) {
-  const Shape& small = latent.shape;
-  Tensor large({small[0], height, width});
+  const std::int64_t columns = side(latent, 1);
+  Tensor large(with_sides(latent.shape, height, width));
   auto in = latent.values.begin();
-  for (std::int64_t channel = 0; channel < small[0]; ++channel)
-    for (std::int64_t row = 0; row < small[1]; ++row, in += small[2])
-      std::copy(in, in + small[2], large.values.begin() + (channel * height + row) * width);
+  for (std::size_t plane = 0; plane < planes(latent); ++plane)
+    for (std::int64_t row = 0; row < side(latent, 2); ++row, in += columns)
+      std::copy(in, in + columns, large.values.begin() + (static_cast<std::int64_t>(plane) * height + row) * width);
   return large;
 }
 

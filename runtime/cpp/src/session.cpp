@@ -14,7 +14,9 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr const char* kGateTimestep = "gate_timestep";  // the buffer that the gate reads its timestep from
+// buffers: what the model is told of the noise level, which the sampler's step graph has as it is
+constexpr const char* kGateTimestep = "gate_timestep";
+constexpr const char* kModelTimestep = "model_timestep";
 
 double milliseconds_since(Clock::time_point begin) {
   return std::chrono::duration<double, std::milli>(Clock::now() - begin).count();
@@ -22,7 +24,7 @@ double milliseconds_since(Clock::time_point begin) {
 
 bool begins(const std::string& text, const std::string& with) { return text.compare(0, with.size(), with) == 0; }
 
-/// A row (C, H, W) as a batch of one, and back.
+/// A row without its batch as a batch of one, and back.
 Tensor batch_of(Tensor row) {
   row.shape.insert(row.shape.begin(), 1);
   return row;
@@ -45,7 +47,7 @@ Session::Session(Backend& backend, Run run, std::map<std::string, Tensor> condit
   history_.first = run_.first_step;
   history_.scale = run_.start;
   history_.estimate = [this] { return estimate(); };
-  if (manifest_.guidance.embedded) fill_row(names::kGuidance, run_.guidance);
+  fill_row(names::kGuidance, run_.guidance);
   clear_state();
   if (run_.latent)
     buffers_[names::kLatent] = batch_of(*run_.latent);
@@ -53,7 +55,8 @@ Session::Session(Backend& backend, Run run, std::map<std::string, Tensor> condit
     buffers_[names::kLatent] = batch_of(*run_.noise);
   else {  // what the full size's noise looks like from afar
     const Shape& shape = buffers_[names::kLatent].shape;
-    buffers_[names::kLatent] = batch_of(inverse_dct(lowest(dct_coefficients(*run_.noise), shape[2], shape[3])));
+    buffers_[names::kLatent] =
+        batch_of(inverse_dct(lowest(dct_coefficients(*run_.noise), shape[shape.size() - 2], shape.back())));
   }
 }
 
@@ -64,7 +67,10 @@ const StepRecord& Session::step() {
   if (!(decision.scale == history_.scale)) grow(decision);
   tell(decision);
   std::vector<std::string> written;
-  call({decision.level ? manifest_.level(*decision.level) : names::kPredict, {}}, written);
+  if (decision.level)
+    run_level(manifest_.level(*decision.level), written);
+  else
+    call({names::kPredict, {}}, written);
   call({names::kUpdate, {}}, written);
   finish(written);
   const double milliseconds = milliseconds_since(begin);
@@ -97,6 +103,29 @@ const StepRecord& Session::step() {
   record.width = sizes().at("W") * manifest_.downscale("width");
   trace_.steps.push_back(std::move(record));
   return trace_.steps.back();
+}
+
+/// One pass, or one for the prompt and one for the negative prompt.
+void Session::run_level(const std::string& graph, std::vector<std::string>& written) {
+  const std::map<std::string, std::string> told = {{names::kTimestep, kModelTimestep}};
+  if (run_.negative_ids.empty()) return call({graph, told}, written);
+  Call conditional{graph, told}, unconditional{graph, told};
+  conditional.other[names::kVelocity] = names::kPasses[0];
+  unconditional.other[names::kVelocity] = names::kPasses[1];
+  for (const EncoderInfo& encoder : manifest_.encoders)
+    for (const auto& [output, input] : encoder.feeds) unconditional.other[input] = names::kNegative + input;
+  call(conditional, written);
+  call(unconditional, written);
+  call({names::kGuide, {}}, written);
+}
+
+/// What the model is told of the next step's noise level.
+double Session::told() const {
+  const int step = history_.step();
+  const auto at = static_cast<std::size_t>(step);
+  // where the latent has just grown, the step starts at a noise level of its own
+  if (history_.sigmas[at] == run_.sigmas[at]) return static_cast<double>(run_.timesteps[at]);
+  return model_timestep(manifest_.sampler, history_.sigma(step));
 }
 
 /// Run a graph on the buffers that have its tensors' names.
@@ -153,7 +182,7 @@ void Session::fill_row(const std::string& name, double value) {
 
 /// Find how much the next step will differ from the one before.
 void Session::run_gate() {
-  fill_row(kGateTimestep, history_.sigma(history_.step()));
+  fill_row(kGateTimestep, told());
   std::vector<std::string> written;
   call({manifest_.gate->graph, {{names::kTimestep, kGateTimestep}}}, written);
   finish(written);
@@ -174,8 +203,9 @@ void Session::grow(const Decision& decision) {
   tables_.clear();
   clear_state();
   const Shape shape = buffers_[names::kLatent].shape;
-  const std::int64_t height = shape[2], width = shape[3];
-  std::map<std::string, Tensor> given = growing_tables(small.shape[1], small.shape[2], height, width);
+  const std::int64_t height = shape[shape.size() - 2], width = shape.back();
+  std::map<std::string, Tensor> given =
+      growing_tables(small.shape[small.shape.size() - 2], small.shape.back(), height, width);
   given[names::kLatent] = batch_of(in_corner(small, height, width));
   given[names::kNoise] = batch_of(lowest(dct_coefficients(*run_.noise), height, width));
   given[names::kTimestep] = Tensor({1}, {static_cast<float>(sigma)});
@@ -193,7 +223,13 @@ void Session::tell(const Decision& decision) {
   const auto at = static_cast<std::size_t>(history_.step());
   const float sigma = history_.sigmas[at], after = history_.sigmas[at + 1];
   fill_row(names::kTimestep, static_cast<double>(sigma));
-  fill_row(names::kDt, static_cast<double>(after - sigma));
+  fill_row(kModelTimestep, told());
+  if (const int order = manifest_.sampler.order; order == 0) {
+    fill_row(names::kDt, static_cast<double>(after - sigma));
+  } else {
+    const auto weights = solver_weights(history_.sigmas, history_.step(), history_.first, order);
+    buffers_[names::kSolver] = Tensor({1, order + 1}, std::vector<float>(weights.begin(), weights.end()));
+  }
   fill_row(names::kKeepEstimate, decision.level == manifest_.native ? 1 : 0);
   fill_row(names::kKeepVelocity, decision.level ? 1 : 0);
   fill_row(names::kCorrection, decision.correction);
@@ -225,42 +261,98 @@ std::string Session::where() const {
   return "step " + std::to_string(history_.step() + 1) + " of " + std::to_string(history_.steps());
 }
 
-std::map<std::string, Tensor> encode(Backend& backend, const Run& run) {
-  const Manifest& manifest = backend.bundle().manifest();
-  std::map<std::string, Tensor> conditions;
-  for (const EncoderInfo& encoder : manifest.encoders) {
+namespace {
+
+/// What the encoders make of one text's ids; `before` stands before the names of the levels' inputs.
+void encode_text(Backend& backend, const Run& run, const std::map<std::string, Ids>& ids, const std::string& before,
+                 std::map<std::string, Tensor>& conditions) {
+  for (const EncoderInfo& encoder : backend.bundle().manifest().encoders) {
+    const Manifest& manifest = backend.bundle().manifest();
     const GraphInfo& info = manifest.graphs.at(encoder.graph);
     std::vector<Tensor> results;
     for (const TensorSpec& spec : info.outputs) results.emplace_back(spec.resolve(run.sizes));
     std::vector<Tensor*> outputs;
     for (Tensor& result : results) outputs.push_back(&result);
-    backend.engine(encoder.graph).run({&run.ids.at(encoder.graph)}, outputs);
+    backend.engine(encoder.graph).run({&ids.at(encoder.graph)}, outputs);
     for (std::size_t i = 0; i < results.size(); ++i) {
       if (!results[i].finite()) not_finite(encoder.graph, "the prompt");
-      conditions[encoder.feeds.at(info.outputs[i].name)] = std::move(results[i]);
+      conditions[before + encoder.feeds.at(info.outputs[i].name)] = std::move(results[i]);
     }
   }
+}
+
+/// Frames (1, 3, N, H, W), or a picture (1, 3, H, W), as bytes.
+void add_images(const Tensor& frames, std::vector<Image>& images) {
+  const std::int64_t height = frames.shape[frames.shape.size() - 2], width = frames.shape.back();
+  const auto pixels = static_cast<std::size_t>(height * width), number = frames.values.size() / 3 / pixels;
+  for (std::size_t frame = 0; frame < number; ++frame) {
+    Image image{height, width, std::vector<std::uint8_t>(3 * pixels)};
+    for (std::size_t channel = 0; channel < 3; ++channel)
+      for (std::size_t i = 0; i < pixels; ++i) {
+        const float value = frames.values[(channel * number + frame) * pixels + i];
+        const float scaled = (std::clamp(value, -1.0F, 1.0F) + 1.0F) * 127.5F;
+        image.pixels[3 * i + channel] = static_cast<std::uint8_t>(std::nearbyint(scaled));
+      }
+    images.push_back(std::move(image));
+  }
+}
+
+/// One frame (1, C, 1, H, W) of a clip's latent (1, C, F, H, W).
+Tensor frame_of(const Tensor& latent, std::int64_t number) {
+  const Shape& whole = latent.shape;
+  Tensor frame({whole[0], whole[1], 1, whole[3], whole[4]});
+  const std::int64_t plane = whole[3] * whole[4];
+  for (std::int64_t channel = 0; channel < whole[1]; ++channel) {
+    const auto from = latent.values.begin() + (channel * whole[2] + number) * plane;
+    std::copy(from, from + plane, frame.values.begin() + channel * plane);
+  }
+  return frame;
+}
+
+}  // namespace
+
+std::map<std::string, Tensor> encode(Backend& backend, const Run& run) {
+  std::map<std::string, Tensor> conditions;
+  encode_text(backend, run, run.ids, "", conditions);
+  if (!run.negative_ids.empty()) encode_text(backend, run, run.negative_ids, names::kNegative, conditions);
   return conditions;
 }
 
-Image decode(Backend& backend, const Tensor& latent, const Sizes& sizes) {
+std::vector<Image> decode(Backend& backend, const Tensor& latent, const Sizes& sizes) {
   const Manifest& manifest = backend.bundle().manifest();
-  Tensor picture(manifest.graphs.at(manifest.decoder).outputs.front().resolve(sizes));
-  backend.engine(manifest.decoder).run({&latent}, {&picture});
-  if (!picture.finite()) not_finite(manifest.decoder, "the end");
-  Image image{picture.shape[2], picture.shape[3], std::vector<std::uint8_t>(picture.values.size())};
-  const std::size_t pixels = picture.values.size() / 3;
-  for (std::size_t channel = 0; channel < 3; ++channel)
-    for (std::size_t i = 0; i < pixels; ++i) {
-      const float value = (std::clamp(picture.values[channel * pixels + i], -1.0F, 1.0F) + 1.0F) * 127.5F;
-      image.pixels[3 * i + channel] = static_cast<std::uint8_t>(std::nearbyint(value));
+  const std::int64_t calls = manifest.has_frames() ? latent.shape[2] : 1;
+  std::map<std::string, Tensor> state;  // what later frames need of earlier ones
+  std::vector<Image> images;
+  for (std::int64_t number = 0; number < calls; ++number) {
+    const std::string& graph = number == 0 ? manifest.decoder.graph : manifest.decoder.following;
+    const GraphInfo& info = manifest.graphs.at(graph);
+    const Tensor part = manifest.has_frames() ? frame_of(latent, number) : latent;
+    std::vector<Input> inputs;
+    for (const TensorSpec& spec : info.inputs)
+      inputs.emplace_back(spec.name == names::kLatent || spec.name == names::kLatentFrame ? &part
+                                                                                          : &state.at(spec.name));
+    std::map<std::string, Tensor> given;
+    std::vector<Tensor*> outputs;
+    for (const TensorSpec& spec : info.outputs) outputs.push_back(&(given[spec.name] = Tensor(spec.resolve(sizes))));
+    backend.engine(graph).run(inputs, outputs);
+    state.clear();
+    for (auto& [name, tensor] : given) {
+      if (begins(name, names::kNext)) {
+        state[name.substr(std::string(names::kNext).size())] = std::move(tensor);
+        continue;
+      }
+      if (!tensor.finite()) not_finite(graph, "the end");
+      add_images(tensor, images);
     }
-  return image;
+  }
+  return images;
 }
 
 Result generate(Backend& backend, const Request& request, const std::function<void(const StepRecord&)>& on_step) {
   Run run = resolve(request, backend.bundle().manifest(), backend.name());
   const Sizes sizes = run.sizes;
+  backend.check(sizes);
+  for (const auto& [scale, smaller] : run.scales) backend.check(smaller);
   const auto begin = Clock::now();
   auto conditions = encode(backend, run);
   const double encoded = milliseconds_since(begin);

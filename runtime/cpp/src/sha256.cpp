@@ -2,6 +2,7 @@
 #include <array>
 #include <cstdint>
 #include <fstream>
+#include <sstream>
 #include <vector>
 
 #include "ddit/errors.hpp"
@@ -45,18 +46,14 @@ void add_block(Words& state, const unsigned char* block) {
   for (std::size_t i = 0; i < 8; ++i) state[i] += added[i];
 }
 
-}  // namespace
-
-std::string sha256_of(const std::filesystem::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  if (!file) throw BundleError(path.string() + " cannot be read");
+std::string digest(std::istream& stream) {
   Words state = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
   std::vector<unsigned char> buffer(1U << 16U);
   std::uint64_t total = 0;
   std::size_t left = 0;
   do {
-    file.read(reinterpret_cast<char*>(buffer.data()), static_cast<std::streamsize>(buffer.size()));
-    left = static_cast<std::size_t>(file.gcount());
+    stream.read(reinterpret_cast<char*>(buffer.data()), static_cast<std::streamsize>(buffer.size()));
+    left = static_cast<std::size_t>(stream.gcount());
     total += left;
     const std::size_t whole = left / 64 * 64;
     for (std::size_t at = 0; at < whole; at += 64) add_block(state, buffer.data() + at);
@@ -75,6 +72,19 @@ std::string sha256_of(const std::filesystem::path& path) {
     for (int shift = 28; shift >= 0; shift -= 4)
       text += "0123456789abcdef"[(word >> static_cast<unsigned>(shift)) & 15U];
   return text;
+}
+
+}  // namespace
+
+std::string sha256_of(const std::filesystem::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  if (!file) throw BundleError(path.string() + " cannot be read");
+  return digest(file);
+}
+
+std::string sha256_of_text(const std::string& text) {
+  std::istringstream stream(text);
+  return digest(stream);
 }
 
 }  // namespace ddit

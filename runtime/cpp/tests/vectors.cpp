@@ -64,13 +64,19 @@ class Check {
  private:
   Tensor load(const json& file) const { return ddit::read_npy(folder_ / file.get<std::string>()); }
 
+  static std::map<std::string, std::vector<std::int64_t>> token_ids(const json& rows) {
+    return rows.get<std::map<std::string, std::vector<std::int64_t>>>();
+  }
+
   ddit::Request request() const {
     ddit::Request request;
-    for (const auto& [graph, ids] : content_.at("ids").items())
-      request.ids[graph] = ids.get<std::vector<std::int64_t>>();
+    request.ids = token_ids(content_.at("ids"));
+    if (const json& negative = content_.at("negative_ids"); !negative.is_null())
+      request.negative_ids = token_ids(negative);
     request.noise = load(content_.at("noise"));
     request.height = content_.at("height").get<std::int64_t>();
     request.width = content_.at("width").get<std::int64_t>();
+    if (const json& frames = content_.at("frames"); !frames.is_null()) request.frames = frames.get<std::int64_t>();
     request.text_length = content_.at("text_length").get<int>();
     request.guidance = content_.at("guidance").get<double>();
     request.carry = content_.at("carry").get<double>();
@@ -81,14 +87,35 @@ class Check {
   void sampling() {
     const ddit::Run run = ddit::resolve(request(), bundle_.manifest(), engines_.name());
     compare_.near("sigmas", run.sigmas, load(content_.at("sigmas")).values, 1e-6, 0);
+    compare_.near("timesteps", run.timesteps, load(content_.at("timesteps")).values, 1e-6, 0);
+    solver(run);
     for (const auto& [patch, names] : content_.at("tables").items())
       tables("level " + patch, ddit::rotary_tables(bundle_.manifest(), std::stoi(patch), run.sizes), names);
     const Tensor coefficients = ddit::dct_coefficients(*run.noise), small = load(content_.at("small_noise"));
     compare_.near("coefficients", coefficients.values, load(content_.at("coefficients")).values, 1e-6, 1e-6);
-    compare_.near("small noise", ddit::inverse_dct(ddit::lowest(coefficients, small.shape[1], small.shape[2])).values,
-                  small.values, 1e-6, 1e-6);
-    tables("growing", ddit::growing_tables(small.shape[1], small.shape[2], run.noise->shape[1], run.noise->shape[2]),
-           content_.at("growing_tables"));
+    const auto [low, columns] = sides(small);
+    const auto [height, width] = sides(*run.noise);
+    compare_.near("small noise", ddit::inverse_dct(ddit::lowest(coefficients, low, columns)).values, small.values, 1e-6,
+                  1e-6);
+    tables("growing", ddit::growing_tables(low, columns, height, width), content_.at("growing_tables"));
+  }
+
+  /// The last two axes.
+  static std::pair<std::int64_t, std::int64_t> sides(const Tensor& latent) {
+    return {latent.shape[latent.shape.size() - 2], latent.shape.back()};
+  }
+
+  /// UniPC's weights of every step.
+  void solver(const ddit::Run& run) {
+    const json& file = content_.at("solver");
+    const int order = bundle_.manifest().sampler.order;
+    compare_.equal("solver", file.is_null() == (order == 0));
+    if (file.is_null() || order == 0) return;
+    std::vector<float> found;
+    for (int step = 0; step + 1 < static_cast<int>(run.sigmas.size()); ++step)
+      for (const double weight : ddit::solver_weights(run.sigmas, step, 0, order))
+        found.push_back(static_cast<float>(weight));
+    compare_.near("solver weights", found, load(file).values, 1e-6, 1e-7);
   }
 
   void tables(const std::string& what, const std::map<std::string, Tensor>& found, const json& names) {
@@ -131,8 +158,10 @@ class Check {
     for (std::size_t i = 0; i < std::min(result.trace.steps.size(), one.at("steps").size()); ++i)
       step(asked.schedule + ": step " + std::to_string(i), result.trace.steps[i], one.at("steps")[i]);
     compare_.near(asked.schedule + ": latent", result.latent.values, load(one.at("latent")).values, 0, 1e-3);
-    std::vector<float> pixels(result.image.pixels.begin(), result.image.pixels.end());
-    compare_.near(asked.schedule + ": picture", pixels, load(one.at("picture")).values, 0, 1);
+    std::vector<float> pixels;  // of all frames, one after another
+    for (const ddit::Image& frame : result.frames)
+      pixels.insert(pixels.end(), frame.pixels.begin(), frame.pixels.end());
+    compare_.near(asked.schedule + ": frames", pixels, load(one.at("frames")).values, 0, 1);
   }
 
   void step(const std::string& what, const ddit::StepRecord& found, const json& wanted) {

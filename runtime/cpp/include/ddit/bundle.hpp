@@ -13,7 +13,7 @@
 
 namespace ddit {
 
-/// The symbols' values: `B` pictures, `H` and `W` latent pixels, `L` text tokens.
+/// The symbols' values: `B` pictures or clips, `F` latent frames, `H` and `W` latent pixels, `L` text tokens.
 using Sizes = std::map<std::string, std::int64_t>;
 
 /// A tensor's dimension: a number (no symbol), a symbol, or a symbol over (`/`) or times (`*`) a number.
@@ -56,10 +56,20 @@ struct LevelInfo {
   bool trained = false;
 };
 
+/// An axis of the latent after batch and channels. A clip has frames before height and width.
 struct Axis {
-  std::string name;    // height or width
-  std::string symbol;  // H or W
-  int downscale = 1;   // pixels along one latent pixel
+  std::string name;    // frames, height or width
+  std::string symbol;  // F, H or W
+  int downscale = 1;   // pixels along one latent pixel; frames that every latent frame but the first stands for
+
+  bool is_frames() const { return name == "frames"; }
+  /// Latent pixels of so many pixels, latent frames of so many frames; rounded down.
+  std::int64_t to_latent(std::int64_t size) const {
+    return is_frames() ? (size - 1) / downscale + 1 : size / downscale;
+  }
+  std::int64_t from_latent(std::int64_t size) const {
+    return is_frames() ? (size - 1) * downscale + 1 : size * downscale;
+  }
 };
 
 struct TokenizerInfo {
@@ -75,8 +85,10 @@ struct EncoderInfo {
   std::map<std::string, std::string> feeds;  // the graph's output → the levels' input
 };
 
-/// Euler steps along a flow, `flow_match_euler`.
+/// Steps along a flow: Euler's, `flow_match_euler`, or UniPC's, `flow_unipc`.
 struct SamplerInfo {
+  int order = 0;                 // of UniPC; 0: Euler
+  std::int64_t train_steps = 0;  // of UniPC: the model is told whole ones
   bool use_dynamic_shifting = false;
   double shift = 1, base_shift = 0, max_shift = 0;
   std::int64_t base_image_seq_len = 0, max_image_seq_len = 0;
@@ -85,7 +97,7 @@ struct SamplerInfo {
 };
 
 struct RotaryAxis {
-  std::string axis;  // height, width, or empty: a coordinate that is always 0
+  std::string axis;  // frames, height, width, or empty: a coordinate that is always 0
   int dimensions = 0;
 };
 
@@ -95,8 +107,15 @@ struct RotaryInfo {
 };
 
 struct GuidanceInfo {
-  bool embedded = false;
+  bool embedded = false;    // the levels take the scale
+  bool two_passes = false;  // a step runs its level for the prompt and for the negative one
   double standard = 0;
+};
+
+/// The graph that makes a picture, or the two that make a clip, a latent frame a call.
+struct DecoderInfo {
+  std::string graph, following;  // of a clip its first frame's and the others'; of a picture only the first
+  double frames_per_second = 0;  // of a clip, for players
 };
 
 struct GateInfo {
@@ -127,9 +146,14 @@ struct AdaptiveInfo {
 struct RunSize {
   int steps = 0;
   std::int64_t height = 0, width = 0;  // pixels
+  std::int64_t frames = 0;             // of a clip
 
   bool operator==(const RunSize& other) const {
-    return steps == other.steps && height == other.height && width == other.width;
+    return steps == other.steps && height == other.height && width == other.width && frames == other.frames;
+  }
+  /// Of an axis by name.
+  std::int64_t along(const std::string& axis) const {
+    return axis == "frames" ? frames : axis == "height" ? height : width;
   }
 };
 
@@ -156,6 +180,7 @@ struct Range {
 
 struct ProfileEntry {
   Range height, width, text, batch;
+  std::optional<Range> frames;  // of clips
 };
 
 struct FileInfo {
@@ -176,7 +201,7 @@ struct Manifest {
   SamplerInfo sampler;
   RotaryInfo positions;
   GuidanceInfo guidance;
-  std::string decoder;  // its graph
+  DecoderInfo decoder;
   std::optional<GateInfo> gate;
   double carry = 0;
   DynamicInfo schedule;
@@ -192,14 +217,17 @@ struct Manifest {
   /// The graph of a level. Throws `UsageError` where there is no such level.
   const std::string& level(int patch) const;
   SymbolicShape latent() const;
+  bool has_frames() const { return axes.size() == 3; }
+  /// The axes that levels cut into patches, height and width; frames stay whole.
+  std::vector<Axis> sides() const;
   /// The least common multiple of all patches: what the latent's sides are multiples of.
   std::int64_t unit() const;
   /// Tokens of a prompt unless a run chooses otherwise.
   int text_length() const;
   /// Pixels along one latent pixel of an axis by name.
   int downscale(const std::string& axis) const;
-  /// Whether one of the profile's entries holds a size.
-  bool contains(std::int64_t height, std::int64_t width, std::int64_t text, std::int64_t batch) const;
+  /// Whether one of the profile's entries holds a size of one picture or clip.
+  bool contains(const RunSize& size, std::int64_t text) const;
 
   /// The settings for a run: its calibration, that of the same backend first, or the bundle's defaults.
   const DynamicInfo& dynamic_for(const RunSize& run, const std::string& backend) const;

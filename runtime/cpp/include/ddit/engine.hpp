@@ -35,12 +35,14 @@ class Backend {
   virtual ~Backend() = default;
 
   const Bundle& bundle() const { return bundle_; }
-  /// As the bundle's calibrations name it: `cpu`, `cuda`.
+  /// As the bundle's calibrations name it: `cpu`, `cuda`, `tensorrt`.
   virtual std::string name() const = 0;
+  /// Throws `UsageError` where the engines were built for other sizes, before anything is run.
+  virtual void check(const Sizes&) const {}
   Engine& engine(const std::string& graph);
 
  protected:
-  virtual std::unique_ptr<Engine> open(const GraphInfo& info) = 0;
+  virtual std::unique_ptr<Engine> open(const std::string& graph) = 0;
   /// Let go of the engines, for a library that has to outlive them.
   void close() { engines_.clear(); }
 

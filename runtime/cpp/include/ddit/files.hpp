@@ -29,9 +29,18 @@ struct Image {
 
 /// Throws `Error` where it cannot be written.
 void write_png(const std::filesystem::path& path, const Image& image);
+
+/// Frames to a file each; none of them appears before all are written.
+void write_frames(const std::vector<std::filesystem::path>& paths, const std::vector<Image>& frames);
+
+/// The files of so many frames: `frames/%03d.png` → frames/000.png, frames/001.png, … Throws `UsageError` for a name
+/// without a place for their numbers.
+std::vector<std::filesystem::path> frame_files(const std::filesystem::path& pattern, std::int64_t number);
+
 void write_text(const std::filesystem::path& path, const std::string& text);
 
 /// SHA-256 of a file in hexadecimal digits. Throws `BundleError`.
 std::string sha256_of(const std::filesystem::path& path);
+std::string sha256_of_text(const std::string& text);
 
 }  // namespace ddit

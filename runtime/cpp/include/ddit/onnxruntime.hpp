@@ -23,7 +23,7 @@ class OnnxRuntime : public Backend {
   std::string name() const override;
 
  protected:
-  std::unique_ptr<Engine> open(const GraphInfo& info) override;
+  std::unique_ptr<Engine> open(const std::string& graph) override;
 
  private:
   struct Library;

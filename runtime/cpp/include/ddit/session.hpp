@@ -15,15 +15,18 @@
 
 namespace ddit {
 
-/// One picture, as a caller asks for it. What is left out is the bundle's choice.
+/// One picture or clip, as a caller asks for it. What is left out is the bundle's choice.
 struct Request {
   std::map<std::string, std::vector<std::int64_t>> ids;  // by text encoder's graph; shorter rows are filled up
-  std::optional<Tensor> noise;                           // the starting noise (C, H, W) of the picture's full size
-  std::optional<Tensor> latent;  // what the run starts from instead, (C, H, W) of one of the schedule's sizes
+  // of the negative prompt, or of the empty text, where a model with two passes is guided
+  std::optional<std::map<std::string, std::vector<std::int64_t>>> negative_ids;
+  std::optional<Tensor> noise;   // the starting noise (C, [F,] H, W) of the full size
+  std::optional<Tensor> latent;  // what the run starts from instead, (C, [F,] H, W) of one of the schedule's sizes
   int first_step = 0;            // number of the step at which `latent` is
   std::string schedule = "adaptive";
   std::optional<int> steps;
   std::optional<std::int64_t> height, width;  // pixels
+  std::optional<std::int64_t> frames;         // of a clip
   std::optional<int> text_length;             // tokens
   std::optional<double> guidance;
   std::optional<double> carry;  // share of the last native step's detail that coarse steps take over
@@ -31,13 +34,14 @@ struct Request {
 
 /// A request with every question answered.
 struct Run {
-  std::map<std::string, Ids> ids;  // by text encoder's graph, (1, tokens)
+  std::map<std::string, Ids> ids;           // by text encoder's graph, (1, tokens)
+  std::map<std::string, Ids> negative_ids;  // the same; none where a step has one pass
   std::optional<Tensor> noise, latent;
-  std::int64_t height = 0, width = 0;
-  Sizes sizes;  // the symbols' values at the picture's full size
+  Sizes sizes;  // the symbols' values at the full size
   int first_step = 0;
   double guidance = 0, carry = 0;
-  std::vector<float> sigmas;  // one more than there are steps
+  std::vector<float> sigmas;     // one more than there are steps
+  std::vector<float> timesteps;  // that the model is told, before the latent grows
   std::shared_ptr<const Policy> policy;
   std::vector<std::pair<Fraction, Sizes>> scales;  // that the policy may run, rising
   Fraction start;
@@ -83,7 +87,7 @@ class Session {
   bool done() const { return history_.step() == history_.steps(); }
   /// Do one step. Throws `BackendError` when an engine fails.
   const StepRecord& step();
-  /// (1, C, H, W).
+  /// (1, C, [F,] H, W).
   const Tensor& latent() const { return buffers_.at("latent"); }
   const Trace& trace() const { return trace_; }
 
@@ -98,6 +102,8 @@ class Session {
   void clear_state();
   void fill_row(const std::string& name, double value);
   void run_gate();
+  double told() const;
+  void run_level(const std::string& graph, std::vector<std::string>& written);
   void grow(const Decision& decision);
   void tell(const Decision& decision);
   std::optional<Tensor> estimate() const;
@@ -114,16 +120,19 @@ class Session {
 };
 
 struct Result {
-  Image image;
-  Tensor latent;  // (1, C, H, W), what was decoded
+  std::vector<Image> frames;  // of a picture one
+  Tensor latent;              // (1, C, [F,] H, W), what was decoded
   Trace trace;
+
+  const Image& image() const { return frames.front(); }
 };
 
-/// What the text encoders make of the ids: the levels' inputs by name.
+/// What the text encoders make of the ids: the levels' inputs by name, and with `negative_` before it that of the
+/// negative prompt.
 std::map<std::string, Tensor> encode(Backend& backend, const Run& run);
 
-/// A picture of a latent (1, C, H, W).
-Image decode(Backend& backend, const Tensor& latent, const Sizes& sizes);
+/// The picture of a latent (1, C, H, W), or the frames of a clip's (1, C, F, H, W).
+std::vector<Image> decode(Backend& backend, const Tensor& latent, const Sizes& sizes);
 
 /// All three. `on_step` is told of every step.
 Result generate(
