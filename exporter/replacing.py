@@ -16,10 +16,7 @@ from ddit.runtime.files import PARTIAL
 from ddit.runtime.folders import flush, locked, new_folder, replace_folder
 
 ENDINGS = (".onnx", ".safetensors", ".tokenizer.json")  # of a bundle's files
-KILLED = (
-    f".{Path(MANIFEST).stem}{PARTIAL}",
-    f"{FLOAT8}.",
-)  # in names: what killed calibrations and ddit-export fp8 left
+KILLED = (f"{FLOAT8}.safetensors", f".{FLOAT8}.onnx")  # endings of what a killed ddit-export fp8 left
 
 
 @contextmanager
@@ -73,7 +70,7 @@ def _check_place(out: Path, target: Path) -> None:
 def _foreign(bundle: Path) -> list[str]:
     """The names of what a bundle's folder holds beside the bundle."""
     names = sorted(path.name for path in bundle.iterdir())
-    others = [name for name in names if name not in (MANIFEST, ENGINES) and not any(part in name for part in KILLED)]
+    others = [name for name in names if name not in (MANIFEST, ENGINES) and not _is_left_over(name)]
     try:
         # of any version of the format
         files = json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -81,3 +78,8 @@ def _foreign(bundle: Path) -> list[str]:
     except (ValueError, KeyError, TypeError, IndexError):
         return [name for name in others if not name.endswith(ENDINGS)]
     return [name for name in others if name not in known]
+
+
+def _is_left_over(name: str) -> bool:
+    """Whether a killed calibration or export to FP8 left a file of this name."""
+    return (name.startswith(".") and PARTIAL in name) or name.endswith(KILLED)

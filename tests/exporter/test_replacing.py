@@ -225,6 +225,12 @@ def test_what_a_killed_command_left_is_no_reason_to_refuse(old, tiny_bundle, lef
     assert not (old / left).exists()
 
 
+def test_notes_on_fp8_are_kept(old, tiny_bundle):
+    (old / "notes-cuda-fp8.md").write_text("mine")
+    with pytest.raises(UsageError, match="holds notes-cuda-fp8"):
+        export(old, tiny_bundle)
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"format_version": 1}'])
 def test_a_bundle_with_a_damaged_manifest_can_be_exported_again(old, tiny_bundle, content):
     (old / "bundle.json").write_text(content)
