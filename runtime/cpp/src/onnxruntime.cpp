@@ -143,7 +143,11 @@ std::unique_ptr<Engine> OnnxRuntime::open(const std::string& graph) {
   const std::string& file = twin == info.twins.end() ? info.file : twin->second;
   bundle().verify(file);
   return checked("load " + file, [&] {
-    Ort::Session session(library_->env, bundle().file(file).c_str(), library_->options);
+    Ort::SessionOptions chosen = library_->options.Clone();
+    // a plan of all buffers as one block lies beside what the first run took, and a decoder takes more than all others
+    const DecoderInfo& decoder = bundle().manifest().decoder;
+    if (options_.cuda || graph == decoder.graph || graph == decoder.following) chosen.DisableMemPattern();
+    Ort::Session session(library_->env, bundle().file(file).c_str(), chosen);
     return std::make_unique<OnnxRuntimeEngine>(std::move(session), info);
   });
 }
