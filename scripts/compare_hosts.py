@@ -36,7 +36,7 @@ PROMPT, SEED = "a blue cross on a striped background", 7
 @click.option("--host", type=click.Path(path_type=Path, dir_okay=False), required=True, help="ddit_host.")
 @click.option("--schedule", "schedules", multiple=True, default=("native", "adaptive"), show_default=True)
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Of every run.")
-@click.option("--backend", type=click.Choice(("cpu", "cuda")), default="cpu", show_default=True)
+@click.option("--backend", type=click.Choice(("cpu", "cuda", "tensorrt")), default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of one graph.")
 @click.option("--repeat", type=click.IntRange(1), default=9, show_default=True, help="Processes of each kind.")
 def main(
