@@ -66,41 +66,24 @@ def tool(*arguments: object, cwd: Path = ROOT) -> None:
     assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
 
 
-def build(preset: str, sdk: Path, folder: Path, *more: str) -> None:
+def build(preset: str, folder: Path, *settings: str) -> None:
     """Configure and build a preset in a folder."""
-    settings = (f"-DONNXRUNTIME_ROOT={sdk}", f"-DNLOHMANN_JSON_INCLUDE_DIR={json_headers()}")
-    tool("cmake", "--preset", preset, "-B", folder, *settings, *more, cwd=SOURCE)
+    tool("cmake", "--preset", preset, "-B", folder, *settings, cwd=SOURCE)
     tool("cmake", "--build", folder)
 
 
 @pytest.fixture(scope="session")
-def release(shared_folder, sdk) -> Path:
-    """The optimised build's folder."""
-    return make_once(shared_folder / "cpp-release", lambda path: build("release", sdk, path, "-DDDIT_TESTS=ON"))
-
-
-@pytest.fixture(scope="session")
-def sanitized(shared_folder, sdk) -> Path:
-    """The folder of the build with AddressSanitizer and UndefinedBehaviorSanitizer."""
-    return make_once(shared_folder / "cpp-sanitized", lambda path: build("sanitize", sdk, path))
-
-
-@pytest.fixture(scope="session")
-def cuda() -> Path:
+def cuda() -> Path | None:
     """CUDA's runtime library and its headers, as Python packages bring them: include/ and lib/."""
     found = importlib.util.find_spec("nvidia")
     folders = map(Path, found.submodule_search_locations if found else ())
-    fitting = (one / "cu13" for one in folders if (one / "cu13" / "include" / "crt").is_dir())
-    if (folder := next(fitting, None)) is None:
-        pytest.skip("needs CUDA's headers: pip install nvidia-cuda-runtime nvidia-cuda-crt")
-    return folder
+    return next((one / "cu13" for one in folders if (one / "cu13" / "include" / "crt").is_dir()), None)
 
 
 def compile_shared(source: Path, library: Path, *options: object) -> None:
     """One file to a shared library, which is found by its own name."""
     library.parent.mkdir(parents=True, exist_ok=True)
-    shared = ("-std=c++17", "-O1", "-shared", "-fPIC", f"-Wl,-soname,{library.name}")
-    tool("g++", *shared, source, *options, "-o", library)
+    tool("g++", "-std=c++17", "-shared", "-fPIC", f"-Wl,-soname,{library.name}", source, *options, "-o", library)
 
 
 @pytest.fixture(scope="session")
@@ -120,39 +103,60 @@ def emulated(shared_folder, sdk, cuda) -> dict[int, Path]:
 
     return {
         release: make_once(shared_folder / f"tensorrt-{release}", partial(make, release=release))
-        for release in TENSORRT
+        for release in (TENSORRT if cuda else ())
     }
 
 
 @pytest.fixture(scope="session")
-def tensorrt_builds(shared_folder, sdk, cuda, emulated) -> dict[int, Path]:
-    """A folder with ddit_host for every release: the newest as CMake builds it, the others from its objects."""
-    newest = max(TENSORRT)
-    places = (f"-DTENSORRT_ROOT={emulated[newest]}", f"-DCUDAToolkit_ROOT={cuda}")
-    gpu = f"-DTensorRT_CUDART_LIBRARY={emulated[newest] / 'lib' / 'libcudart.so.13'}"
-    built = make_once(shared_folder / "cpp-tensorrt", lambda path: build("release", sdk, path, *places, gpu))
+def places(sdk, cuda, emulated) -> list[str]:
+    """Where cmake finds the libraries: ONNX Runtime, and the newest TensorRT where CUDA's headers are."""
+    found = [f"-DONNXRUNTIME_ROOT={sdk}", f"-DNLOHMANN_JSON_INCLUDE_DIR={json_headers()}"]
+    if emulated:
+        newest = emulated[max(TENSORRT)]
+        found += [f"-DTENSORRT_ROOT={newest}", f"-DCUDAToolkit_ROOT={cuda}"]
+        found.append(f"-DTensorRT_CUDART_LIBRARY={newest / 'lib' / 'libcudart.so.13'}")
+    return found
 
-    def make(folder: Path, release: int) -> None:
+
+@pytest.fixture(scope="session")
+def release(shared_folder, places) -> Path:
+    """The optimised build's folder."""
+    return make_once(shared_folder / "cpp-release", lambda path: build("release", path, *places, "-DDDIT_TESTS=ON"))
+
+
+@pytest.fixture(scope="session")
+def sanitized(shared_folder, places) -> Path:
+    """The folder of the build with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    return make_once(shared_folder / "cpp-sanitized", lambda path: build("sanitize", path, *places[:2]))
+
+
+@pytest.fixture(scope="session")
+def tensorrt_hosts(shared_folder, sdk, cuda, emulated, release) -> dict[int, Path]:
+    """The folder of ddit_host for every release: the newest as CMake builds it, the others with its other objects."""
+    if not emulated:
+        pytest.skip("needs CUDA's headers: pip install nvidia-cuda-runtime nvidia-cuda-crt")
+
+    def make(folder: Path, number: int) -> None:
         folder.mkdir()
-        here = emulated[release]
-        strict = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Werror")
-        includes = ("-I", SOURCE / "include", "-I", SOURCE / "src", "-isystem", cuda / "include")
-        main = next(built.rglob("main.cpp.o"))
-        libraries = (
-            here / "lib" / "libnvinfer.so",
-            here / "lib" / "libcudart.so.13",
-            sdk / "lib" / "libonnxruntime.so",
-        )
-        where = f"-Wl,-rpath,{here / 'lib'}:{sdk / 'lib'}"
-        objects = (SOURCE / "src" / "tensorrt.cpp", main, built / "libddit.a")
-        tool("g++", *strict, *includes, "-isystem", here / "include", *objects, *libraries, "-lpng", where,
-             "-o", folder / "ddit_host")  # fmt: skip
+        lib = emulated[number] / "lib"
+        strict = ("-std=c++17", "-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Werror")
+        includes = ("-I", SOURCE / "include", "-isystem", cuda / "include", "-isystem", lib.parent / "include")
+        objects = (SOURCE / "src" / "tensorrt.cpp", next(release.rglob("main.cpp.o")), release / "libddit.a")
+        link_host(folder, sdk, *strict, *includes, *objects, lib / "libnvinfer.so", lib / "libcudart.so.13",
+                  f"-Wl,-rpath,{lib}")  # fmt: skip
 
-    return {newest: built} | {
-        release: make_once(shared_folder / f"cpp-tensorrt-{release}", partial(make, release=release))
-        for release in TENSORRT
-        if release != newest
+    newest = max(TENSORRT)
+    return {newest: release} | {
+        number: make_once(shared_folder / f"cpp-tensorrt-{number}", partial(make, number=number))
+        for number in TENSORRT
+        if number != newest
     }
+
+
+def link_host(folder: Path, sdk: Path, *parts: object) -> None:
+    """A ddit_host of objects, with what every one needs."""
+    lib = sdk / "lib"
+    tool("g++", *parts, lib / "libonnxruntime.so", "-lpng", f"-Wl,-rpath,{lib}", "-o", folder / "ddit_host")
 
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

@@ -13,7 +13,7 @@ from ddit.runtime import Pipeline
 ROOT = Path(__file__).parents[2]
 
 
-def test_readme_s_program(release, sdk, rich_bundle, tmp_path):
+def test_readme_s_program(release, places, rich_bundle, tmp_path):
     blocks = dict(
         re.findall(r"^```(cpp|cmake)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     )
@@ -22,7 +22,7 @@ def test_readme_s_program(release, sdk, rich_bundle, tmp_path):
     (tmp_path / "CMakeLists.txt").write_text(head + blocks["cmake"])
     tool("cmake", "--install", release, "--prefix", tmp_path / "installed")
     prefix = f"-DCMAKE_PREFIX_PATH={tmp_path / 'installed'}"
-    tool("cmake", "-G", "Ninja", "-S", tmp_path, "-B", tmp_path / "build", prefix, f"-DONNXRUNTIME_ROOT={sdk}")
+    tool("cmake", "-G", "Ninja", "-S", tmp_path, "-B", tmp_path / "build", prefix, *places)
     tool("cmake", "--build", tmp_path / "build")
     (tmp_path / "demo.bundle").symlink_to(rich_bundle)
     write_inputs(rich_bundle, tmp_path, 256, 256)

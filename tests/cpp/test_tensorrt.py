@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from conftest import run
-from cpp.conftest import PROMPT, SEED, TENSORRT, Run, runner, write_inputs
+from cpp.conftest import PROMPT, SEED, SOURCE, TENSORRT, Run, link_host, runner, write_inputs
 from ddit.exporter.cli import main as export
 from ddit.runtime import Pipeline
 from fake_cuda import FakeCuda
@@ -41,7 +41,7 @@ def with_engines(source: Path, bundle: Path, version: str, profile: Path | None 
 
 
 @pytest.fixture(scope="module")
-def bundle(rich_bundle, tmp_path_factory) -> Path:
+def bundle(rich_bundle, tensorrt_hosts, tmp_path_factory) -> Path:
     """With engines of two profiles for the newest release."""
     folder = tmp_path_factory.mktemp("newest")
     (folder / "two.toml").write_text(PROFILE)
@@ -49,8 +49,8 @@ def bundle(rich_bundle, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def tensorrt_host(tensorrt_builds) -> Run:
-    return runner(tensorrt_builds[NEWEST] / "ddit_host")
+def tensorrt_host(tensorrt_hosts) -> Run:
+    return runner(tensorrt_hosts[NEWEST] / "ddit_host")
 
 
 def check(
@@ -70,10 +70,10 @@ def check(
     np.testing.assert_allclose(np.load(folder / "o.npy")[0], expected.latent, atol=1e-3)
 
 
-@pytest.mark.parametrize("release", TENSORRT)
-def test_every_release_makes_the_picture(tensorrt_builds, opset17_bundle, tmp_path, release):
-    bundle = with_engines(opset17_bundle, tmp_path / "a.bundle", TENSORRT[release])
-    check(runner(tensorrt_builds[release] / "ddit_host"), bundle, tmp_path, "fixed:2x6,4x6")
+@pytest.mark.parametrize("number", TENSORRT)
+def test_every_release_makes_the_picture(tensorrt_hosts, opset17_bundle, tmp_path, number):
+    bundle = with_engines(opset17_bundle, tmp_path / "a.bundle", TENSORRT[number])
+    check(runner(tensorrt_hosts[number] / "ddit_host"), bundle, tmp_path, "fixed:2x6,4x6")
 
 
 @pytest.mark.parametrize(
@@ -150,17 +150,20 @@ def test_an_engine_that_tensorrt_refuses(tensorrt_host, bundle, tmp_path):
     assert f"TensorRT could not load {plan}: the serialized engine is not valid; run: ddit-export engines" in line
 
 
-def test_too_little_memory_or_no_such_gpu(tensorrt_builds, bundle, tmp_path):
-    host = runner(tensorrt_builds[NEWEST] / "ddit_host", EMULATED_GPU_BYTES="20000")
+def test_too_little_memory_or_no_such_gpu(tensorrt_hosts, bundle, tmp_path):
+    host = runner(tensorrt_hosts[NEWEST] / "ddit_host", EMULATED_GPU_BYTES="20000")
     assert "the GPU's memory is too small: " in refused(host, bundle, tmp_path)
     assert "there is no GPU 3; there are 1" in refused(host, bundle, tmp_path, "--device", 3)
 
 
-def test_cuda_s_own_library_finds_no_gpu(tensorrt_builds, cuda, bundle, tmp_path):
+def test_cuda_s_own_library_finds_no_gpu(tensorrt_hosts, cuda, bundle, tmp_path):
     """The real one, which is asked before TensorRT."""
-    host = runner(tensorrt_builds[NEWEST] / "ddit_host", LD_LIBRARY_PATH=str(cuda / "lib"))
+    host = runner(tensorrt_hosts[NEWEST] / "ddit_host", LD_LIBRARY_PATH=str(cuda / "lib"))
     assert refused(host, bundle, tmp_path).startswith("error: there is no GPU to run on: ")
 
 
-def test_a_host_without_tensorrt_says_so(host, bundle, tmp_path):
+def test_a_host_without_tensorrt_says_so(release, sdk, bundle, tmp_path):
+    includes = ("-I", SOURCE / "include", "-I", SOURCE / "src")
+    link_host(tmp_path, sdk, "-std=c++17", *includes, SOURCE / "app" / "main.cpp", release / "libddit.a")
+    host = runner(tmp_path / "ddit_host")
     assert "this ddit_host was built without TensorRT" in refused(host, bundle, tmp_path)
