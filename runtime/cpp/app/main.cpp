@@ -118,17 +118,17 @@ std::unique_ptr<ddit::Backend> open(const ddit::Bundle& bundle, const Arguments&
 #endif
 }
 
-/// Where the picture goes, or every frame of the clip.
-std::vector<std::filesystem::path> files_of(const ddit::Manifest& manifest, const Arguments& arguments) {
-  if (!manifest.has_frames()) return {arguments.out};
-  const auto number = arguments.request.frames.value_or(manifest.entries.front().frames->optimum);
-  return ddit::frame_files(arguments.out, number);
+/// Where the picture goes, or so many frames of the clip.
+std::vector<std::filesystem::path> files_of(const ddit::Manifest& manifest, const std::string& out,
+                                            std::size_t number) {
+  if (!manifest.has_frames()) return {out};
+  return ddit::frame_files(out, static_cast<std::int64_t>(number));
 }
 
 void run(const Arguments& arguments) {
   const auto bundle = ddit::Bundle::open(arguments.bundle);
   const auto engines = open(bundle, arguments);
-  const auto files = files_of(bundle.manifest(), arguments);
+  files_of(bundle.manifest(), arguments.out, 1);  // a name that is no use is refused before anything runs
   for (int i = 0; i < arguments.repeat; ++i) {
     const ddit::Result result = ddit::generate(*engines, arguments.request);
     std::size_t predicted = 0;
@@ -136,7 +136,7 @@ void run(const Arguments& arguments) {
     std::printf("%s: %zu steps, %zu of them predicted, in %.1f ms\n", result.trace.schedule.c_str(),
                 result.trace.steps.size(), predicted, result.trace.denoise_milliseconds);
     if (i + 1 < arguments.repeat) continue;
-    ddit::write_frames(files, result.frames);
+    ddit::write_frames(files_of(bundle.manifest(), arguments.out, result.frames.size()), result.frames);
     if (!arguments.latent_out.empty()) ddit::write_npy(arguments.latent_out, result.latent);
     if (!arguments.trace.empty()) ddit::write_text(arguments.trace, ddit::to_json(result.trace));
   }

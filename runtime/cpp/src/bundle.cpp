@@ -109,8 +109,13 @@ int Manifest::text_length() const {
 
 std::vector<Axis> Manifest::sides() const { return {axes.end() - 2, axes.end()}; }
 
-int Manifest::downscale(const std::string& name) const {
-  return std::find_if(axes.begin(), axes.end(), [&](const Axis& axis) { return axis.name == name; })->downscale;
+RunSize Manifest::size_of(const Sizes& sizes) const {
+  RunSize size;
+  for (const Axis& axis : axes)
+    (axis.is_frames()        ? size.frames
+     : axis.name == "height" ? size.height
+                             : size.width) = axis.from_latent(sizes.at(axis.symbol));
+  return size;
 }
 
 bool Manifest::contains(const RunSize& size, std::int64_t text) const {

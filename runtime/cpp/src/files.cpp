@@ -29,17 +29,28 @@ std::ifstream open_regular(const fs::path& path) {
 /// The file beside `path` that takes its place when it is whole.
 fs::path partial_of(const fs::path& path) { return path.parent_path() / ("." + path.filename().string() + ".partial"); }
 
-void write_bytes(const fs::path& path, const std::string& bytes) {
-  const fs::path partial = partial_of(path);
-  std::ofstream file(partial, std::ios::binary);
-  file.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
-  bool written = static_cast<bool>(file.flush());
-  file.close();
+/// Files that take their places when `write`, which is told a file's number and the one beside it, has written all.
+template <typename Write>
+void write_whole(const std::vector<fs::path>& paths, Write write) {
   std::error_code error;
-  if (written) fs::rename(partial, path, error);
-  if (written && !error) return;
-  fs::remove(partial, error);
-  throw Error(path.string() + " cannot be written");
+  const auto fail = [&](const fs::path& at) {
+    for (const fs::path& path : paths) fs::remove(partial_of(path), error);
+    throw Error(at.string() + " cannot be written");
+  };
+  for (std::size_t i = 0; i < paths.size(); ++i)
+    if (!write(i, partial_of(paths[i]))) fail(paths[i]);
+  for (const fs::path& path : paths) {
+    fs::rename(partial_of(path), path, error);
+    if (error) fail(path);
+  }
+}
+
+void write_bytes(const fs::path& path, const std::string& bytes) {
+  write_whole({path}, [&](std::size_t, const fs::path& partial) {
+    std::ofstream file(partial, std::ios::binary);
+    file.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+    return static_cast<bool>(file.flush());
+  });
 }
 
 /// The value of a key in an .npy header, a Python dictionary in writing: up to the next comma outside parentheses.
@@ -147,24 +158,15 @@ std::map<std::string, std::vector<std::int64_t>> read_ids(const fs::path& path) 
 void write_png(const fs::path& path, const Image& image) { write_frames({path}, {image}); }
 
 void write_frames(const std::vector<fs::path>& paths, const std::vector<Image>& frames) {
-  std::error_code error;
-  const auto fail = [&](const fs::path& at) {
-    for (const fs::path& path : paths) fs::remove(partial_of(path), error);
-    throw Error(at.string() + " cannot be written");
-  };
-  for (std::size_t i = 0; i < frames.size(); ++i) {
+  write_whole(paths, [&](std::size_t number, const fs::path& partial) {
+    const Image& image = frames[number];
     png_image png = {};
     png.version = PNG_IMAGE_VERSION;
-    png.width = static_cast<png_uint_32>(frames[i].width);
-    png.height = static_cast<png_uint_32>(frames[i].height);
+    png.width = static_cast<png_uint_32>(image.width);
+    png.height = static_cast<png_uint_32>(image.height);
     png.format = PNG_FORMAT_RGB;
-    const fs::path partial = partial_of(paths[i]);
-    if (png_image_write_to_file(&png, partial.c_str(), 0, frames[i].pixels.data(), 0, nullptr) == 0) fail(paths[i]);
-  }
-  for (const fs::path& path : paths) {
-    fs::rename(partial_of(path), path, error);
-    if (error) fail(path);
-  }
+    return png_image_write_to_file(&png, partial.c_str(), 0, image.pixels.data(), 0, nullptr) != 0;
+  });
 }
 
 std::vector<fs::path> frame_files(const fs::path& pattern, std::int64_t number) {

@@ -7,6 +7,7 @@
 
 #include "ddit/sampling.hpp"
 #include "names.hpp"
+#include "strings.hpp"
 
 namespace ddit {
 namespace {
@@ -22,8 +23,6 @@ Dimension times(const std::string& symbol, std::int64_t number) {
   return {symbol, number == 1 ? char{0} : '*', number};
 }
 const SymbolicShape kRow = {free("B")};
-
-bool begins(const std::string& text, const std::string& with) { return text.compare(0, with.size(), with) == 0; }
 
 template <typename Names>
 void check_unique(const std::string& what, const Names& names) {

@@ -511,18 +511,14 @@ void check_version(const json& content) {
     throw Misfit("it has format " + std::to_string(version) + ", this host reads format " + std::to_string(kFormat));
 }
 
-/// First of all: a bundle of an unknown kind is refused by what it is, and not by the first shape that nobody knows.
-void check_kinds(Fields& fields) {
-  sampler(fields.at("sampler"), "sampler");
-  decoder(fields.at("decoder"), "decoder");
-  guidance(fields.at("guidance"), "guidance");
-}
-
 Manifest read(const json& content) {
   check_version(content);
   Fields fields(content, "");
-  check_kinds(fields);
   Manifest manifest;
+  // first of all: a bundle of an unknown kind is refused by what it is, and not by the first shape that nobody knows
+  manifest.sampler = sampler(fields.at("sampler"), "sampler");
+  manifest.decoder = decoder(fields.at("decoder"), "decoder");
+  manifest.guidance = guidance(fields.at("guidance"), "guidance");
   if (const json* version = fields.find("format_version")) integer(*version, "format_version", kFormat, kFormat);
   plain_text(fields.at("family"), "family");
   Fields model(fields.at("model"), "model");
@@ -547,10 +543,7 @@ Manifest read(const json& content) {
   manifest.axes = list(latent.at("axes"), "latent.axes", axis, 1);
   latent.done();
   manifest.encoders = list(fields.at("encoders"), "encoders", encoder);
-  manifest.sampler = sampler(fields.at("sampler"), "sampler");
   manifest.positions = positions(fields.at("positions"), "positions");
-  manifest.guidance = guidance(fields.at("guidance"), "guidance");
-  manifest.decoder = decoder(fields.at("decoder"), "decoder");
   if (const json* found = fields.find("gate"); found != nullptr && !found->is_null())
     manifest.gate = gate(*found, "gate");
   manifest.carry = number(fields.at("carry"), "carry", 0, 1);

@@ -60,7 +60,7 @@ double activation(double power, double delta) {
 
 /// The mean power of a latent (C, [F,] H, W) in orthonormal DCT-II coefficients at the edge of its band.
 double edge_power(const Tensor& latent) {
-  const std::int64_t height = latent.shape[latent.shape.size() - 2], width = latent.shape.back();
+  const std::int64_t height = height_of(latent.shape), width = width_of(latent.shape);
   const Tensor spectrum = dct_coefficients(latent);
   double sum = 0;
   std::int64_t number = 0;

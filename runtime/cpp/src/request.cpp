@@ -30,20 +30,22 @@ void check_frames(const Axis& axis, std::int64_t frames) {
                    std::to_string(below + axis.downscale));
 }
 
+void check_pixels(const Axis& axis, std::int64_t pixels, std::int64_t unit) {
+  if (pixels < unit || pixels % unit != 0 || pixels > kLargestSide)
+    throw UsageError(axis.name + " " + std::to_string(pixels) + " is not a multiple of " + std::to_string(unit) +
+                     ", which the levels' patches ask for in pixels");
+}
+
 /// The symbols' values of a picture or clip. Throws `UsageError` where no level or no profile has that size.
 Sizes sizes_of(const Manifest& manifest, const RunSize& size, std::int64_t text) {
   Sizes sizes = {{"B", 1}, {"L", text}};
   for (const Axis& axis : manifest.axes) {
-    if (axis.is_frames()) {
-      check_frames(axis, size.frames);
-      sizes[axis.symbol] = axis.to_latent(size.frames);
-      continue;
-    }
-    const std::int64_t pixels = size.along(axis.name), unit = manifest.unit() * axis.downscale;
-    if (pixels < unit || pixels % unit != 0 || pixels > kLargestSide)
-      throw UsageError(axis.name + " " + std::to_string(pixels) + " is not a multiple of " + std::to_string(unit) +
-                       ", which the levels' patches ask for in pixels");
-    sizes[axis.symbol] = pixels / axis.downscale;
+    const std::int64_t along = size.along(axis.name);
+    if (axis.is_frames())
+      check_frames(axis, along);
+    else
+      check_pixels(axis, along, manifest.unit() * axis.downscale);
+    sizes[axis.symbol] = axis.to_latent(along);
   }
   if (!manifest.contains(size, text))
     throw UsageError(written(size) + " with " + std::to_string(text) +
@@ -57,10 +59,7 @@ std::vector<std::pair<Fraction, Sizes>> scales_of(const Manifest& manifest, cons
   std::vector<std::pair<Fraction, Sizes>> found;
   for (const Fraction scale : policy.scales()) {
     const Sizes small = scaled(manifest, sizes, scale);
-    RunSize size;
-    size.height = small.at("H") * manifest.downscale("height");
-    size.width = small.at("W") * manifest.downscale("width");
-    if (manifest.has_frames()) size.frames = manifest.axes.front().from_latent(small.at("F"));
+    const RunSize size = manifest.size_of(small);
     if (!manifest.contains(size, small.at("L")))
       throw UsageError("the schedule's smaller picture of " + written(size) + " is outside the bundle's profile '" +
                        manifest.profile + "'; choose a larger picture");

@@ -12,12 +12,9 @@ namespace {
 constexpr double kPi = 3.14159265358979323846;
 constexpr double kBelowOne = 1 - 1e-6;  // UniPC looks at the logarithm of 1 − σ
 
-/// The length of a side, counted from the last one.
-std::int64_t side(const Tensor& values, std::size_t from_last) { return values.shape[values.shape.size() - from_last]; }
-
 /// How many arrays of height and width there are.
 std::size_t planes(const Tensor& values) {
-  return values.values.size() / static_cast<std::size_t>(side(values, 2) * side(values, 1));
+  return values.values.size() / static_cast<std::size_t>(height_of(values.shape) * width_of(values.shape));
 }
 
 Shape with_sides(Shape shape, std::int64_t height, std::int64_t width) {
@@ -28,7 +25,7 @@ Shape with_sides(Shape shape, std::int64_t height, std::int64_t width) {
 
 /// left (n, n) · values (n, m) · rightᵀ, channel by channel; `transposed` takes leftᵀ and right instead.
 Tensor both_sides(const Tensor& values, bool transposed) {
-  const std::int64_t height = side(values, 2), width = side(values, 1);
+  const std::int64_t height = height_of(values.shape), width = width_of(values.shape);
   const auto left = dct_matrix(height), right = dct_matrix(width);
   const auto rows = static_cast<std::size_t>(height), columns = static_cast<std::size_t>(width);
   Tensor result(values.shape);
@@ -162,13 +159,15 @@ std::map<std::string, Tensor> rotary_tables(const Manifest& manifest, int patch,
   for (const Axis& axis : manifest.axes) shape.push_back(sizes.at(axis.symbol) / (axis.is_frames() ? 1 : patch));
   std::int64_t rotated = 0;
   for (const RotaryAxis& axis : manifest.positions.axes) rotated += axis.dimensions;
+  const std::int64_t frames = manifest.has_frames() ? shape.front() : 1;
+  const std::int64_t rows = height_of(shape), columns = width_of(shape);
   shape.push_back(rotated);
   Tensor cosines(shape), sines(shape);
   const auto from_centre = [&](std::int64_t index) { return (static_cast<double>(index) + 0.5) * ratio - 0.5; };
   std::size_t at = 0;
-  for (std::int64_t frame = 0; frame < (manifest.has_frames() ? shape[0] : 1); ++frame)
-    for (std::int64_t row = 0; row < side(cosines, 3); ++row)
-      for (std::int64_t column = 0; column < side(cosines, 2); ++column)
+  for (std::int64_t frame = 0; frame < frames; ++frame)
+    for (std::int64_t row = 0; row < rows; ++row)
+      for (std::int64_t column = 0; column < columns; ++column)
         for (const RotaryAxis& axis : manifest.positions.axes) {
           const double coordinate = axis.axis == "frames"   ? static_cast<double>(frame)
                                     : axis.axis == "height" ? from_centre(row)
@@ -207,8 +206,8 @@ Tensor lowest(const Tensor& coefficients, std::int64_t height, std::int64_t widt
   auto out = small.values.begin();
   for (std::size_t plane = 0; plane < planes(coefficients); ++plane)
     for (std::int64_t row = 0; row < height; ++row) {
-      const auto before = static_cast<std::int64_t>(plane) * side(coefficients, 2) + row;
-      const auto in = coefficients.values.begin() + before * side(coefficients, 1);
+      const auto before = static_cast<std::int64_t>(plane) * height_of(coefficients.shape) + row;
+      const auto in = coefficients.values.begin() + before * width_of(coefficients.shape);
       out = std::copy(in, in + width, out);
     }
   return small;
@@ -229,11 +228,11 @@ std::map<std::string, Tensor> growing_tables(std::int64_t small_height, std::int
 }
 
 Tensor in_corner(const Tensor& latent, std::int64_t height, std::int64_t width) {
-  const std::int64_t columns = side(latent, 1);
+  const std::int64_t columns = width_of(latent.shape);
   Tensor large(with_sides(latent.shape, height, width));
   auto in = latent.values.begin();
   for (std::size_t plane = 0; plane < planes(latent); ++plane)
-    for (std::int64_t row = 0; row < side(latent, 2); ++row, in += columns)
+    for (std::int64_t row = 0; row < height_of(latent.shape); ++row, in += columns)
       std::copy(in, in + columns, large.values.begin() + (static_cast<std::int64_t>(plane) * height + row) * width);
   return large;
 }

@@ -8,6 +8,7 @@
 #include "ddit/errors.hpp"
 #include "ddit/sampling.hpp"
 #include "names.hpp"
+#include "strings.hpp"
 
 namespace ddit {
 namespace {
@@ -21,8 +22,6 @@ constexpr const char* kModelTimestep = "model_timestep";
 double milliseconds_since(Clock::time_point begin) {
   return std::chrono::duration<double, std::milli>(Clock::now() - begin).count();
 }
-
-bool begins(const std::string& text, const std::string& with) { return text.compare(0, with.size(), with) == 0; }
 
 /// A row without its batch as a batch of one, and back.
 Tensor batch_of(Tensor row) {
@@ -55,8 +54,8 @@ Session::Session(Backend& backend, Run run, std::map<std::string, Tensor> condit
     buffers_[names::kLatent] = batch_of(*run_.noise);
   else {  // what the full size's noise looks like from afar
     const Shape& shape = buffers_[names::kLatent].shape;
-    buffers_[names::kLatent] =
-        batch_of(inverse_dct(lowest(dct_coefficients(*run_.noise), shape[shape.size() - 2], shape.back())));
+    const Tensor small = lowest(dct_coefficients(*run_.noise), height_of(shape), width_of(shape));
+    buffers_[names::kLatent] = batch_of(inverse_dct(small));
   }
 }
 
@@ -99,8 +98,9 @@ const StepRecord& Session::step() {
   record.correction = decision.correction;
   record.gain = decision.gain;
   record.scale = history_.scale;
-  record.height = sizes().at("H") * manifest_.downscale("height");
-  record.width = sizes().at("W") * manifest_.downscale("width");
+  const RunSize size = manifest_.size_of(sizes());
+  record.height = size.height;
+  record.width = size.width;
   trace_.steps.push_back(std::move(record));
   return trace_.steps.back();
 }
@@ -203,9 +203,8 @@ void Session::grow(const Decision& decision) {
   tables_.clear();
   clear_state();
   const Shape shape = buffers_[names::kLatent].shape;
-  const std::int64_t height = shape[shape.size() - 2], width = shape.back();
-  std::map<std::string, Tensor> given =
-      growing_tables(small.shape[small.shape.size() - 2], small.shape.back(), height, width);
+  const std::int64_t height = height_of(shape), width = width_of(shape);
+  std::map<std::string, Tensor> given = growing_tables(height_of(small.shape), width_of(small.shape), height, width);
   given[names::kLatent] = batch_of(in_corner(small, height, width));
   given[names::kNoise] = batch_of(lowest(dct_coefficients(*run_.noise), height, width));
   given[names::kTimestep] = Tensor({1}, {static_cast<float>(sigma)});
@@ -266,8 +265,8 @@ namespace {
 /// What the encoders make of one text's ids; `before` stands before the names of the levels' inputs.
 void encode_text(Backend& backend, const Run& run, const std::map<std::string, Ids>& ids, const std::string& before,
                  std::map<std::string, Tensor>& conditions) {
-  for (const EncoderInfo& encoder : backend.bundle().manifest().encoders) {
-    const Manifest& manifest = backend.bundle().manifest();
+  const Manifest& manifest = backend.bundle().manifest();
+  for (const EncoderInfo& encoder : manifest.encoders) {
     const GraphInfo& info = manifest.graphs.at(encoder.graph);
     std::vector<Tensor> results;
     for (const TensorSpec& spec : info.outputs) results.emplace_back(spec.resolve(run.sizes));
@@ -283,7 +282,7 @@ void encode_text(Backend& backend, const Run& run, const std::map<std::string, I
 
 /// Frames (1, 3, N, H, W), or a picture (1, 3, H, W), as bytes.
 void add_images(const Tensor& frames, std::vector<Image>& images) {
-  const std::int64_t height = frames.shape[frames.shape.size() - 2], width = frames.shape.back();
+  const std::int64_t height = height_of(frames.shape), width = width_of(frames.shape);
   const auto pixels = static_cast<std::size_t>(height * width), number = frames.values.size() / 3 / pixels;
   for (std::size_t frame = 0; frame < number; ++frame) {
     Image image{height, width, std::vector<std::uint8_t>(3 * pixels)};
@@ -351,8 +350,7 @@ std::vector<Image> decode(Backend& backend, const Tensor& latent, const Sizes& s
 Result generate(Backend& backend, const Request& request, const std::function<void(const StepRecord&)>& on_step) {
   Run run = resolve(request, backend.bundle().manifest(), backend.name());
   const Sizes sizes = run.sizes;
-  backend.check(sizes);
-  for (const auto& [scale, smaller] : run.scales) backend.check(smaller);
+  for (auto scale = run.scales.rbegin(); scale != run.scales.rend(); ++scale) backend.check(scale->second);
   const auto begin = Clock::now();
   auto conditions = encode(backend, run);
   const double encoded = milliseconds_since(begin);

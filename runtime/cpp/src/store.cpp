@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <system_error>
 
 #include "ddit/errors.hpp"
@@ -33,9 +34,7 @@ std::vector<Shape> shapes_at(const Manifest& manifest, const GraphInfo& info, co
   };
   Sizes sizes = {{"B", size("batch")}, {"L", size("text")}};
   for (const Axis& axis : manifest.axes) sizes[axis.symbol] = axis.to_latent(size(axis.name));
-  std::vector<Shape> shapes;
-  for (const TensorSpec& spec : info.inputs) shapes.push_back(spec.resolve(sizes));
-  return shapes;
+  return input_shapes(info, sizes);
 }
 
 /// Whether a name is that of a file in the same folder.
@@ -48,23 +47,25 @@ bool plain_name(const std::string& name) {
 
 struct Found {
   StoredEngine engine;
-  std::string content;
+  std::string graph, content;
   std::uintmax_t size = 0;
 };
 
-/// The engine of a folder. None where it is another backend's or graph's, a killed builder's, or damaged.
-std::optional<Found> read(const fs::path& folder, const Manifest& manifest, const std::string& backend,
-                          const std::string& graph) {
+/// The engine of a folder. None where it is another backend's, of no graph that is there, a killed builder's, or
+/// damaged.
+std::optional<Found> read(const fs::path& folder, const Manifest& manifest, const std::string& backend) {
   try {
     const json info = json::parse(read_text(folder / "engine.json", kLongestInfo));
-    if (info.at("backend") != backend || info.at("graph") != graph) return std::nullopt;
+    if (info.at("backend") != backend) return std::nullopt;
     const auto name = info.at("file").get<std::string>();
     if (!plain_name(name)) return std::nullopt;
     Found found;
+    found.graph = info.at("graph").get<std::string>();
+    const GraphInfo& graph = manifest.graphs.at(found.graph);
     found.engine.file = folder / name;
     for (const json& entry : info.at("profile").at("entry"))
-      found.engine.entries.push_back({shapes_at(manifest, manifest.graphs.at(graph), entry, "minimum"),
-                                      shapes_at(manifest, manifest.graphs.at(graph), entry, "maximum")});
+      found.engine.entries.push_back(
+          {shapes_at(manifest, graph, entry, "minimum"), shapes_at(manifest, graph, entry, "maximum")});
     found.engine.needs = info.at("target").get<Needs>();
     found.engine.built_for = info.at("built_for").get<std::string>();
     found.engine.built = info.at("built").get<std::string>();
@@ -87,37 +88,61 @@ bool holds(const ShapeRange& range, const std::vector<Shape>& shapes) {
   return true;
 }
 
-}  // namespace
-
-std::vector<StoredEngine> find_engines(const Bundle& bundle, const std::string& graph, const Target& target) {
-  const std::string path = bundle.path().string(), content = content_of(bundle.manifest(), graph);
+/// Every whole engine of a backend, the newest first.
+std::vector<Found> read_all(const Bundle& bundle, const std::string& backend) {
   std::vector<Found> known;
   std::error_code error;
   for (const auto& entry : fs::directory_iterator(bundle.path() / "engines", error)) {
     if (entry.path().filename().string()[0] == '.') continue;
-    if (auto found = read(entry.path(), bundle.manifest(), target.backend, graph)) known.push_back(std::move(*found));
+    if (auto found = read(entry.path(), bundle.manifest(), backend)) known.push_back(std::move(*found));
   }
   std::sort(known.begin(), known.end(), [](const auto& a, const auto& b) { return a.engine.built > b.engine.built; });
-  std::vector<StoredEngine> fitting;
-  std::vector<std::string> others;
-  for (Found& one : known) {
+  return known;
+}
+
+/// Those of a graph that run here.
+std::vector<StoredEngine> fitting(const Bundle& bundle, const std::string& graph, const Target& target,
+                                  const std::vector<Found>& all) {
+  const std::string content = content_of(bundle.manifest(), graph), what = target.title + " engine of " + graph;
+  const std::string rebuild = "; run: " + build_command(bundle);
+  std::vector<StoredEngine> engines;
+  std::set<std::string> others;
+  bool known = false;
+  std::error_code error;
+  for (const Found& one : all) {
+    if (one.graph != graph) continue;
+    known = true;
     if (one.content != content) continue;
-    if (!target.runs(one.engine.needs)) {
-      others.push_back(one.engine.built_for);
-    } else if (fs::file_size(one.engine.file, error) != one.size) {
-      throw BackendError(one.engine.file.string() +
-                         " is damaged: it has another size than recorded; run: ddit-export " + "engines " + path);
-    } else {
-      fitting.push_back(std::move(one.engine));
-    }
+    if (!target.runs(one.engine.needs))
+      others.insert(one.engine.built_for);
+    else if (fs::file_size(one.engine.file, error) != one.size)
+      throw BackendError(one.engine.file.string() + " is damaged: it has another size than recorded" + rebuild);
+    else
+      engines.push_back(one.engine);
   }
-  if (!fitting.empty()) return fitting;
-  const std::string what = target.title + " engine of " + graph, rebuild = "; run: ddit-export engines " + path;
-  if (known.empty()) throw BackendError(path + " has no " + what + " yet" + rebuild);
+  if (!engines.empty()) return engines;
+  if (!known) throw BackendError(bundle.path().string() + " has no " + what + " yet" + rebuild);
   if (others.empty()) throw BackendError("the " + what + " was built from another version of the graph" + rebuild);
-  std::sort(others.begin(), others.end());
-  others.erase(std::unique(others.begin(), others.end()), others.end());
-  throw BackendError("the " + what + " was built for " + join(others, ", ") + "; this is " + target.words + rebuild);
+  throw BackendError("the " + what + " was built for " +
+                     join(std::vector<std::string>(others.begin(), others.end()), ", ") + "; this is " + target.words +
+                     rebuild);
+}
+
+}  // namespace
+
+std::string build_command(const Bundle& bundle) { return "ddit-export engines " + bundle.path().string(); }
+
+std::vector<Shape> input_shapes(const GraphInfo& info, const Sizes& sizes) {
+  std::vector<Shape> shapes;
+  for (const TensorSpec& spec : info.inputs) shapes.push_back(spec.resolve(sizes));
+  return shapes;
+}
+
+std::map<std::string, std::vector<StoredEngine>> find_engines(const Bundle& bundle, const Target& target) {
+  const std::vector<Found> all = read_all(bundle, target.backend);
+  std::map<std::string, std::vector<StoredEngine>> engines;
+  for (const auto& [graph, info] : bundle.manifest().graphs) engines[graph] = fitting(bundle, graph, target, all);
+  return engines;
 }
 
 std::optional<Choice> choose(const std::vector<StoredEngine>& engines, const std::vector<Shape>& shapes) {

@@ -36,8 +36,14 @@ struct Target {
   std::function<bool(const Needs&)> runs;
 };
 
-/// The engines of a graph that run here, the newest first. Throws `BackendError` that says why there are none.
-std::vector<StoredEngine> find_engines(const Bundle& bundle, const std::string& graph, const Target& target);
+/// The engines that run here, by graph and the newest first. Throws `BackendError` that says why a graph has none.
+std::map<std::string, std::vector<StoredEngine>> find_engines(const Bundle& bundle, const Target& target);
+
+/// The command that builds a bundle's engines.
+std::string build_command(const Bundle& bundle);
+
+/// The shapes of a graph's inputs, in the manifest's order.
+std::vector<Shape> input_shapes(const GraphInfo& info, const Sizes& sizes);
 
 /// An engine's number in a list, and that of the entry which holds these shapes of the inputs.
 struct Choice {

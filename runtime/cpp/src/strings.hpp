@@ -14,6 +14,8 @@ std::vector<std::string> split(std::string_view text, char separator);
 std::string join(const std::vector<std::string>& parts, std::string_view between);
 std::string join(const std::vector<int>& parts, std::string_view between);
 
+inline bool begins(std::string_view text, std::string_view with) { return text.substr(0, with.size()) == with; }
+
 /// Characters of UTF-8 text.
 std::size_t characters(std::string_view text);
 

@@ -69,6 +69,17 @@ nvinfer1::Dims dims_of(const Shape& shape) {
   return dims;
 }
 
+/// An array's memory.
+struct Bytes {
+  const void* data = nullptr;
+  std::size_t size = 0;
+};
+
+template <typename Value>
+Bytes bytes_of(const std::vector<Value>& values) {
+  return {values.data(), values.size() * sizeof(Value)};
+}
+
 /// What all engines share.
 struct Shared {
   Device device;  // first of all: TensorRT crashes without a GPU
@@ -94,32 +105,33 @@ class TensorRTEngine : public Engine {
     if (!choice) throw UsageError("no engine of " + info_.file + " was built for these sizes");
     const nvinfer1::ICudaEngine& engine = load(choice->engine);
     nvinfer1::IExecutionContext& context = this->context(*choice);
+    std::vector<std::vector<std::int32_t>> narrowed;
+    narrowed.reserve(inputs.size());  // what is copied to the GPU stays where it is
+    std::vector<Bytes> given;
+    for (std::size_t i = 0; i < inputs.size(); ++i) {
+      if (const auto* const tensor = std::get_if<const Tensor*>(&inputs[i])) {
+        given.push_back(bytes_of((*tensor)->values));
+        continue;
+      }
+      const auto& ids = std::get<const Ids*>(inputs[i])->values;
+      const bool wide = releases::is_int64(engine.getTensorDataType(info_.inputs[i].name.c_str()));
+      given.push_back(wide ? bytes_of(ids) : bytes_of(narrowed.emplace_back(ids.begin(), ids.end())));
+    }
     // memory first: what is queued may use what would be freed
     for (std::size_t i = 0; i < inputs.size(); ++i) {
-      const char* name = info_.inputs[i].name.c_str();
-      if (!context.setInputShape(name, dims_of(shapes[i]))) fail(std::string("take the shape of ") + name);
-      const bool wide = info_.inputs[i].dtype == Dtype::int64 && releases::is_int64(engine.getTensorDataType(name));
-      place(context, info_.inputs[i].name, count(shapes[i]) * (wide ? sizeof(std::int64_t) : sizeof(float)));
+      const std::string& name = info_.inputs[i].name;
+      if (!context.setInputShape(name.c_str(), dims_of(shapes[i]))) fail("take the shape of " + name);
+      place(context, name, given[i].size);
     }
     for (std::size_t i = 0; i < outputs.size(); ++i)
       place(context, info_.outputs[i].name, outputs[i]->values.size() * sizeof(float));
     shared_.scratch.reserve(releases::scratch_bytes(engine));
     releases::set_scratch(context, shared_.scratch.get(), releases::scratch_bytes(engine));
 
-    std::vector<std::vector<std::int32_t>> narrowed;
-    narrowed.reserve(inputs.size());  // what is copied to the GPU stays where it is
-    for (std::size_t i = 0; i < inputs.size(); ++i) {
-      const std::string& name = info_.inputs[i].name;
-      if (const auto* const tensor = std::get_if<const Tensor*>(&inputs[i])) {
-        upload(name, (*tensor)->values);
-      } else {
-        const auto& ids = std::get<const Ids*>(inputs[i])->values;
-        if (releases::is_int64(engine.getTensorDataType(name.c_str())))
-          upload(name, ids);
-        else
-          upload(name, narrowed.emplace_back(ids.begin(), ids.end()));
-      }
-    }
+    for (std::size_t i = 0; i < inputs.size(); ++i)
+      checked(cudaMemcpyAsync(memory_.at(info_.inputs[i].name).get(), given[i].data, given[i].size,
+                              cudaMemcpyHostToDevice, shared_.stream.get()),
+              "copy inputs");
     if (!context.enqueueV3(shared_.stream.get())) fail("run");
     for (std::size_t i = 0; i < outputs.size(); ++i)
       checked(cudaMemcpyAsync(outputs[i]->values.data(), memory_.at(info_.outputs[i].name).get(),
@@ -139,16 +151,12 @@ class TensorRTEngine : public Engine {
     if (engine) return *engine;
     const std::filesystem::path& file = stored_[number].file;
     const MappedFile plan(file);
-    engine.reset(shared_.runtime->deserializeCudaEngine(plan.data(), plan.size()));
-    if (!engine)
+    std::unique_ptr<nvinfer1::ICudaEngine> made(shared_.runtime->deserializeCudaEngine(plan.data(), plan.size()));
+    if (!made)
       throw BackendError("TensorRT could not load " + file.string() + ": " + shared_.logger.last() +
-                         "; run: ddit-export engines " + bundle_.path().string());
-    try {
-      check_tensors(*engine);
-    } catch (const BackendError&) {
-      engine.reset();
-      throw;
-    }
+                         "; run: " + build_command(bundle_));
+    check_tensors(*made);
+    engine = std::move(made);
     return *engine;
   }
 
@@ -168,8 +176,7 @@ class TensorRTEngine : public Engine {
     std::sort(wanted.begin(), wanted.end());
     if (found != wanted || !same)
       throw BackendError("the engine of " + info_.file + " has other tensors than the manifest says; delete " +
-                         (bundle_.path() / "engines").string() + " and run: ddit-export engines " +
-                         bundle_.path().string());
+                         (bundle_.path() / "engines").string() + " and run: " + build_command(bundle_));
   }
 
   nvinfer1::IExecutionContext& context(Choice choice) {
@@ -189,13 +196,6 @@ class TensorRTEngine : public Engine {
     DeviceMemory& memory = memory_[name];
     memory.reserve(std::max(bytes, std::size_t{1}));
     if (!context.setTensorAddress(name.c_str(), memory.get())) fail("take the memory of " + name);
-  }
-
-  template <typename Values>
-  void upload(const std::string& name, const Values& values) {
-    checked(cudaMemcpyAsync(memory_.at(name).get(), values.data(), values.size() * sizeof(values[0]),
-                            cudaMemcpyHostToDevice, shared_.stream.get()),
-            "copy inputs");
   }
 
   [[noreturn]] void fail(const std::string& what) const {
@@ -232,8 +232,7 @@ TensorRT::TensorRT(const Bundle& bundle, int device) : Backend(bundle), library_
     return has("gpu") == gpu.name && has("compute_capability") == gpu.capability &&
            built_with.compare(0, version.size() + 1, version + ".") == 0;
   };
-  for (const auto& [graph, info] : bundle.manifest().graphs)
-    library_->stored[graph] = find_engines(bundle, graph, target);
+  library_->stored = find_engines(bundle, target);
   library_->shared.runtime.reset(nvinfer1::createInferRuntime(library_->shared.logger));
   if (!library_->shared.runtime) throw BackendError("TensorRT could not start: " + library_->shared.logger.last());
 }
@@ -244,15 +243,12 @@ std::string TensorRT::name() const { return "tensorrt"; }
 
 void TensorRT::check(const Sizes& sizes) const {
   for (const auto& [graph, stored] : library_->stored) {
-    std::vector<Shape> shapes;
-    for (const TensorSpec& spec : bundle().manifest().graphs.at(graph).inputs) shapes.push_back(spec.resolve(sizes));
-    if (choose(stored, shapes)) continue;
+    if (choose(stored, input_shapes(bundle().manifest().graphs.at(graph), sizes))) continue;
     std::string asked;
     for (const Axis& axis : bundle().manifest().axes)
       asked += axis.name + " " + std::to_string(axis.from_latent(sizes.at(axis.symbol))) + ", ";
     throw UsageError(asked + "text " + std::to_string(sizes.at("L")) + " is outside what the TensorRT engine of " +
-                     graph + " was built for; build another: ddit-export engines " + bundle().path().string() +
-                     " --profile PROFILE");
+                     graph + " was built for; build another: " + build_command(bundle()) + " --profile PROFILE");
   }
 }
 

@@ -93,16 +93,11 @@ class Check {
       tables("level " + patch, ddit::rotary_tables(bundle_.manifest(), std::stoi(patch), run.sizes), names);
     const Tensor coefficients = ddit::dct_coefficients(*run.noise), small = load(content_.at("small_noise"));
     compare_.near("coefficients", coefficients.values, load(content_.at("coefficients")).values, 1e-6, 1e-6);
-    const auto [low, columns] = sides(small);
-    const auto [height, width] = sides(*run.noise);
+    const std::int64_t low = ddit::height_of(small.shape), columns = ddit::width_of(small.shape);
+    const std::int64_t height = ddit::height_of(run.noise->shape), width = ddit::width_of(run.noise->shape);
     compare_.near("small noise", ddit::inverse_dct(ddit::lowest(coefficients, low, columns)).values, small.values, 1e-6,
                   1e-6);
     tables("growing", ddit::growing_tables(low, columns, height, width), content_.at("growing_tables"));
-  }
-
-  /// The last two axes.
-  static std::pair<std::int64_t, std::int64_t> sides(const Tensor& latent) {
-    return {latent.shape[latent.shape.size() - 2], latent.shape.back()};
   }
 
   /// UniPC's weights of every step.

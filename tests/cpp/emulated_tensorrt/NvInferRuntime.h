@@ -17,16 +17,6 @@ namespace nvinfer1 {
 
 using AsciiChar = char;
 
-#if TENSORRT_RELEASE == 8
-enum class DataType : std::int32_t { kFLOAT = 0, kHALF = 1, kINT8 = 2, kINT32 = 3, kBOOL = 4, kUINT8 = 5, kFP8 = 6 };
-class Dims32 {
- public:
-  static constexpr std::int32_t MAX_DIMS{8};
-  std::int32_t nbDims;
-  std::int32_t d[MAX_DIMS];
-};
-using Dims = Dims32;
-#else
 enum class DataType : std::int32_t {
   kFLOAT = 0,
   kHALF = 1,
@@ -35,19 +25,25 @@ enum class DataType : std::int32_t {
   kBOOL = 4,
   kUINT8 = 5,
   kFP8 = 6,
+#if TENSORRT_RELEASE >= 10
   kBF16 = 7,
   kINT64 = 8,
-  kINT4 = 9
+  kINT4 = 9,
+#endif
 };
-class Dims64 {
+
+#if TENSORRT_RELEASE == 8
+using Side = std::int32_t;
+#else
+using Side = std::int64_t;
+enum class ExecutionContextAllocationStrategy : std::int32_t { kSTATIC = 0, kON_PROFILE_CHANGE = 1, kUSER_MANAGED = 2 };
+#endif
+class Dims {
  public:
   static constexpr std::int32_t MAX_DIMS{8};
   std::int32_t nbDims;
-  std::int64_t d[MAX_DIMS];
+  Side d[MAX_DIMS];
 };
-using Dims = Dims64;
-enum class ExecutionContextAllocationStrategy : std::int32_t { kSTATIC = 0, kON_PROFILE_CHANGE = 1, kUSER_MANAGED = 2 };
-#endif
 
 class ILogger {
  public:

@@ -224,8 +224,8 @@ struct Manifest {
   std::int64_t unit() const;
   /// Tokens of a prompt unless a run chooses otherwise.
   int text_length() const;
-  /// Pixels along one latent pixel of an axis by name.
-  int downscale(const std::string& axis) const;
+  /// Pixels and frames of a latent's sizes.
+  RunSize size_of(const Sizes& sizes) const;
   /// Whether one of the profile's entries holds a size of one picture or clip.
   bool contains(const RunSize& size, std::int64_t text) const;
 

@@ -12,6 +12,10 @@ using Shape = std::vector<std::int64_t>;
 /// How many values a shape holds. Throws `UsageError` where that is more than memory can address.
 std::size_t count(const Shape& shape);
 
+/// The last two sides of a latent or picture, whatever stands before them.
+inline std::int64_t height_of(const Shape& shape) { return shape[shape.size() - 2]; }
+inline std::int64_t width_of(const Shape& shape) { return shape.back(); }
+
 /// `(4, 8, 8)`.
 std::string text(const Shape& shape);
 
